@@ -20,6 +20,7 @@ import gzip
 import hashlib
 import heapq
 import html
+import http.client
 import io
 import json
 import math
@@ -27,7 +28,6 @@ import os
 import pickle
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 import warnings
 import zipfile
@@ -90,7 +90,7 @@ MODELS = {
     "ViT-L/14": (_config(768, 224, 24, 1024, 14, 768), "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
     "ViT-L/14@336px": (_config(768, 336, 24, 1024, 14, 768), "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
     # trained from scratch, never published: for the built-in data and for small trials
-    "tiny": (_config(128, 32, 4, 128, 8, 128, text_layers=4, context=32, vocab=1024), None),
+    "tiny": (_config(128, 32, 4, 128, 8, 128, text_layers=2, context=32, vocab=1024), None),
     "tiny-rn": (_config(128, 64, (1, 1, 1, 1), 16, None, 128, text_layers=4, context=32, vocab=1024), None),
     "small": (_config(256, 64, 6, 256, 8, 256, text_layers=4, context=48, vocab=2048), None),
 }
@@ -138,14 +138,14 @@ class Attention(nn.Module):
         else:
             rows, B, L = packed
             qkv = qkv.new_zeros(B * L, qkv.shape[-1]).index_copy(0, rows, qkv)
-        q, k, v = qkv.view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, width / heads)
+        q, k, v = qkv.view(B, L, 3, self.heads, qkv.shape[-1] // (3 * self.heads)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, width / heads)
         if self.keep_weights:
             scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
             if self.causal:
                 scores = scores.masked_fill(torch.ones(L, L, dtype=torch.bool, device=x.device).triu(1), -math.inf)
             self.weights = scores.softmax(-1).detach()
         out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2)
-        out = out.reshape(B, L, -1) if packed is None else out.reshape(B * L, -1)[rows]
+        out = out.flatten(2) if packed is None else out.flatten(2).flatten(0, 1)[rows]
         return self.out_proj(out)
 
 
@@ -182,7 +182,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, resolution, patch_size, width, layers, heads, embed_dim, quick_gelu):
         super().__init__()
-        self.input_resolution, self.patch_size, scale = resolution, patch_size, width ** -0.5
+        self.input_resolution, self.output_dim, self.patch_size, scale = resolution, embed_dim, patch_size, width ** -0.5
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn((resolution // patch_size) ** 2 + 1, width))
@@ -193,8 +193,6 @@ class VisionTransformer(nn.Module):
     def forward(self, x, tokens=False):
         """x: (B, 3, R, R) -> (B, embed_dim); with tokens also (B, 1 + patches, embed_dim), the class token first."""
         B, p, g = x.shape[0], self.patch_size, x.shape[-1] // self.patch_size
-        if x.shape[1:] != (3, self.input_resolution, self.input_resolution):
-            raise ValueError(f"images are {tuple(x.shape)}; this model takes (B, 3, {self.input_resolution}, {self.input_resolution})")
         # A convolution whose stride is its kernel is one matrix product over the patches.
         x = x[..., :g * p, :g * p].reshape(B, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(B, g * g, 3 * p * p)
         x = F.linear(x, self.conv1.weight.flatten(1))  # (B, patches, width)
@@ -253,7 +251,7 @@ class ModifiedResNet(nn.Module):
 
     def __init__(self, layers, embed_dim, heads, resolution, width):
         super().__init__()
-        self.input_resolution = resolution
+        self.input_resolution, self.output_dim = resolution, embed_dim
         self.conv1, self.bn1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width // 2)
         self.conv2, self.bn2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False), nn.BatchNorm2d(width // 2)
         self.conv3, self.bn3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
@@ -268,8 +266,6 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, x, tokens=False):
         """x: (B, 3, R, R) -> (B, embed_dim); with tokens also (B, 1 + (R/32)^2, embed_dim), the attention pool's outputs."""
-        if x.shape[1:] != (3, self.input_resolution, self.input_resolution):
-            raise ValueError(f"images are {tuple(x.shape)}; this model takes (B, 3, {self.input_resolution}, {self.input_resolution})")
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
@@ -307,6 +303,9 @@ class CLIP(nn.Module):
         tokens: also return (B, 1 + patches, embed_dim): a ViT's class and patch tokens after ln_post and the
         projection, or a ResNet's attention pool asked at every place. Raises ValueError where R is not the model's.
         """
+        size = self.visual.input_resolution
+        if image.shape[1:] != (3, size, size):
+            raise ValueError(f"images are {tuple(image.shape)}; this model takes (B, 3, {size}, {size})")
         return self.visual(image.to(self.dtype), tokens)
 
     def encode_text(self, text, tokens=False):
@@ -338,18 +337,23 @@ class CLIP(nn.Module):
 
     def forward(self, image, text):
         """-> (logits_per_image (B_image, B_text), logits_per_text), cosine times exp(logit_scale), in float32."""
-        image, text = F.normalize(self.encode_image(image).float(), dim=-1), F.normalize(self.encode_text(text).float(), dim=-1)
-        logits = self.logit_scale.float().exp() * image @ text.t()
+        image, text = self.encode_image(image).float(), self.encode_text(text).float()
+        with torch.autocast(image.device.type, enabled=False):  # a caller's autocast is for the encoders, not for this product
+            logits = self.logit_scale.float().exp() * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).t()
         return logits, logits.t()
 
 
 def build(name, tokenizer=None, seed=0, image_size=None):
-    """A CLIP of a named architecture with random weights that depend on `seed` alone; `tokenizer` sets the vocabulary."""
+    """A CLIP of a named architecture with random weights that depend on `seed` alone, in training mode.
+
+    tokenizer: sets the vocabulary and travels with the model. Raises CheckpointError for an unknown name or image size.
+    """
     config = MODELS[_known(name)][0]
+    _check_size(config, image_size or config.image_resolution)
     config = replace(config, vocab_size=tokenizer.vocab_size if tokenizer else config.vocab_size,
                      image_resolution=image_size or config.image_resolution)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs, which fork_rng leaves alone here
         model = CLIP(config)
     model.tokenizer = tokenizer
     return model
@@ -366,15 +370,19 @@ def autocast(amp, model):
     """The context that the encoders run in. amp: "auto", "bf16" or "off".
 
     auto: bfloat16 where it pays: on a GPU that has it, and on a CPU with AMX or AVX512-BF16 for models of width 512 or more
-    (narrow layers spend their time converting). Losses and similarities are computed in float32 outside.
+    (narrow layers spend their time converting; a ResNet's last stage counts, 32 times its stem). Losses and similarities
+    are computed in float32 outside. Raises ValueError for another amp.
     """
-    device = next(model.parameters()).device.type
+    if amp not in ("auto", "bf16", "off"):
+        raise ValueError(f"--amp {amp}: choose auto, bf16 or off")
+    device, c = next(model.parameters()).device.type, model.config
     if amp == "auto":
         if device == "cuda":
             amp = "bf16" if torch.cuda.is_bf16_supported() else "off"
         else:
             quick = any(getattr(torch.cpu, f, bool)() for f in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-            amp = "bf16" if device == "cpu" and quick and min(model.config.vision_width, model.config.transformer_width) >= 512 else "off"
+            width = min(c.vision_width * (1 if c.vision_patch_size else 32), c.transformer_width)
+            amp = "bf16" if device == "cpu" and quick and width >= 512 else "off"
     return torch.autocast(device, torch.bfloat16) if amp == "bf16" else contextlib.nullcontext()
 
 
@@ -388,8 +396,8 @@ def available_models():
 def _known(name):
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.3)
-        raise CheckpointError(f"unknown model {name!r}{f'; did you mean {near[0]!r}?' if near else ''} "
-                              f"Known: {', '.join(MODELS)}; or give a file or folder of weights")
+        raise CheckpointError(f"{name!r}: no such file, folder or model{f'; did you mean {near[0]!r}?' if near else ''} "
+                              f"(models: {', '.join(MODELS)})")
     return name
 
 
@@ -404,41 +412,44 @@ def _sha256(path):
 def download(url, sha256, root=None):
     """Fetch `url` once into `root` (default $CLIP_CACHE, then ~/.cache/clip) and return its path.
 
-    Goes through a temporary file, is verified against `sha256` (hex), shows progress on stderr. Raises CheckpointError.
+    Goes through a temporary file, is verified against `sha256` (hex), shows progress on a terminal. Raises CheckpointError.
     """
-    root = root or os.environ.get("CLIP_CACHE") or os.path.expanduser("~/.cache/clip")
-    path = os.path.join(root, url.rsplit("/", 1)[-1])
+    name = url.rsplit("/", 1)[-1]
+    path = os.path.join(root or os.environ.get("CLIP_CACHE") or os.path.expanduser("~/.cache/clip"), name)
     if os.path.isfile(path):
         if _sha256(path) == sha256:
             return path
         warnings.warn(f"{path} does not have the published checksum; fetching it again")
-    part = None
-    try:
-        os.makedirs(root, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as source, tempfile.NamedTemporaryFile(dir=root, suffix=".part", delete=False) as f:
-            part, size, done = f.name, int(source.headers.get("Content-Length") or 0), 0
-            for chunk in iter(lambda: source.read(1 << 20), b""):
-                f.write(chunk)
-                done += len(chunk)
-                print(f"\r{os.path.basename(path)}: {done >> 20} of {size >> 20} MiB", end="", file=sys.stderr)
-        print(file=sys.stderr)
-        if _sha256(part) != sha256:
-            raise CheckpointError(f"{url}: what came does not have the published checksum; try again")
-        os.replace(part, path)
-        part = None
-    except (OSError, urllib.error.URLError) as e:
-        raise CheckpointError(f"could not fetch {url} ({e}); fetch it elsewhere and put it at {path}") from None
-    finally:
-        if part:
-            os.unlink(part)
+
+    def fetch(f):
+        digest, done = hashlib.sha256(), 0
+        try:
+            with urllib.request.urlopen(url, timeout=60) as source:
+                size = source.headers.get("Content-Length")
+                while chunk := source.read(1 << 20):
+                    f.write(chunk)
+                    digest.update(chunk)
+                    done += len(chunk)
+                    if sys.stderr.isatty():
+                        print(f"\r{name}: {done >> 20} of {int(size) >> 20 if size else '?'} MiB", end="", file=sys.stderr)
+            print(f"\r{name}: {done >> 20} MiB fetched    ", file=sys.stderr)
+        except (OSError, http.client.HTTPException) as e:
+            raise CheckpointError(f"could not fetch {url} ({e}); fetch it elsewhere and put it at {path}") from None
+        if digest.hexdigest() != sha256:
+            raise CheckpointError(f"{url}: what came does not have the published checksum; try again, or put the right file at {path}")
+
+    write_file(path, fetch)
     return path
+
+
+def _rgb(image):
+    return image.convert("RGB")
 
 
 def transform(resolution):
     """OpenAI's preprocessing: bicubic resize of the shorter side, centre crop, RGB, normalise -> float (3, R, R)."""
-    return transforms.Compose([
-        transforms.Resize(resolution, interpolation=transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(resolution),
-        lambda image: image.convert("RGB"), transforms.ToTensor(), transforms.Normalize(IMAGE_MEAN, IMAGE_STD)])
+    return transforms.Compose([transforms.Resize(resolution, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(resolution),
+                               _rgb, transforms.ToTensor(), transforms.Normalize(IMAGE_MEAN, IMAGE_STD)])
 
 
 # ---------------------------------------------------------------- reading weights
@@ -452,11 +463,11 @@ def load(name, device=None, jit=False, download_root=None, image_size=None, quic
     quick_gelu: state the activation where the file does not tell it (open_clip's; a config beside the file is read).
     Returns (model in eval mode, on `device`, in float32; preprocess). Raises CheckpointError.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name, device = os.fspath(name), device or ("cuda" if torch.cuda.is_available() else "cpu")
     if jit:
         warnings.warn("jit=True is ignored: the weights of the archive are read, its code is not run")
-    if not os.path.exists(name):
-        config, sha = MODELS[_known(name)]
+    if name in MODELS or not os.path.exists(name):
+        sha = MODELS[_known(name)][1]
         if sha is None:
             raise CheckpointError(f"{name!r} was never published: train it (python train_mxm.py --clip {name}) and load the checkpoint")
         name = download(f"{MODEL_URL}/{sha}/{name.replace('/', '-').replace('@', '-')}.pt", sha, download_root)
@@ -464,64 +475,98 @@ def load(name, device=None, jit=False, download_root=None, image_size=None, quic
     return model.to(device).eval(), transform(model.visual.input_resolution)
 
 
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+                "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "best.pt", "last.pt")
+
+
 def read_weights(path):
     """Read any supported file or folder. Returns (state dict with OpenAI's keys, hints), nothing of the file executed.
 
-    hints: what the file says beside tensors: quick_gelu, vision_heads, transformer_heads, tokenizer (merges).
+    hints: what the file says beside tensors: quick_gelu (None: unknown), vision_heads, transformer_heads, tokenizer (merges).
     """
-    folder, hints = path if os.path.isdir(path) else os.path.dirname(path), {}
+    path = os.fspath(path)
     if os.path.isdir(path):
-        names = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "best.pt", "last.pt")
-        path = next((p for p in (os.path.join(folder, n) for n in names) if os.path.isfile(p)), None)
-        if path is None:
-            raise CheckpointError(f"{folder}: holds none of {', '.join(names)}")
+        found = [n for n in WEIGHT_FILES if os.path.isfile(os.path.join(path, n))]
+        if not found:
+            raise CheckpointError(f"{path}: a folder with no weights in it; give a file, or a folder with one of {', '.join(WEIGHT_FILES)}")
+        path = os.path.join(path, found[0])
     weights, is_jit = _read_file(path)
-    if weights.get("format") == CHECKPOINT_FORMAT:
-        hints = {"quick_gelu": weights["clip"]["config"]["quick_gelu"], "tokenizer": weights["clip"]["merges"],
-                 "vision_heads": weights["clip"]["config"]["vision_heads"], "transformer_heads": weights["clip"]["config"]["transformer_heads"]}
-        return weights["clip"]["state_dict"], hints
-    nested = "state_dict" in weights and isinstance(weights["state_dict"], dict)
-    state = weights["state_dict"] if nested else weights
-    state = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    if "text.token_embedding.weight" in state:  # open_clip's custom text towers
-        state = {k.removeprefix("text."): v for k, v in state.items()}
-    if "vision_model.embeddings.class_embedding" in state:
-        state, hints = _from_hugging_face(state), {"quick_gelu": True}
-    elif nested:
-        hints = {"quick_gelu": None}  # an open_clip training checkpoint does not say
-    for name in ("config.json", "open_clip_config.json"):
-        if not is_jit and os.path.isfile(os.path.join(folder, name)):
-            hints |= _read_config(os.path.join(folder, name))
-    return state, hints
+    try:
+        if weights.get("format") == CHECKPOINT_FORMAT:
+            ours = weights["clip"]
+            return ours["state_dict"], {**{k: ours["config"][k] for k in HINTS}, "tokenizer": ours["merges"]}
+        nested = isinstance(weights.get("state_dict"), dict)
+        state = weights["state_dict"] if nested else weights
+        hints = {k: v for k, v in getattr(state, "_metadata", {}).get("", {}).items() if k in HINTS}  # `save` writes them there
+        state = {str(k).replace("_orig_mod.", ""): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        scale = min((k for k in state if k.endswith("logit_scale")), key=len, default="logit_scale")  # "module.logit_scale"
+        state = {k.removeprefix(scale[:-len("logit_scale")]): v for k, v in state.items()}
+        if "text.token_embedding.weight" in state:  # open_clip's custom text towers
+            state = {k.removeprefix("text."): v for k, v in state.items()}
+        if "vision_model.embeddings.class_embedding" in state:
+            hints = {"quick_gelu": True} | _read_config(os.path.join(os.path.dirname(path), "config.json"))
+            return _from_hugging_face(state), hints
+        if not hints and not is_jit:  # OpenAI's, with QuickGELU; or open_clip's, whose training checkpoints (nested) do not say
+            hints = {"quick_gelu": None} if nested or os.path.basename(path).startswith("open_clip_") else {}
+            hints |= _read_config(os.path.join(os.path.dirname(path), "open_clip_config.json"))
+        return state, hints
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as e:
+        raise CheckpointError(f"{path}: is no CLIP that can be read: {_line(e)}; give a file of CLIP weights") from None
+
+
+HINTS = ("quick_gelu", "vision_heads", "transformer_heads")  # what an architecture has that the tensors' shapes do not tell
+
+
+def _line(error):
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _read_file(path):
     """-> (a dict of tensors and plain values, whether it was a TorchScript archive)."""
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: no such file; give a file or folder of weights")
     try:
         with open(path, "rb") as f:
             head = f.read(9)
+        if not head:
+            raise CheckpointError(f"{path}: is empty; fetch or write it again")
         if head[:2] == b"PK":
             with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-            if any(n.endswith("/constants.pkl") for n in names):
-                return read_torchscript(path), True
-        elif len(head) == 9 and head[8:] == b"{":
+                if any(n.endswith("/constants.pkl") for n in archive.namelist()):
+                    return read_torchscript(archive, path), True
+        if head[8:] == b"{":
             return read_safetensors(path), False
+        if path.endswith(".index.json"):  # Hugging Face's shards; only files of the same folder are opened
+            with open(path, encoding="utf-8") as f:
+                shards = sorted({os.path.basename(n) for n in json.load(f)["weight_map"].values()})
+            return {k: v for n in shards for k, v in _read_file(os.path.join(os.path.dirname(path), n))[0].items()}, False
         weights = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(weights, dict):
-            raise CheckpointError(f"{path}: holds a {type(weights).__name__}, not a dictionary of weights")
+            raise CheckpointError(f"{path}: holds a {type(weights).__name__}, not a dictionary of weights; save model.state_dict()")
         return weights, False
     except CheckpointError:
         raise
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror or e})") from None
-    except Exception as e:  # torch.load raises many kinds on a damaged or unsafe file: name the file and the first line
-        what = "is empty" if os.path.getsize(path) == 0 else f"is damaged, or no weight file ({str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__})"
-        raise CheckpointError(f"{path}: {what}; fetch it again, nothing of it was run") from None
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror or e}); check the path and its permissions") from None
+    except Exception as e:  # torch.load raises many kinds on a damaged or unsafe file
+        asks = regex.search(r"GLOBAL (\S+)|(?:class|function|type) (\S+\.\S+)", str(e))
+        if isinstance(e, pickle.UnpicklingError) and asks:
+            raise CheckpointError(f"{path}: asks for {asks[1] or asks[2]}, which weights do not need; refused, nothing of it was run. "
+                                  "If you trust it, save its state_dict() alone") from None
+        reason = "no weights in it" if isinstance(e, pickle.UnpicklingError) else _line(e)
+        raise CheckpointError(f"{path}: is damaged, or no weight file ({reason}); fetch it again, nothing of it was run") from None
 
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
                       "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+STORAGE_DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+                  "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
+                  "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+
+
+def _numbers(data, dtype):
+    """bytes -> a flat tensor of its own memory."""
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 def read_safetensors(path):
@@ -530,21 +575,21 @@ def read_safetensors(path):
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if length > min(size - 8, 100 << 20):
-            raise CheckpointError(f"{path}: a header of {length} bytes in a file of {size}; the file is truncated or no safetensors file")
-        header = json.loads(f.read(length))
-        body = f.read()
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype, shape, (begin, end) = SAFETENSORS_DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
-        if dtype is None:
-            raise CheckpointError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which is not supported")
-        if not (all(isinstance(n, int) and n >= 0 for n in shape) and isinstance(begin, int) and isinstance(end, int)
-                and 0 <= begin <= end <= len(body) and end - begin == math.prod(shape) * dtype.itemsize):
-            raise CheckpointError(f"{path}: tensor {name!r} lies outside the file or has the wrong size; the file is truncated or damaged")
-        raw = torch.frombuffer(bytearray(body[begin:end]), dtype=torch.uint8) if end > begin else torch.empty(0, dtype=torch.uint8)
-        tensors[name] = raw.view(dtype).reshape(shape)
+            raise CheckpointError(f"{path}: a header of {length} bytes in a file of {size}: truncated, or no safetensors file; fetch it again")
+        header, left, tensors = json.loads(f.read(length)), size - 8 - length, {}
+        body = left
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, shape, (begin, end) = SAFETENSORS_DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+            if dtype is None:
+                raise CheckpointError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which is not supported; save it as F32")
+            left -= end - begin  # tensors may not share bytes, else a small file could ask for much memory
+            if not (all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end <= body and left >= 0
+                    and end - begin == math.prod(shape) * dtype.itemsize):
+                raise CheckpointError(f"{path}: tensor {name!r} lies outside the file or has the wrong size: truncated or damaged; fetch it again")
+            f.seek(8 + length + begin)
+            tensors[name] = _numbers(f.read(end - begin), dtype).reshape(shape)
     return tensors
 
 
@@ -552,88 +597,80 @@ class _Bag:
     """Stands in for every module class of a TorchScript archive: attributes, no code."""
 
     def __setstate__(self, state):
-        if not isinstance(state, dict):
-            raise pickle.UnpicklingError("a module without a dictionary of attributes")
         self.__dict__.update(state)
 
 
-def read_torchscript(path):
-    """The state dict of a TorchScript archive, without torch.jit and without running the archive's code.
+def read_torchscript(archive, path):
+    """The state dict of a TorchScript archive (an open ZipFile), without torch.jit and without running the archive's code.
 
-    The archive is a zip: `data.pkl` is a pickle of module objects, whose tensors' bytes lie uncompressed under `data/` (or
-    `constants/`). The unpickler knows tensors and plain lists; every class of the archive becomes a `_Bag`.
+    `data.pkl` in it is a pickle of module objects, whose tensors' bytes lie uncompressed under `data/` (or `constants/`).
+    The unpickler knows tensors and plain lists; every class of the archive becomes a `_Bag`.
     """
-    archive = zipfile.ZipFile(path)
     names = set(archive.namelist())
     root = next(n for n in names if n.endswith("/data.pkl") and n.count("/") == 1)[:-len("data.pkl")]
 
-    def read(name, limit):
+    def read(name):
         info = archive.getinfo(root + name)
-        if info.compress_type != zipfile.ZIP_STORED and info.file_size > limit:  # what torch writes is stored as it is
-            raise CheckpointError(f"{path}: the record {name} unpacks to {info.file_size} bytes; not an archive of torch's")
+        if info.compress_type != zipfile.ZIP_STORED:  # torch stores, never compresses: this would be somebody's zip bomb
+            raise CheckpointError(f"{path}: its record {name} is compressed, so torch did not write it; refused")
         return archive.read(info)
 
-    if root + "byteorder" in names and read("byteorder", 16) != b"little":
+    if root + "byteorder" in names and read("byteorder") != b"little":
         raise CheckpointError(f"{path}: written on a big-endian machine; save it again on a little-endian one")
 
     def rebuild(storage, offset, shape, stride, *_):
+        if math.prod(shape) > len(storage):
+            raise pickle.UnpicklingError("a tensor larger than its storage")
         return torch.as_strided(storage, tuple(shape), tuple(stride), offset)  # raises where it would leave the storage
 
-    class Unpickler(pickle.Unpickler):
-        storages = {}
+    known = {("torch._utils", "_rebuild_tensor_v2"): rebuild, ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+             ("collections", "OrderedDict"): OrderedDict, ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value}
+    known |= {("torch.jit._pickle", f"build_{kind}list"): list for kind in ("int", "double", "bool", "tensor")}
+    known |= {("torch", name): dtype for name, dtype in STORAGE_DTYPES.items()}
+    storages = {}
 
+    class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
             if module.startswith("__torch__"):
                 return _Bag
-            if module == "torch" and name.endswith("Storage") and isinstance(getattr(torch, name.replace("Storage", "").lower(), None), torch.dtype):
-                return getattr(torch, name.replace("Storage", "").lower())
-            known = {("torch._utils", "_rebuild_tensor_v2"): rebuild, ("torch._utils", "_rebuild_parameter"): lambda t, *_: t,
-                     ("collections", "OrderedDict"): OrderedDict, ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value}
-            known |= {("torch.jit._pickle", f"build_{kind}list"): list for kind in ("int", "double", "bool", "tensor")}
             if (module, name) not in known:
-                raise CheckpointError(f"{path}: asks for {module}.{name}, which no weight file needs; refused, nothing of it was run")
+                raise CheckpointError(f"{path}: asks for {module}.{name}, which weights do not need; refused, nothing of it was run")
             return known[module, name]
 
         def persistent_load(self, key):
             _, dtype, name, _, count = key
-            if name not in self.storages:
-                record = next((d + name for d in ("data/", "constants/") if root + d + name in names), "data/" + name)
-                self.storages[name] = torch.frombuffer(bytearray(read(record, 1 << 20)), dtype=dtype)
-            if len(self.storages[name]) < count:
-                raise CheckpointError(f"{path}: storage {name} holds {len(self.storages[name])} of {count} numbers; the file is truncated")
-            return self.storages[name]
+            if name not in storages:
+                storages[name] = _numbers(read(("data/" if f"{root}data/{name}" in names else "constants/") + name), dtype)
+            if len(storages[name]) < count:
+                raise CheckpointError(f"{path}: storage {name} holds {len(storages[name])} of {count} numbers: truncated; fetch it again")
+            return storages[name]
 
     def tensors(bag, prefix=""):
         for key, value in vars(bag).items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and key != "attn_mask":  # a constant of the code, no weight
                 yield prefix + key, value
             elif isinstance(value, _Bag):
                 yield from tensors(value, f"{prefix}{key}.")
 
-    module = Unpickler(io.BytesIO(read("data.pkl", 64 << 20))).load()
-    if not isinstance(module, _Bag):
-        raise CheckpointError(f"{path}: holds a {type(module).__name__}, not a module")
-    return dict(tensors(module))
+    return dict(tensors(Unpickler(io.BytesIO(read("data.pkl"))).load()))
 
 
 def _from_hugging_face(state):
     """transformers' `CLIPModel` keys to OpenAI's: q, k, v joined into in_proj, linear projections turned into matrices."""
-    out = {}
-    plain = {"logit_scale": "logit_scale", "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    plain = {"text_model.embeddings.token_embedding.weight": "token_embedding.weight",
              "text_model.embeddings.position_embedding.weight": "positional_embedding",
              "vision_model.embeddings.class_embedding": "visual.class_embedding",
              "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
              "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding"}
     norms = {"text_model.final_layer_norm": "ln_final", "vision_model.pre_layrnorm": "visual.ln_pre", "vision_model.post_layernorm": "visual.ln_post"}
     layer = {"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    out = {}
     for key, value in state.items():
         stem, _, kind = key.rpartition(".")
         tower, _, rest = stem.partition(".encoder.layers.")
         number, _, part = rest.partition(".")
-        target = ("visual." if tower == "vision_model" else "") + f"transformer.resblocks.{number}."
-        if key in plain:
-            out[plain[key]] = value
-        elif stem in norms:
+        target = f"{'visual.' if tower == 'vision_model' else ''}transformer.resblocks.{number}."
+        if stem in norms:
             out[f"{norms[stem]}.{kind}"] = value
         elif key in ("visual_projection.weight", "text_projection.weight"):
             out["visual.proj" if key[0] == "v" else "text_projection"] = value.t()
@@ -642,86 +679,105 @@ def _from_hugging_face(state):
         elif part == "self_attn.q_proj":
             out[f"{target}attn.in_proj_{kind}"] = torch.cat([state[f"{stem[:-6]}{x}_proj.{kind}"] for x in "qkv"])
         elif part not in ("self_attn.k_proj", "self_attn.v_proj") and not key.endswith("position_ids"):
-            out[key] = value  # not ours: named in the error that follows
+            out[plain.get(key, key)] = value  # a key that is not ours is named in the error that follows
     return out
 
 
 def _read_config(path):
-    """quick_gelu and heads out of transformers' config.json or open_clip's open_clip_config.json."""
+    """quick_gelu and heads out of transformers' config.json or open_clip's open_clip_config.json; {} where there is none."""
+    if not os.path.isfile(path):
+        return {}
     try:
         with open(path, encoding="utf-8") as f:
             config = json.load(f)
         if "model_cfg" in config:
             config = config["model_cfg"]
             vision, text = config["vision_cfg"], config["text_cfg"]
-            hints = {"quick_gelu": bool(config.get("quick_gelu", False)), "transformer_heads": text.get("heads")}
-            if isinstance(vision.get("layers"), int):
-                hints["vision_heads"] = vision["width"] // vision.get("head_width", 64)
-        elif "vision_config" in config:
-            vision, text = config["vision_config"], config["text_config"]
-            hints = {"quick_gelu": vision.get("hidden_act", "quick_gelu") == "quick_gelu",
-                     "vision_heads": vision.get("num_attention_heads", 12), "transformer_heads": text.get("num_attention_heads", 8)}
-        else:
-            return {}
-        return {k: v for k, v in hints.items() if v is not None}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{path}: is no CLIP configuration ({e})") from None
+            hints = {"quick_gelu": bool(config.get("quick_gelu", False)), "transformer_heads": text.get("heads", 8)}
+            if isinstance(vision.get("layers", 12), int):
+                hints["vision_heads"] = vision.get("width", 768) // vision.get("head_width", 64)
+            return hints
+        vision, text = config.get("vision_config") or {}, config.get("text_config") or {}  # older files leave out what is default
+        return {"quick_gelu": vision.get("hidden_act", "quick_gelu") == "quick_gelu",
+                "vision_heads": vision.get("num_attention_heads", 12), "transformer_heads": text.get("num_attention_heads", 8)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+        raise CheckpointError(f"{path}: is no CLIP configuration ({_line(e)}); fetch it again or move it away") from None
 
 
 def from_state_dict(state, hints=None, image_size=None, quick_gelu=None, where="the weights"):
-    """A CLIP of the architecture that the tensors' shapes tell. Raises CheckpointError naming the first keys that do not fit."""
+    """A CLIP of the architecture that the tensors' shapes tell, with a float32 copy of the tensors.
+
+    state: tensors under OpenAI's keys; hints: as `read_weights` returns them; image_size, quick_gelu: as for `load`; where:
+    named in errors. Raises CheckpointError naming the first keys that do not fit.
+    """
     hints = hints or {}
     state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size", "attn_mask")}
-    if quick_gelu is None:
-        quick_gelu = hints.get("quick_gelu", True)
+    quick_gelu = hints.get("quick_gelu", True) if quick_gelu is None else quick_gelu
     if quick_gelu is None:
         warnings.warn(f"{where}: does not say its activation; taking GELU, open_clip's default (state it: clip.load(..., quick_gelu=True))")
-        quick_gelu = False
+
+    def count(prefix):
+        return len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
+
     try:
-        layers = lambda prefix: 1 + max(int(k[len(prefix):].split(".")[0]) for k in state if k.startswith(prefix))
         width, embed_dim = state["ln_final.weight"].shape[0], state["text_projection"].shape[1]
         if "visual.proj" in state:
             vision_width, _, patch, _ = state["visual.conv1.weight"].shape
-            vision_layers = layers("visual.transformer.resblocks.")
-            resolution = patch * math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
-            heads = vision_width // 64
+            layers, grid = count("visual.transformer.resblocks."), state["visual.positional_embedding"]
+            heads = {1280: 16}.get(vision_width, vision_width // 64)  # 64 channels each, but for open_clip's ViT-H
         else:
             vision_width, patch = state["visual.layer1.0.conv1.weight"].shape[0], None
-            vision_layers = tuple(layers(f"visual.layer{i}.") for i in (1, 2, 3, 4))
-            resolution = 32 * math.isqrt(state["visual.attnpool.positional_embedding"].shape[0] - 1)
+            layers, grid = tuple(count(f"visual.layer{i}.") for i in (1, 2, 3, 4)), state["visual.attnpool.positional_embedding"]
             heads = vision_width * 32 // 64
-        config = Config(embed_dim, resolution, vision_layers, vision_width, patch, state["positional_embedding"].shape[0],
-                        state["token_embedding.weight"].shape[0], width, hints.get("transformer_heads", width // 64),
-                        layers("transformer.resblocks."), hints.get("vision_heads", heads), quick_gelu)
-    except (KeyError, ValueError, IndexError) as e:
-        missing = e.args[0] if isinstance(e, KeyError) else "transformer.resblocks.0.attn.in_proj_weight"
-        raise CheckpointError(f"{where}: not CLIP weights: {missing!r} is missing; it holds {', '.join(map(repr, list(state)[:3])) or 'nothing'}") from None
-    with torch.device("meta"):
-        model = CLIP(config)
+        resolution = (patch or 32) * math.isqrt(grid.shape[0] - 1)
+        heads, text_heads = hints.get("vision_heads", heads), hints.get("transformer_heads", width // 64)
+        config = Config(embed_dim, resolution, layers, vision_width, patch, state["positional_embedding"].shape[0],
+                        state["token_embedding.weight"].shape[0], width, text_heads, count("transformer.resblocks."), heads, bool(quick_gelu))
+        for size, n in ((vision_width * (1 if patch else 32), heads), (width, text_heads)):
+            if type(n) is not int or n < 1 or size % n:
+                raise ValueError(f"{n} attention heads do not divide a width of {size}")
+        with torch.device("meta"):
+            model = CLIP(config)
+    except KeyError as e:
+        held = ", ".join(map(repr, list(state)[:3])) or "nothing"
+        raise CheckpointError(f"{where}: not CLIP weights: {e.args[0]!r} is missing; it holds {held}. Give a file of CLIP weights") from None
+    except (ValueError, IndexError, ZeroDivisionError, RuntimeError, TypeError) as e:
+        raise CheckpointError(f"{where}: the shapes are no CLIP's ({_line(e)}); give a file of CLIP weights") from None
     expected = model.state_dict()
-    missing, unexpected = [k for k in expected if k not in state], [k for k in state if k not in expected]
-    unfit = [k for k in expected if k in state and expected[k].shape != state[k].shape]
-    if missing or unexpected or unfit:
-        parts = [f"{len(keys)} {what} (first {keys[0]!r})" for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", unfit)) if keys]
-        raise CheckpointError(f"{where}: does not fit {'a ViT' if patch else 'a ResNet'} CLIP: {', '.join(parts)}")
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
-    for p in model.parameters():
-        p.data = p.data.contiguous()
-        p.requires_grad_(True)
-    model.tokenizer = Tokenizer(hints["tokenizer"]) if hints.get("tokenizer") is not None else None
+    state = {k: torch.zeros(()) for k in expected if k.endswith("num_batches_tracked")} | state  # older files lack these counters
+    if "logit_scale" in state and state["logit_scale"].numel() == 1:
+        state["logit_scale"] = state["logit_scale"].reshape(())  # open_clip also writes shape (1,)
+    wrong = {"missing": [k for k in expected if k not in state], "unexpected": [k for k in state if k not in expected],
+             "of another shape": [k for k in expected if k in state and expected[k].shape != state[k].shape]}
+    if any(wrong.values()):
+        parts = ", ".join(f"{len(keys)} {what} (first {keys[0]!r})" for what, keys in wrong.items() if keys)
+        raise CheckpointError(f"{where}: does not fit {'a ViT' if patch else 'a ResNet'} CLIP: {parts}; give a file of CLIP weights")
+    copy = {k: v.detach().to(expected[k].dtype, copy=True, memory_format=torch.contiguous_format) for k, v in state.items()}
+    model.load_state_dict(copy, assign=True)
+    if hints.get("tokenizer") is not None:
+        try:
+            model.tokenizer = Tokenizer(hints["tokenizer"])
+        except (TypeError, ValueError) as e:
+            raise CheckpointError(f"{where}: its tokenizer's merges are no list of pairs ({_line(e)}); the file is damaged") from None
+        if model.tokenizer.vocab_size > config.vocab_size:
+            raise CheckpointError(f"{where}: its tokenizer has {model.tokenizer.vocab_size} symbols, its model {config.vocab_size}; the file is damaged")
     return resize_images(model, image_size) if image_size and image_size != resolution else model
+
+
+def _check_size(config, image_size):
+    step = config.vision_patch_size or 32
+    if image_size < step or image_size % step:
+        raise CheckpointError(f"--image-size {image_size}: must be a positive multiple of {step} for this model")
+    return step
 
 
 def resize_images(model, image_size):
     """The same model for another input size: its grid of positional embeddings is interpolated (bicubic). Returns the model."""
-    visual, patch = model.visual, model.config.vision_patch_size
-    step, holder = patch or 32, visual if patch else visual.attnpool
-    if image_size < step or image_size % step:
-        raise CheckpointError(f"--image-size {image_size}: must be a positive multiple of {step} for this model")
-    first, grid = holder.positional_embedding.data.split([1, holder.positional_embedding.shape[0] - 1])
-    old, new = math.isqrt(grid.shape[0]), image_size // step
+    visual, holder = model.visual, model.visual if model.config.vision_patch_size else model.visual.attnpool
+    old, new = math.isqrt(holder.positional_embedding.shape[0] - 1), image_size // _check_size(model.config, image_size)
+    first, grid = holder.positional_embedding.data.split([1, old * old])
     grid = grid.view(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=new < old).permute(0, 2, 3, 1).view(new * new, -1)
+    grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=new < old).permute(0, 2, 3, 1).reshape(new * new, -1)
     holder.positional_embedding = nn.Parameter(torch.cat([first, grid]))
     visual.input_resolution, model.config = image_size, replace(model.config, image_resolution=image_size)
     return model
@@ -735,12 +791,12 @@ CHECKPOINT_FORMAT = "clip-methods-1"
 def write_file(path, write):
     """Call write(temporary file), then rename it to `path`: the file is always the old one or the new one, whole.
 
-    Raises CheckpointError where it cannot be written (the old file stays).
+    Raises CheckpointError where it cannot be written (the old file stays); what `write` raises otherwise passes through.
     """
-    temporary = None
+    temporary, folder = None, os.path.dirname(os.path.abspath(path))
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(os.path.abspath(path)), prefix=".writing-", delete=False) as f:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writing-", delete=False) as f:
             temporary = f.name
             write(f)
             f.flush()
@@ -751,22 +807,34 @@ def write_file(path, write):
         os.replace(temporary, path)
         temporary = None
     except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be written ({reason}); nothing saved before is lost. Free some space or choose another --out") from None
+        reason = getattr(e, "strerror", None) or _line(e)
+        raise CheckpointError(f"{path}: cannot be written ({reason}); nothing saved before is lost. Free some space or choose another folder") from None
     finally:
-        if temporary and os.path.exists(temporary):
+        if temporary:
             os.unlink(temporary)
 
 
+def _cpu(model):
+    """The model's state dict, copied to the CPU: what is saved later is the model as it is now."""
+    state = model.state_dict()
+    for key, value in state.items():
+        state[key] = value.detach().cpu().clone()
+    return state
+
+
 def save(model, path):
-    """Write the weights as a plain state dict with OpenAI's keys: OpenAI's `clip.load` and open_clip read it back."""
-    write_file(path, partial(torch.save, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}))
+    """Write the weights as a plain state dict with OpenAI's keys: OpenAI's `clip.load` and open_clip read it back.
+
+    What shapes do not tell (the activation, the heads) goes into the state dict's metadata, where only `load` looks.
+    """
+    state = _cpu(model)
+    state._metadata[""].update({k: getattr(model.config, k) for k in HINTS})
+    write_file(path, partial(torch.save, state))
 
 
 def describe(model):
     """The part of a checkpoint that rebuilds this CLIP: configuration, weights, and its own tokenizer's merges if it has one."""
-    return {"config": asdict(model.config), "state_dict": {k: v.detach().cpu().clone() for k, v in model.state_dict().items()},
-            "merges": model.tokenizer.merges if model.tokenizer else None}
+    return {"config": asdict(model.config), "state_dict": _cpu(model), "merges": model.tokenizer.merges if model.tokenizer else None}
 
 
 def save_checkpoint(path, checkpoint):
@@ -776,13 +844,10 @@ def save_checkpoint(path, checkpoint):
 
 def load_checkpoint(path):
     """A checkpoint of this project as a dict, on the CPU. Raises CheckpointError for anything else."""
-    if not os.path.exists(path):
-        raise CheckpointError(f"{path}: no such checkpoint")
-    checkpoint, _ = _read_file(path)
+    checkpoint, _ = _read_file(os.fspath(path))
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this project (weights alone are for --clip)")
     return checkpoint
-
 
 # ---------------------------------------------------------------- the tokenizer
 
@@ -805,8 +870,8 @@ def clean(text):
 class Tokenizer:
     """CLIP's byte-level BPE (Sennrich et al. 2016): text -> ids; any text can be written, and the last id ends a text.
 
-    merges: list of (left, right) symbol pairs in order of rank; None for OpenAI's 48,894. Vocabulary: 256 byte symbols, the
-    same with `</w>` (end of a word), one symbol per merge, start and end of text.
+    merges: list of (left, right) symbol pairs in order of rank; None for OpenAI's 48,894 (fetched once). Vocabulary: 256 byte
+    symbols, the same with `</w>` (end of a word), one symbol per merge, start and end of text.
     """
 
     def __init__(self, merges=None):
@@ -826,21 +891,24 @@ class Tokenizer:
     def _merge(self, word):
         """Merge the pair of lowest rank, leftmost first, until none is left. A heap over a linked list: n log n, as one
         word of a hostile or broken text can be thousands of characters long."""
-        parts, n = self._split(word), 0
+        parts = self._split(word)
         n = len(parts)
         right, left = list(range(1, n + 1)), list(range(-1, n - 1))
         heap = [(self.ranks[pair], i, pair) for i, pair in enumerate(zip(parts, parts[1:])) if pair in self.ranks]
         heapq.heapify(heap)
         while heap:
-            _, i, pair = heapq.heappop(heap)
-            j = right[i]
-            if parts[i] is None or j >= n or (parts[i], parts[j]) != pair:
-                continue  # one side was merged away since
-            parts[i], parts[j], right[i] = parts[i] + parts[j], None, right[j]
-            if right[j] < n:
-                left[right[j]] = i
-            for a, b in ((left[i], i), (i, right[i])):
-                if a >= 0 and b < n and (parts[a], parts[b]) in self.ranks:
+            rank, fresh = heap[0][0], []  # pairs that come up wait until every occurrence of this one is merged
+            while heap and heap[0][0] == rank:
+                _, i, pair = heapq.heappop(heap)
+                j = right[i]
+                if parts[i] is None or j >= n or (parts[i], parts[j]) != pair:
+                    continue  # one side was merged away since
+                parts[i], parts[j], right[i] = parts[i] + parts[j], None, right[j]
+                if right[j] < n:
+                    left[right[j]] = i
+                fresh += (left[i], i), (i, right[i])
+            for a, b in fresh:
+                if a >= 0 and b < n and parts[a] is not None and (parts[a], parts[b]) in self.ranks:
                     heapq.heappush(heap, (self.ranks[parts[a], parts[b]], a, (parts[a], parts[b])))
         return [self.ids[p] for p in parts if p is not None]
 
@@ -877,7 +945,7 @@ class Tokenizer:
         out, cut = self.rows(texts, context_length)
         if cut and not truncate:
             long = next(t for t in texts if len(self.encode(t)) + 2 > context_length)
-            raise RuntimeError(f"Input {long} is too long for context length {context_length}")
+            raise RuntimeError(f"Input {long[:100]!r} is too long for context length {context_length}; truncate=True cuts it")
         return out
 
     @classmethod
@@ -894,37 +962,32 @@ class Tokenizer:
             for pair in zip(symbols, symbols[1:]):
                 pairs[pair] += n
                 where.setdefault(pair, set()).add(i)
-        merges = []
+        merges = {}  # as an ordered set: a pair can come back, when two other merges spell its left or right side anew
         while len(merges) < vocab_size - 514 and pairs:
             best = min(pairs, key=lambda p: (-pairs[p], p))
             if pairs[best] < 2:
                 break
-            merges.append(best)
+            merges[best] = None
             for i in where.pop(best):
                 symbols, n = parts[i]
                 for pair in zip(symbols, symbols[1:]):
                     pairs[pair] -= n
-                k, merged = 0, []
+                merged, k = [], 0
                 while k < len(symbols):
-                    if tuple(symbols[k:k + 2]) == best:
-                        merged.append(symbols[k] + symbols[k + 1])
-                        k += 2
-                    else:
-                        merged.append(symbols[k])
-                        k += 1
+                    step = 2 if tuple(symbols[k:k + 2]) == best else 1
+                    merged.append("".join(symbols[k:k + step]))
+                    k += step
                 parts[i][0] = merged
                 for pair in zip(merged, merged[1:]):
                     pairs[pair] += n
                     where.setdefault(pair, set()).add(i)
-            pairs = Counter({p: n for p, n in pairs.items() if n > 0 and p != best})
-        return cls(merges)
+            pairs = Counter({p: n for p, n in pairs.items() if n > 0})
+        return cls(list(merges))
 
 
 def _openai_merges():
-    path = download(MERGES_URL, MERGES_SHA256)
-    with gzip.open(path, "rt", encoding="utf-8") as f:  # verified by its checksum, so its size is known
-        lines = f.read().split("\n")
-    return [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]
+    with gzip.open(download(MERGES_URL, MERGES_SHA256), "rt", encoding="utf-8") as f:  # its checksum vouches for its size
+        return [tuple(line.split()) for line in f.read().split("\n")[1:49152 - 256 - 2 + 1]]
 
 
 @lru_cache

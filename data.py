@@ -1,0 +1,805 @@
+"""Data sets as lists of `Instance`, the batch loader, the built-in data set `primitives` and the voxel renderer.
+
+Everything is multifold: an instance is one thing in the world, seen several times in each modality. A photo with five
+captions has one image; a shape has twelve views and five captions; a video has frames. A data set is read with
+
+    instances, classes = data.load("primitives", split="train")     # or text2shape, flickr8k, ..., mine.jsonl, mine.csv
+    loader = data.Loader(instances, tokenizer, context_length=32, image_size=32, batch_size=64, views=2, captions=2)
+    for batch in loader.batches(0, 100): ...
+
+Knows nothing of models or losses.
+"""
+import csv
+import difflib
+import hashlib
+import io
+import json
+import math
+import mmap
+import os
+import pickle
+import random
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+IMAGE_MEAN, IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training pixels
+
+
+class DataError(ValueError):
+    """Input that cannot be used; the message is one line: what is wrong, where (file, row), what to do."""
+
+
+@dataclass
+class Instance:
+    """One thing in the world."""
+    id: str
+    images: list  # paths, or callables: image(size) -> PIL image of size x size (rendered views); at least one
+    captions: list  # strings; at least one
+    labels: dict = field(default_factory=dict)  # task -> class index; absent or -1: unlabelled
+    group: str = None  # what counts as the same thing in evaluation; the id unless a data set says otherwise
+    query: bool = True  # False: in evaluation only a distractor, found among the others' results but not asked about itself
+
+    def __post_init__(self):
+        self.group = self.id if self.group is None else self.group
+
+
+def note(message):
+    """A remark about the data, once per run, on stderr, by the first process of a group only."""
+    if message not in _noted and os.environ.get("RANK", "0") == "0":
+        print(f"note: {message}", file=sys.stderr, flush=True)
+    _noted.add(message)
+
+
+_noted = set()
+
+
+def seed_everything(seed):
+    """Seed every generator that a library might draw from. What this project draws itself has its own seeded generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+    torch.manual_seed(seed)
+
+
+# ---------------------------------------------------------------- loading by name
+
+def load(name_or_path, root=None, split="train", download=False):
+    """-> (instances of the split, {task: [class names]}).
+
+    name_or_path: a data set's name, or the path of a .jsonl or .csv file of your own. root: the data set's folder (default
+    data/<name>). split: train, val, test (primitives also has unseen). download: fetch what is missing, where that is possible.
+    Raises DataError for anything missing or malformed.
+    """
+    if name_or_path.endswith((".jsonl", ".csv")):
+        if not os.path.isfile(name_or_path):
+            raise DataError(f"{name_or_path}: no such file")
+        return (read_jsonl if name_or_path.endswith(".jsonl") else read_csv)(name_or_path, split)
+    if name_or_path not in DATA_SETS:
+        near = difflib.get_close_matches(name_or_path, DATA_SETS, n=1, cutoff=0.3)
+        raise DataError(f"unknown data set {name_or_path!r}{f'; did you mean {near[0]!r}?' if near else ''} "
+                        f"Known: {', '.join(DATA_SETS)}; or the path of a .jsonl or .csv file")
+    if download and name_or_path != "text2shape":
+        raise DataError(f"--download: {name_or_path} cannot be fetched automatically; README.md says where to get it and how to lay it out")
+    if name_or_path == "primitives":
+        return primitives(split)
+    root = root or os.path.join("data", name_or_path)
+    if download:
+        download_text2shape(root)
+    if not os.path.isdir(root):
+        raise DataError(f"{root}: no such folder; give --root the folder of {name_or_path} (README.md shows its layout"
+                        f"{'; --download fetches it' if name_or_path == 'text2shape' else ''})")
+    return DATA_SETS[name_or_path](root, split)
+
+
+def hash_tenth(id):
+    """0..9 by a hash of the id: a split that depends on nothing else and stays when rows are added."""
+    return int(hashlib.sha1(str(id).encode()).hexdigest()[:8], 16) % 10
+
+
+def hash_split(id):
+    """80/10/10."""
+    return ("train",) * 8 + ("val", "test"), hash_tenth(id)
+
+
+def _split_of(id, given, known):
+    """The split of a row: the one it states; where no row states any, 80/10/10; where no row says val, the last tenth of train."""
+    if not known:
+        names, tenth = hash_split(id)
+        return names[tenth]
+    return "val" if "val" not in known and given == "train" and hash_tenth(id) == 9 else given
+
+
+def _read_text(path):
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            return f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); expected a UTF-8 text file") from None
+
+
+# ---------------------------------------------------------------- your own data: .jsonl and .csv
+
+def read_jsonl(path, split):
+    """One instance a line: {"id", "images": [...], "captions": [...], "labels": {task: name}, "split", "group"}; paths relative to
+    the file; id, labels, split and group optional."""
+    rows = []
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise DataError(f"{where}: not JSON ({e}); one object per line") from None
+        if not isinstance(row, dict) or not isinstance(row.get("images"), list) or not isinstance(row.get("captions"), list):
+            raise DataError(f'{where}: needs "images" and "captions", each a list')
+        unknown = set(row) - {"id", "images", "captions", "labels", "split", "group"}
+        if unknown:
+            raise DataError(f"{where}: unknown key {sorted(unknown)[0]!r}; known are id, images, captions, labels, split, group")
+        if not isinstance(row.get("labels", {}), dict):
+            raise DataError(f'{where}: "labels" must be an object of task: class')
+        rows.append(dict(where=where, id=str(row.get("id", number)), images=row["images"], captions=row["captions"],
+                         labels=row.get("labels", {}), split=row.get("split"), group=row.get("group")))
+    seen = {}
+    for row in rows:
+        if row["id"] in seen:
+            raise DataError(f"{row['where']}: id {row['id']!r} was already used at {seen[row['id']]}; put all of an instance into one line")
+        seen[row["id"]] = row["where"]
+    return _own_instances(path, rows, split)
+
+
+def read_csv(path, split):
+    """One image-caption pair a row. Columns: image, caption; optional id (rows of one id are one instance; default the image),
+    split; every further column is a task."""
+    reader = csv.reader(io.StringIO(_read_text(path)))
+    header = [c.strip() for c in next(reader, [])]
+    for column in ("image", "caption"):
+        if column not in header:
+            raise DataError(f"{path} line 1: no column {column!r}; the first line must name the columns (it names: {', '.join(header) or 'nothing'})")
+    if len(set(header)) < len(header):
+        raise DataError(f"{path} line 1: a column is named twice ({', '.join(header)})")
+    tasks, rows = [c for c in header if c not in ("image", "caption", "id", "split")], {}
+    for cells in reader:
+        where = f"{path} line {reader.line_num}"
+        if not cells:
+            continue
+        if len(cells) != len(header):
+            raise DataError(f"{where}: {len(cells)} cells under {len(header)} columns; quote a cell that holds a comma")
+        cell = dict(zip(header, cells))
+        id = cell.get("id") or cell["image"]
+        labels, given = {t: cell[t] for t in tasks if cell[t] != ""}, cell.get("split") or None
+        row = rows.setdefault(id, dict(where=where, id=id, images=[], captions=[], labels=labels, split=given, group=None))
+        if row["labels"] != labels or row["split"] != given:
+            raise DataError(f"{where}: another label or split than at {row['where']}, for the same id {id!r}")
+        row["images"] += [cell["image"]] if cell["image"] not in row["images"] else []
+        row["captions"] += [cell["caption"]] if cell["caption"] not in row["captions"] else []
+    return _own_instances(path, list(rows.values()), split)
+
+
+def _own_instances(path, rows, split):
+    known = {row["split"] for row in rows if row["split"]}
+    unsplit = next((row for row in rows if known and not row["split"]), None)
+    if unsplit:
+        raise DataError(f"{unsplit['where']}: no split, while other rows state one; give every row a split, or none (then 80/10/10 by id)")
+    if not rows:
+        raise DataError(f"{path}: no rows")
+    folder, names = os.path.dirname(os.path.abspath(path)), defaultdict(set)
+    for row in rows:
+        row["split"] = _split_of(row["id"], row["split"], known)
+        if not row["images"] or not all(isinstance(x, str) and x for x in row["images"]):
+            raise DataError(f"{row['where']}: no picture; an instance has at least one")
+        if not row["captions"] or not all(isinstance(x, str) and x.strip() for x in row["captions"]):
+            raise DataError(f"{row['where']}: an empty caption; remove it or write one")
+        row["images"] = [os.path.join(folder, x) for x in row["images"]]
+        missing = [x for x in row["images"] if not os.path.isfile(x)]
+        if missing:
+            raise DataError(f"{row['where']}: picture {missing[0]} does not exist (paths are relative to the file)")
+        if row["split"] == "train":
+            for task, name in row["labels"].items():
+                names[task].add(str(name))
+    classes = {task: sorted(found) for task, found in sorted(names.items())}
+    for task in [t for t in classes if len(classes[t]) >= 1000]:
+        note(f"{path}: {task!r} has {len(classes[task])} distinct values, so it is taken as a remark, not as a task")
+        del classes[task]
+    instances = []
+    for row in rows:
+        if row["split"] != split:
+            continue
+        labels = {}
+        for task, name in row["labels"].items():
+            if task in classes and str(name) not in classes[task]:
+                raise DataError(f"{row['where']}: {task} = {name!r} never occurs in the train split; add a training example or correct the label")
+            if task in classes:
+                labels[task] = classes[task].index(str(name))
+        instances.append(Instance(row["id"], row["images"], row["captions"], labels, row["group"]))
+    if not instances:
+        raise DataError(f"{path}: no rows in split {split!r}; it has {', '.join(sorted({row['split'] for row in rows}))}")
+    return instances, classes
+
+
+# ---------------------------------------------------------------- published data sets
+
+def karpathy(root, split, name, folders):
+    """Karpathy's dataset_<name>.json (images[]: filename, split, sentences[].raw, coco also filepath); restval counts as train."""
+    path = os.path.join(root, f"dataset_{name}.json")
+    try:
+        images = json.loads(_read_text(path))["images"]
+        rows = [(x["filename"], x.get("filepath", folders), "train" if x["split"] == "restval" else x["split"],
+                 [s["raw"].strip() for s in x["sentences"]]) for x in images]
+    except (ValueError, KeyError, TypeError) as e:
+        if isinstance(e, DataError):
+            raise
+        raise DataError(f"{path}: not Karpathy's format ({type(e).__name__}: {e})") from None
+    instances = [Instance(os.path.join(folder, file), [os.path.join(root, folder, file)], captions)
+                 for file, folder, where, captions in rows if where == split]
+    if not instances:
+        raise DataError(f"{path}: no images in split {split!r}; it has {', '.join(sorted({r[2] for r in rows}))}")
+    missing = [x for x in instances if not os.path.isfile(x.images[0])]
+    if missing:
+        raise DataError(f"{missing[0].images[0]}: no such picture ({len(missing)} of {len(instances)} of split {split} are missing); put the photos under {root}")
+    empty = next((x for x in instances if not x.captions or not all(x.captions)), None)
+    if empty:
+        raise DataError(f"{path}: {empty.id} has an empty caption; remove it")
+    return instances, {}
+
+
+def text2shape(root, split):
+    """Chen et al. 2018, "Text2Shape", arXiv 1803.08495: chairs and tables of ShapeNet as coloured voxels, about five descriptions each.
+
+    Reads captions.tablechair.csv, <folder>/<modelId>/<modelId>.nrrd, and where present processed_captions_{train,val,test}.p
+    (the published split; else 80/10/10 by a hash of modelId) and views/<modelId>/*.png (used instead of rendering).
+    Relevance: the same shape. Labels: category.
+    """
+    path, voxels = os.path.join(root, "captions.tablechair.csv"), os.path.join(root, VOXEL_FOLDER)
+    reader = csv.DictReader(io.StringIO(_read_text(path)))
+    lacking = {"modelId", "description", "category"} - set(reader.fieldnames or [])
+    if lacking:
+        raise DataError(f"{path} line 1: no column {sorted(lacking)[0]!r}; expected id, modelId, description, category, topLevelSynsetId, subSynsetId")
+    captions, category, empty = defaultdict(list), {}, 0
+    for row in reader:
+        if (row["description"] or "").strip() and row["modelId"]:
+            captions[row["modelId"]].append(row["description"].strip())
+            category[row["modelId"]] = row["category"]
+        else:
+            empty += 1
+    if empty:
+        note(f"{path}: {empty} rows without a description or a model were left out")
+    published = _published_split(root)
+    classes, instances, missing = {"category": sorted(set(category.values()))}, [], 0
+    for model in sorted(captions):
+        if (published.get(model) if published else _split_of(model, None, ())) != split:
+            continue
+        folder, file = os.path.join(root, "views", model), os.path.join(voxels, model, model + ".nrrd")
+        if os.path.isdir(folder) and os.listdir(folder):
+            views = [os.path.join(folder, x) for x in sorted(os.listdir(folder)) if x.endswith(".png")]
+        elif os.path.isfile(file):
+            views = [VoxelView(file, k) for k in range(VIEWS)]
+        else:
+            missing += 1
+            continue
+        instances.append(Instance(model, views, captions[model], {"category": classes["category"].index(category[model])}))
+    if missing:
+        note(f"{root}: {missing} shapes of split {split} have captions but no voxels under {VOXEL_FOLDER}; they were left out")
+    if not instances:
+        raise DataError(f"{root}: no shapes in split {split!r} ({missing} without voxels); expected {VOXEL_FOLDER}/<modelId>/<modelId>.nrrd (--download fetches them)")
+    return instances, classes
+
+
+def _published_split(root):
+    """{modelId: split} from processed_captions_*.p, or {} where there are none."""
+    found = {}
+    for split in ("train", "val", "test"):
+        path = os.path.join(root, f"processed_captions_{split}.p")
+        if os.path.isfile(path):
+            content = read_pickle(path)
+            if not isinstance(content, dict) or "caption_tuples" not in content:
+                raise DataError(f"{path}: no 'caption_tuples'; expected the published pickle of Text2Shape")
+            for entry in content["caption_tuples"]:  # (token ids, category, modelId)
+                found[str(entry[-1])] = split
+    if found and set(found.values()) != {"train", "val", "test"}:
+        raise DataError(f"{root}: processed_captions_*.p only for {', '.join(sorted(set(found.values())))}; put all three there, or none")
+    return found
+
+
+class _Unpickler(pickle.Unpickler):
+    """Admits numpy arrays and plain containers, nothing else: no name outside this table is ever imported or called."""
+    KNOWN = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("collections", "OrderedDict"): OrderedDict,
+             ("collections", "defaultdict"): defaultdict, ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+             ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+             ("numpy._core.multiarray", "scalar"): np.float64(0).__reduce__()[0],
+             **{("builtins", t.__name__): t for t in (list, dict, set, tuple, int, float, str, bytes)}}
+
+    def find_class(self, module, name):
+        module = {"__builtin__": "builtins", "numpy.core.multiarray": "numpy._core.multiarray"}.get(module, module)  # Python 2, older numpy
+        if (module, name) not in self.KNOWN:
+            raise DataError(f"asks for {module}.{name}")
+        return self.KNOWN[module, name]
+
+
+def read_pickle(path):
+    """A pickle of numpy arrays and plain containers (Python 2's too). Raises DataError for anything else; nothing is executed."""
+    try:
+        with open(path, "rb") as f:
+            return _Unpickler(f, encoding="latin1").load()
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
+    except Exception as e:  # a damaged pickle raises nearly any kind
+        raise DataError(f"{path}: refused, not a pickle of arrays and plain containers ({str(e)[:100]}); nothing of it was run") from None
+
+
+TEXT2SHAPE_URL = "http://text2shape.stanford.edu/dataset"
+VOXEL_FOLDER = "nrrd_256_filter_div_32_solid"
+
+
+def download_text2shape(root):
+    """Fetch captions, voxels and the published split into `root`; goes on where it stopped, unpacks through checked paths."""
+    os.makedirs(root, exist_ok=True)
+    captions = os.path.join(root, "captions.tablechair.csv")
+    if not os.path.isfile(captions):
+        os.replace(fetch(f"{TEXT2SHAPE_URL}/captions.tablechair.csv", captions + ".part"), captions)
+    for url, wanted in ((f"{TEXT2SHAPE_URL}/shapenet/{VOXEL_FOLDER}.zip", VOXEL_FOLDER),
+                        (f"{TEXT2SHAPE_URL}/text2shape-data.zip", "processed_captions_test.p")):
+        if os.path.exists(os.path.join(root, wanted)):
+            continue
+        archive = fetch(url, os.path.join(root, url.rsplit("/", 1)[-1] + ".part"))
+        unpack(archive, root)
+        os.unlink(archive)
+
+
+def fetch(url, part):
+    """Download to `part`, continuing a partial file by an HTTP range; the length is verified. Returns `part`. Raises DataError."""
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=60) as source:
+            resumed = source.status == 206
+            have = have if resumed else 0
+            total = have + int(source.headers.get("Content-Length") or 0)
+            with open(part, "ab" if resumed else "wb") as f:
+                for chunk in iter(lambda: source.read(1 << 20), b""):
+                    f.write(chunk)
+                    have += len(chunk)
+                    print(f"\r{url.rsplit('/', 1)[-1]}: {have >> 20} of {total >> 20} MiB", end="", file=sys.stderr)
+        print(file=sys.stderr)
+    except urllib.error.HTTPError as e:
+        if e.code == 416 and have:  # nothing after what we have: it is complete
+            return part
+        raise DataError(f"{url}: the server answers {e.code} {e.reason}; fetch it by hand and see README.md for the layout") from None
+    except OSError as e:
+        raise DataError(f"{url}: could not be fetched ({getattr(e, 'reason', None) or e}); run the command again to go on "
+                        f"where it stopped, or fetch it by hand and see README.md for the layout") from None
+    if total and have != total:
+        raise DataError(f"{url}: the connection broke after {have} of {total} bytes; run the command again to go on")
+    return part
+
+
+def unpack(archive, root):
+    """Unpack voxels and split files of a zip into `root`. Only names of the published layout are written, never outside `root`."""
+    try:
+        with zipfile.ZipFile(archive) as z:
+            for info in z.infolist():
+                parts = info.filename.split("/")
+                if len(parts) >= 3 and parts[-3] == VOXEL_FOLDER and parts[-1] == parts[-2] + ".nrrd":
+                    target = os.path.join(root, VOXEL_FOLDER, parts[-2], parts[-1])
+                elif parts[-1].startswith("processed_captions_") and parts[-1].endswith(".p") and parts[-2:-1] != ["primitives"]:
+                    target = os.path.join(root, parts[-1])
+                else:
+                    continue
+                if ".." in parts or "\\" in info.filename or info.file_size > 1 << 28:
+                    raise DataError(f"{archive}: {info.filename!r} is no name or size of this archive; refused")
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                with z.open(info) as source, open(target + ".part", "wb") as f:
+                    for chunk in iter(lambda: source.read(1 << 20), b""):  # reading to the end verifies the CRC
+                        f.write(chunk)
+                os.replace(target + ".part", target)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+        os.unlink(archive)
+        raise DataError(f"{archive}: damaged ({e}); it was removed, run the command again") from None
+
+
+# ---------------------------------------------------------------- voxels
+
+def read_nrrd(path):
+    """A Text2Shape voxel file: uint8 (n, n, n, 4), axes x, y, z, then RGBA. NRRD: header text, blank line, gzip or raw bytes."""
+    try:
+        with open(path, "rb") as f:
+            raw = f.read()
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
+    header, blank, body = raw[:65536].partition(b"\n\n")
+    if not header.startswith(b"NRRD000") or not blank:
+        raise DataError(f"{path}: not an NRRD file")
+    body = raw[len(header) + 2:]
+    fields = dict(line.split(": ", 1) for line in header.decode("latin1").splitlines() if ": " in line)
+    kind, encoding = fields.get("type", "?"), fields.get("encoding", "?")
+    sizes = fields.get("sizes", "").split()
+    if kind not in ("uint8", "unsigned char", "uchar", "uint8_t"):
+        raise DataError(f"{path}: type {kind}; expected uint8 RGBA voxels")
+    if len(sizes) != 4 or sizes[0] != "4" or not all(s.isdigit() and 1 <= int(s) <= 512 for s in sizes):
+        raise DataError(f"{path}: sizes {' '.join(sizes) or '?'}; expected 4 n n n (channel, x, y, z)")
+    shape = [int(s) for s in sizes]
+    try:
+        if encoding in ("gzip", "gz"):  # never unpack more than the sizes promise
+            body = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(body, math.prod(shape) + 1)
+        elif encoding != "raw":
+            raise DataError(f"{path}: encoding {encoding}; expected gzip or raw")
+    except zlib.error as e:
+        raise DataError(f"{path}: damaged gzip data ({e})") from None
+    if len(body) != math.prod(shape):
+        raise DataError(f"{path}: holds {len(body)} bytes of voxels, its sizes need {math.prod(shape)}; the file is truncated or wrong")
+    return np.frombuffer(body, np.uint8).reshape(shape[::-1]).transpose(2, 1, 0, 3)  # the first axis varies fastest
+
+
+VIEWS, ELEVATION = 12, 30.0  # a turntable: 12 views, every 30 degrees, seen from 30 degrees above
+LIGHT = np.array([-0.45, 0.6, 0.66])  # unit vector towards the light, in the camera's right, up, towards-the-viewer
+
+
+@lru_cache(maxsize=64)
+def _ray_table(grid, size, view):
+    """int32 (size^2, steps): the flat voxel index at each depth step of each pixel's ray, front to back; grid^3 = outside.
+
+    An orthographic view is no more than this table. The window is sqrt(2) of the grid's side wide, so that a turning grid fits.
+    """
+    azimuth, elevation = math.radians(view * 360 / VIEWS), math.radians(ELEVATION)
+    right = np.array([math.cos(azimuth), 0, -math.sin(azimuth)])
+    back = -np.array([math.sin(azimuth) * math.cos(elevation), math.sin(elevation), math.cos(azimuth) * math.cos(elevation)])
+    up = np.cross(right, back)
+    window, steps = math.sqrt(2) * grid, math.ceil(math.sqrt(3) * grid)
+    pixel = ((np.arange(size) + 0.5) / size - 0.5) * window
+    depth = np.arange(steps) - (steps - 1) / 2
+    points = (pixel[None, :, None, None] * right - pixel[:, None, None, None] * up + depth[:, None] * back) + grid / 2  # (row, column, step, xyz)
+    voxel = np.floor(points).astype(np.int64)
+    inside = ((voxel >= 0) & (voxel < grid)).all(-1)
+    flat = (voxel[..., 0] * grid + voxel[..., 1]) * grid + voxel[..., 2]
+    return np.where(inside, flat, grid ** 3).astype(np.int32).reshape(size * size, steps)
+
+
+def render(voxels, view, size):
+    """One view of a voxel grid. voxels: uint8 (n, n, n, 4), x right, y up, z to the viewer at view 0 -> uint8 (size, size, 3).
+
+    Each pixel takes the first voxel of its ray with alpha over 127, shaded by the normal of the depth map; white where none is.
+    """
+    grid = voxels.shape[0]
+    if voxels.shape != (grid, grid, grid, 4):
+        raise DataError(f"a voxel grid of shape {voxels.shape}; expected (n, n, n, 4)")
+    table = _ray_table(grid, size, view)
+    solid = np.append(voxels[..., 3].ravel() > 127, False)  # the last one is "outside"
+    along = solid[table]  # (pixels, steps)
+    first = along.argmax(1)
+    pixels = np.arange(size * size)
+    hit = along[pixels, first]
+    image = np.full((size * size, 3), 255, np.uint8)
+    if hit.any():
+        scale = size / (math.sqrt(2) * grid)  # pixels per voxel, so that the slope is that of the surface at any image size
+        depth = np.where(hit, first, first[hit].max() + 1).astype(np.float32).reshape(size, size)
+        down, across = np.gradient(depth * scale)
+        normal = np.stack([across, -down, np.ones_like(depth)], -1).reshape(-1, 3)[hit]
+        shade = 0.55 + 0.45 * np.clip(normal @ LIGHT.astype(np.float32) / np.linalg.norm(normal, axis=1), 0, 1)
+        colour = voxels[..., :3].reshape(-1, 3)[table[pixels, first][hit]]
+        image[hit] = (colour * shade[:, None]).astype(np.uint8)
+    return image.reshape(size, size, 3)
+
+
+@lru_cache(maxsize=16)
+def _voxels(file):
+    voxels = read_nrrd(file)
+    if len(set(voxels.shape[:3])) != 1:
+        raise DataError(f"{file}: a grid of {voxels.shape[:3]}; expected a cube")
+    return voxels
+
+
+@dataclass(frozen=True)
+class VoxelView:
+    """View number `view` of a voxel file."""
+    file: str
+    view: int
+
+    def __call__(self, size):
+        return Image.fromarray(render(_voxels(self.file), self.view, size))
+
+
+# ---------------------------------------------------------------- primitives, the built-in data set
+
+SHAPES = {"cuboid": ("cuboid", "box", "block"), "ellipsoid": ("ellipsoid", "ball", "egg"), "cylinder": ("cylinder", "drum", "tube"),
+          "cone": ("cone", "funnel"), "pyramid": ("pyramid", "spire"), "torus": ("torus", "ring", "donut")}
+COLOURS = {"red": (214, 36, 36), "orange": (244, 132, 24), "yellow": (240, 218, 48), "green": (44, 150, 52), "teal": (16, 128, 132),
+           "cyan": (72, 208, 232), "blue": (40, 84, 220), "navy": (20, 28, 104), "purple": (124, 40, 168), "pink": (244, 128, 188),
+           "brown": (120, 72, 32), "white": (232, 232, 232), "gray": (132, 132, 132), "black": (26, 26, 26)}
+HEIGHTS = {"short": ("short", "low"), "medium": ("of medium height",), "tall": ("tall", "high")}
+WIDTHS = {"narrow": ("narrow", "slim"), "medium": ("of medium width",), "wide": ("wide", "broad")}
+FRACTIONS, JITTER, COLOUR_JITTER = (0.30, 0.57, 0.86), 0.05, 14  # of the grid's side, +- of it; +- levels of 256
+GRID, SAMPLES, CAPTIONS, PRIMITIVES_SEED = 32, 10, 5, 2018
+TASKS = {"shape": SHAPES, "color": COLOURS, "height": HEIGHTS, "width": WIDTHS}
+
+
+def _configuration(number):
+    """0..755 -> indices of (shape, colour, height, width)."""
+    number, width = divmod(number, 3)
+    number, height = divmod(number, 3)
+    return (*divmod(number, 14), height, width)
+
+
+def _held_out(number):
+    """Two of the six shapes of every colour are never seen in training: 28 of 84 pairs, 252 of 756 configurations."""
+    shape, colour, _, _ = _configuration(number)
+    return shape % 3 == colour % 3
+
+
+@lru_cache(maxsize=16)
+def primitive_voxels(number, sample):
+    """The voxels, uint8 (32, 32, 32, 4), of one sample of a configuration: its size and colour are perturbed."""
+    shape, colour, height, width = _configuration(number)
+    rng = np.random.default_rng([PRIMITIVES_SEED, number, sample])
+    h, w = (GRID / 2 * (FRACTIONS[i] + rng.uniform(-JITTER, JITTER)) for i in (height, width))  # half height, half width
+    axis = np.arange(GRID) - (GRID - 1) / 2
+    x, y, z = np.abs(axis)[:, None, None], axis[None, :, None], np.abs(axis)[None, None, :]
+    r, taper = np.sqrt(x ** 2 + z ** 2), w * np.clip((h - y) / (2 * h), 0, 1)  # taper: half width at height y of what comes to a point
+    solid = [lambda: (x <= w) & (z <= w) & (abs(y) <= h), lambda: (r / w) ** 2 + (y / h) ** 2 <= 1, lambda: (r <= w) & (abs(y) <= h),
+             lambda: (r <= taper) & (abs(y) <= h), lambda: (x <= taper) & (z <= taper) & (abs(y) <= h),
+             lambda: ((r - 0.68 * w) / (0.32 * w)) ** 2 + (y / h) ** 2 <= 1][shape]()
+    voxels = np.zeros((GRID, GRID, GRID, 4), np.uint8)
+    rgb = np.array(list(COLOURS.values())[colour]) + rng.uniform(-COLOUR_JITTER, COLOUR_JITTER, 3)
+    voxels[solid] = (*np.clip(rgb, 0, 255).astype(np.uint8), 255)
+    return voxels
+
+
+def primitive_caption(number, sample, k):
+    """-> (caption k of a sample, its stated attributes: indices of TASKS). Three in ten state all four attributes, four in ten
+    leave one out, three in ten two: sizes are left out more often than shape or colour, as in people's captions."""
+    rng = np.random.default_rng([PRIMITIVES_SEED + 1, number, sample, k])
+    left_out = rng.choice(4, rng.choice(3, p=(0.3, 0.4, 0.3)), replace=False, p=(0.15, 0.15, 0.35, 0.35))
+    values = dict(zip(TASKS, _configuration(number)))
+    word = {}
+    for i, task in enumerate(TASKS):
+        words = list(TASKS[task].values())[values[task]] if task != "color" else (list(COLOURS)[values[task]],)
+        word[task] = "" if i in left_out else words[rng.integers(len(words))]
+    noun = word["shape"] or ("object", "thing", "shape")[rng.integers(3)]
+    before = [word[t] for t in ("height", "width") if word[t] and "medium" not in word[t]]
+    after = [word[t] for t in ("height", "width") if "medium" in word[t]]
+    rng.shuffle(before)
+    template = rng.integers(4)
+    if template == 0:
+        text = " ".join(["a", *before, word["color"], noun, " and ".join(after)])
+    elif template == 1:
+        text = " ".join(["the", noun, "is", " and ".join([w for w in (*before, word["color"], *after) if w])])
+    elif template == 2:
+        text = " ".join([noun, "," if after or before or word["color"] else "", " , ".join([w for w in (word["color"], *after, *before) if w])])
+    else:
+        text = " ".join(["there is a", word["color"], noun, "that is" if before or after else "", " and ".join([*after, *before])])
+    words = text.split()
+    words = ["an" if a == "a" and b[0] in "aeio" else a for a, b in zip(words, [*words[1:], "."])]
+    return " ".join(words), frozenset(set(range(4)) - set(left_out.tolist()))
+
+
+@dataclass(frozen=True)
+class PrimitiveView:
+    """View number `view` of one sample of a configuration."""
+    number: int
+    sample: int
+    view: int
+
+    def __call__(self, size):
+        return Image.fromarray(render(primitive_voxels(self.number, self.sample), self.view, size))
+
+
+def primitives(split):
+    """Text2Shape's primitives, made again from the published recipe: 6 solids x 14 colours x 9 sizes, 10 samples of each.
+
+    train (4,032), val (504), test (504): samples 0-7, 8, 9 of 504 configurations. unseen: sample 9 of the 252 configurations of 28
+    shape-colour pairs that training never shows, searched for among all 756 configurations, so that a model which has learned
+    pairs rather than attributes finds what it knows instead. 12 views, 5 captions. Relevance: the same configuration.
+    """
+    samples = {"train": range(8), "val": (8,), "test": (9,), "unseen": (9,)}
+    if split not in samples:
+        raise DataError(f"primitives has no split {split!r}; it has {', '.join(samples)}")
+    instances = []
+    for number in range(756):
+        if split == "unseen" or not _held_out(number):
+            for s in samples[split]:
+                instances.append(Instance(f"{number:03d}-{s}", [PrimitiveView(number, s, k) for k in range(VIEWS)],
+                                          [primitive_caption(number, s, k)[0] for k in range(CAPTIONS)],
+                                          dict(zip(TASKS, _configuration(number))), f"{number:03d}", split != "unseen" or _held_out(number)))
+    return instances, {task: list(values) for task, values in TASKS.items()}
+
+
+def primitives_oracle(instances):
+    """float32 (captions, instances): how probable each instance is, to an oracle that reads every attribute a caption states.
+
+    A caption that leaves attributes out fits several configurations alike, so even the oracle's first answer is often wrong:
+    its score is the ceiling of every model.
+    """
+    values = np.array([list(x.labels.values()) for x in instances])  # (N, 4)
+    scores = np.zeros((sum(len(x.captions) for x in instances), len(instances)), np.float32)
+    row = 0
+    for x, own in zip(instances, values):
+        number, sample = (int(part) for part in x.id.split("-"))
+        for k in range(len(x.captions)):
+            stated = list(primitive_caption(number, sample, k)[1])
+            fits = (values[:, stated] == own[stated]).all(1)
+            scores[row] = fits / fits.sum()
+            row += 1
+    return torch.from_numpy(scores)
+
+
+# ---------------------------------------------------------------- pictures
+
+def open_image(path):
+    """A picture file as RGB: EXIF rotation applied, 16-bit scaled to 8, transparency over white, an animation's first frame."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey: convert("RGB") alone would clip it to white
+                levels = np.asarray(image).astype(np.float32)
+                image = Image.fromarray((levels / (257 if levels.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such picture") from None
+    except Exception as e:  # Pillow raises many kinds on damaged files, and DecompressionBombError on huge ones
+        what = "is empty" if os.path.isfile(path) and os.path.getsize(path) == 0 else f"is damaged or no picture ({type(e).__name__}: {str(e)[:100]})"
+        raise DataError(f"{path}: {what}; replace it or remove its row") from None
+
+
+def square(image, size):
+    """RGB picture -> uint8 (size, size, 3): bicubic resize of the shorter side, centre crop; the same pixels as torchvision's
+    Resize and CenterCrop, but resizing only what is kept (a 1 x 5,000 picture would otherwise grow to gigabytes)."""
+    if image.size == (size, size):
+        return np.asarray(image)
+    w, h = image.size
+    short = min(w, h)
+    wide, high = (size if side == short else int(size * side / short) for side in (w, h))
+    left, top = round((wide - size) / 2), round((high - size) / 2)
+    box = (left * w / wide, top * h / high, (left + size) * w / wide, (top + size) * h / high)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def pixels(image, size):
+    """A path, or a callable view -> uint8 (size, size, 3)."""
+    return square(image(size).convert("RGB") if callable(image) else open_image(image), size)
+
+
+# ---------------------------------------------------------------- batches
+
+class _Batches(torch.utils.data.Dataset):
+    """Makes batch number `step` from (seed, step) alone, so that workers, resumed runs and several processes agree."""
+
+    def __init__(self, loader):
+        self.l = loader
+
+    def __getitem__(self, step):
+        try:
+            return self.l.make(step)
+        except DataError as e:  # a worker's exception would arrive wrapped in its traceback
+            return e
+
+
+class Loader:
+    """Batches of instances.
+
+    instances: list of Instance. tokenizer, context_length: captions become int32 rows (longer ones are cut, counted and said
+    once). image_size: pictures become (3, image_size, image_size). batch_size: instances per batch over all processes.
+    views, captions: how many of each are drawn per instance, without replacement; None: all of them, in order (evaluation).
+    train: shuffled and without the last incomplete batch. rank, world: this process takes its contiguous part of every batch.
+    cache_bytes: decoded pictures are kept, shared by all workers, where they all fit.
+
+    A batch: images uint8 (B, V, 3, S, S), image_mask bool (B, V), tokens int32 (B, L, context_length), caption_mask bool (B, L),
+    labels {task: int64 (B,)}, index int64 (B,). An instance with fewer views or captions than asked for has its rest masked.
+    """
+
+    def __init__(self, instances, tokenizer, context_length, image_size, batch_size, views=None, captions=None, train=False,
+                 seed=0, workers=0, rank=0, world=1, cache_bytes=2 << 30):
+        n = len(instances)
+        if batch_size % world:
+            raise DataError(f"--batch-size {batch_size} is no multiple of the {world} processes; choose one that is")
+        if train and batch_size > n:
+            raise DataError(f"--batch-size {batch_size} is larger than the data set: {n} training instances; choose {n} or less")
+        self.instances, self.size, self.batch_size, self.views, self.captions = instances, image_size, batch_size, views, captions
+        self.train, self.seed, self.workers, self.rank, self.world = train, seed, workers, rank, world
+        self.tokens, cut = tokenizer.rows([c for x in instances for c in x.captions], context_length)
+        if cut:
+            note(f"{cut} of {len(self.tokens)} captions are longer than {context_length} tokens and were cut")
+        for what, asked, have in (("views", views, [len(x.images) for x in instances]), ("captions", captions, [len(x.captions) for x in instances])):
+            few = sum(h < (asked or 0) for h in have)
+            if few and train:
+                note(f"{few} of {n} instances have fewer than {asked} {what}; all they have is used")
+        self.first_image = np.cumsum([0] + [len(x.images) for x in instances])
+        self.first_caption = np.cumsum([0] + [len(x.captions) for x in instances])
+        self.tasks = sorted({t for x in instances for t in x.labels})
+        self.cached = self.first_image[-1] * image_size ** 2 * 3 <= cache_bytes
+        self.cache = None
+        self._plan = (-1, None)
+        if self.cached:
+            self._make_cache()
+
+    def _make_cache(self):
+        """Anonymous shared memory: forked workers fill it for each other, and its pages cost nothing until written."""
+        total, S = int(self.first_image[-1]), self.size
+        self.cache = np.frombuffer(mmap.mmap(-1, max(1, total * S * S * 3)), np.uint8)[:total * S * S * 3].reshape(total, S, S, 3)
+        self.filled = np.frombuffer(mmap.mmap(-1, max(1, total)), np.uint8)
+
+    def __getstate__(self):  # where workers are spawned, not forked, each has a cache of its own
+        return {k: v for k, v in self.__dict__.items() if k not in ("cache", "filled")} | {"cache": None}
+
+    def __len__(self):
+        """Batches per epoch."""
+        n = len(self.instances)
+        return n // self.batch_size if self.train else -(-n // self.batch_size)
+
+    def _pixels(self, instance, k):
+        at = self.first_image[instance] + k
+        if self.cached and self.cache is None:
+            self._make_cache()
+        if self.cached and self.filled[at]:
+            return self.cache[at]
+        image = pixels(self.instances[instance].images[k], self.size)
+        if self.cached:
+            self.cache[at] = image
+            self.filled[at] = 1  # after the pixels, so that no other worker sees half a picture
+        return image
+
+    def make(self, step):
+        """The batch of global step `step` (epoch = step // len(self)), this process's part."""
+        epoch, at = divmod(step, len(self))
+        if self._plan[0] != epoch:
+            n = len(self.instances)
+            self._plan = (epoch, np.random.default_rng([self.seed, epoch]).permutation(n) if self.train else np.arange(n))
+        share = self.batch_size // self.world
+        begin = at * self.batch_size + self.rank * share
+        chosen = self._plan[1][begin:min(begin + share, (at + 1) * self.batch_size)]
+        views, captions = [], []
+        for i in chosen:
+            rng, x = np.random.default_rng([self.seed, epoch, i]), self.instances[i]
+            views.append(rng.permutation(len(x.images))[:self.views] if self.views else np.arange(len(x.images)))
+            captions.append(rng.permutation(len(x.captions))[:self.captions] if self.captions else np.arange(len(x.captions)))
+        V = self.views or max(map(len, views), default=1)
+        L = self.captions or max(map(len, captions), default=1)
+        images = np.zeros((len(chosen), V, self.size, self.size, 3), np.uint8)
+        tokens = torch.zeros(len(chosen), L, self.tokens.shape[1], dtype=torch.int32)
+        image_mask, caption_mask = torch.zeros(len(chosen), V, dtype=torch.bool), torch.zeros(len(chosen), L, dtype=torch.bool)
+        for b, i in enumerate(chosen):
+            for v, k in enumerate(views[b]):
+                images[b, v] = self._pixels(i, k)
+            tokens[b, :len(captions[b])] = self.tokens[self.first_caption[i] + captions[b]]
+            image_mask[b, :len(views[b])], caption_mask[b, :len(captions[b])] = True, True
+        return {"images": torch.from_numpy(images).permute(0, 1, 4, 2, 3), "image_mask": image_mask, "tokens": tokens, "caption_mask": caption_mask,
+                "labels": {t: torch.tensor([self.instances[i].labels.get(t, -1) for i in chosen]) for t in self.tasks},
+                "index": torch.from_numpy(np.asarray(chosen, dtype=np.int64))}
+
+    def batches(self, start=0, stop=None):
+        """Yield the batches of steps start..stop-1, running on through epochs; stop None: the end of the first epoch."""
+        steps = range(start, len(self) if stop is None else stop)
+        context = "fork" if self.workers and sys.platform == "linux" else None  # shares the cache
+        for batch in torch.utils.data.DataLoader(_Batches(self), sampler=steps, batch_size=None, num_workers=min(self.workers, len(steps)),
+                                                 multiprocessing_context=context if steps else None, pin_memory=torch.cuda.is_available()):
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+def to_device(batch, device):
+    """The batch on a device, pixels as normalised float32: bytes travel (a quarter of the size), arithmetic is done there."""
+    moved = {k: v if k == "labels" else v.to(device, non_blocking=True) for k, v in batch.items()}
+    moved["labels"] = {t: v.to(device, non_blocking=True) for t, v in batch["labels"].items()}
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) * 255 for x in (IMAGE_MEAN, IMAGE_STD))
+    moved["images"] = (moved["images"].float() - mean) / std
+    return moved
+
+
+DATA_SETS = {
+    "primitives": None,
+    "text2shape": text2shape,
+    "flickr30k": lambda root, split: karpathy(root, split, "flickr30k", "flickr30k-images"),
+    "flickr8k": lambda root, split: karpathy(root, split, "flickr8k", "Images"),
+    "coco": lambda root, split: karpathy(root, split, "coco", ""),
+}

@@ -1,0 +1,480 @@
+"""Evaluation: metrics, the evaluation command, galleries; and what every script shares around its training loop.
+
+    python eval.py --checkpoint runs/mxm-primitives/best.pt                        # one table, and metrics.json beside the checkpoint
+    python eval.py --checkpoint runs/mxm-primitives/best.pt --split unseen --gallery out.png
+    python eval.py --checkpoint runs/mxm-primitives/best.pt --query "a tall red cone"
+
+Knows nothing of how a model was trained: the checkpoint names its script, whose `restore` rebuilds the model.
+"""
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import os
+import signal
+import sys
+import textwrap
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import clip
+import data
+
+METHODS = ("train_clip4cmr", "train_user", "train_mxm", "train_adapter", "train_cmaclip")
+TIE = 1e-6  # scores closer than this are equal: rounding differs between rows of one matrix product
+BLOCK = 1 << 24  # scores held at a time
+
+
+# ---------------------------------------------------------------- metrics
+
+def positions(scores, relevant, k=None):
+    """Where the relevant items of each query stand in its ranking, at worst.
+
+    scores: float (Q, G). relevant: bool (Q, G), at least one per query. Returns float64 (Q, K): the 1-based position of each
+    query's best, second best, ... relevant item, inf where it has fewer; K = min(k, the most that any query has); k None: all.
+    A position counts every non-relevant item that scores higher *or equal*, so a constant score earns nothing. Raises
+    ValueError for a NaN score or a query without a relevant item.
+    """
+    if torch.isnan(scores).any():
+        raise ValueError("NaN in the scores; a model that gives NaN cannot be ranked")
+    count = relevant.sum(1)
+    if len(count) and count.min() == 0:
+        raise ValueError(f"query {int(count.argmin())} of the block has no relevant item in the gallery")
+    most = int(count.max()) if len(count) else 0
+    K = most if k is None else min(k, most)
+    out = torch.full((len(scores), K), math.inf, dtype=torch.float64)
+    if K <= 16:  # few: count what beats each of them
+        best = scores.masked_fill(~relevant, -math.inf).topk(K, dim=1).values
+        others = scores.masked_fill(relevant, -math.inf)
+        for j in range(K):
+            place = (j + 1 + (others >= best[:, j:j + 1] - TIE).sum(1)).double()
+            out[:, j] = place.masked_fill(count <= j, math.inf).cpu()
+        return out
+    for row, (s, r) in enumerate(zip(scores.cpu().numpy(), relevant.cpu().numpy())):  # many: sort once, look each up
+        best, others = np.sort(s[r])[::-1][:K], np.sort(s[~r])
+        beaten_by = len(others) - np.searchsorted(others, best - np.float32(TIE), side="left")
+        out[row, :len(best)] = torch.from_numpy(np.arange(1, len(best) + 1) + beaten_by)
+    return out
+
+
+def ranking_metrics(scores, query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
+    """Retrieval metrics, averaged over queries. An item is relevant to a query of the same group.
+
+    scores: function (begin, end) -> float (end - begin, G), the scores of these queries; or a tensor (Q, G).
+    query_group (Q,), gallery_group (G,): integer tensors. Scores are asked for in blocks, so memory grows with the block.
+    Returns a dict, with percentages in 0..100:
+      R@k     queries with a relevant item among the first k (Text2Shape's RR@k)
+      P@k     relevant items among the first k, divided by k
+      NDCG@k  sum over relevant positions p <= k of 1 / log2(p + 1), divided by its value were min(k, relevant) items ranked first
+      MRR     mean of 1 / position of the first relevant item
+      MedR, MeanR  median and mean position of the first relevant item (positions, not percentages)
+      mAP     mean over queries of the mean over relevant items of (how many relevant up to it) / (its position), if asked for
+    Raises ValueError for NaN scores and for a query without a relevant item.
+    """
+    if isinstance(scores, torch.Tensor):
+        scores, matrix = (lambda begin, end: matrix[begin:end]), scores
+    query_group, gallery_group = torch.as_tensor(query_group), torch.as_tensor(gallery_group)
+    step, found = max(1, BLOCK // max(1, len(gallery_group))), []
+    total = torch.bincount(gallery_group, minlength=int(query_group.max()) + 1)[query_group]
+    discount = 1 / torch.log2(torch.arange(2, max(ks) + 2, dtype=torch.float64))
+    sums = {name: 0.0 for name in [f"{m}@{k}" for m in ("R", "P", "NDCG") for k in ks] + ["MRR"] + ["mAP"] * average_precision}
+    for begin in range(0, len(query_group), step):
+        block = scores(begin, begin + step)
+        relevant = (query_group[begin:begin + step, None] == gallery_group[None, :]).to(block.device)
+        place = positions(block, relevant, None if average_precision else max(ks))  # (b, K)
+        count = total[begin:begin + step]
+        found.append(place[:, 0])
+        for k in ks:
+            inside = place <= k
+            ideal = discount[:k].cumsum(0)[count.clamp(max=k) - 1]
+            gain = torch.where(inside, 1 / torch.log2(place + 1), 0.0).sum(1)
+            sums[f"R@{k}"] += inside[:, 0].sum().item()
+            sums[f"P@{k}"] += inside.sum().item() / k
+            sums[f"NDCG@{k}"] += (gain / ideal).sum().item()
+        sums["MRR"] += (1 / place[:, 0]).sum().item()
+        if average_precision:
+            sums["mAP"] += ((torch.arange(1, place.shape[1] + 1) / place).sum(1) / count).sum().item()
+    first = torch.cat(found)
+    out = {name: 100 * value / len(query_group) for name, value in sums.items()}
+    return out | {"MedR": float(np.median(first.numpy())), "MeanR": first.mean().item()}
+
+
+def retrieval_metrics(images, texts, image_group, text_group, image_query=slice(None), text_query=slice(None)):
+    """Both directions from unit-norm features. images (N, D), texts (C, D); groups: integer tensors (N,), (C,); queries: which rows
+    are asked about (bool (N,), (C,); default all), while all rows are searched.
+
+    Returns {"text_to_image": {...}, "image_to_text": {...}, "rSum": sum of R@1, 5, 10 both ways (0..600)}. Image-to-text: the
+    rank of the best relevant caption.
+    """
+    asked_images, asked_texts = images[image_query].float(), texts[text_query].float()
+    text_to_image = ranking_metrics(lambda b, e: asked_texts[b:e] @ images.float().t(), text_group[text_query], image_group)
+    image_to_text = ranking_metrics(lambda b, e: asked_images[b:e] @ texts.float().t(), image_group[image_query], text_group)
+    return {"text_to_image": text_to_image, "image_to_text": image_to_text,
+            "rSum": sum(d[f"R@{k}"] for d in (text_to_image, image_to_text) for k in (1, 5, 10))}
+
+
+def search(queries, gallery, k):
+    """The k best gallery rows for each query by dot product, streamed. queries (Q, D); gallery (G, D), or an iterable of (n, D)
+    parts. Returns (scores (Q, k), index (Q, k)), best first; ties go to the smaller index. Raises ValueError for NaN."""
+    step = max(k, BLOCK // max(1, len(queries)))
+    parts = gallery.split(step) if isinstance(gallery, torch.Tensor) else gallery
+    best = torch.empty(len(queries), 0, device=queries.device)
+    index, offset = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device), 0
+    for part in parts:
+        scores = queries.float() @ part.to(queries.device).float().t()
+        if torch.isnan(scores).any():
+            raise ValueError("NaN in the scores; a model that gives NaN cannot be searched")
+        s, i = scores.topk(min(k, scores.shape[1]), dim=1)
+        best, index, offset = torch.cat([best, s], 1), torch.cat([index, i + offset], 1), offset + len(part)
+        order = best.argsort(dim=1, descending=True, stable=True)[:, :k]  # stable: earlier parts first
+        best, index = best.gather(1, order), index.gather(1, order)
+    return best, index
+
+
+# ---------------------------------------------------------------- a model on a data set
+
+@torch.no_grad()
+def embed(model, instances, tokenizer, amp="auto", workers=0, loader=None):
+    """Unit-norm features, float32, on the model's device: images (N, D), the renormalised mean over an instance's views, and
+    texts (C, D), all captions in order. loader: an `evaluation_loader` kept from an earlier call."""
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    loader = loader or evaluation_loader(model, instances, tokenizer, workers)
+    images = []
+    for batch in loader.batches():
+        batch = data.to_device(batch, device)
+        mask = batch["image_mask"]  # (B, V)
+        with clip.autocast(amp, model):
+            views = model.encode_image(batch["images"][mask])
+        owner = torch.arange(len(mask), device=device).repeat_interleave(mask.sum(1))
+        views = F.normalize(views.float(), dim=-1)
+        images.append(F.normalize(views.new_zeros(len(mask), views.shape[1]).index_add(0, owner, views), dim=-1))
+    texts = []
+    for tokens in loader.tokens.split(256):
+        with clip.autocast(amp, model):
+            texts.append(F.normalize(model.encode_text(tokens.to(device)).float(), dim=-1))
+    model.train(was_training)
+    return torch.cat(images), torch.cat(texts)
+
+
+def evaluation_loader(model, instances, tokenizer, workers=0):
+    """All views and captions in order; a batch holds about 256 pictures."""
+    most = max(len(x.images) for x in instances)
+    return data.Loader(instances, tokenizer, model.config.context_length, model.config.image_resolution, max(1, 256 // most), workers=workers)
+
+
+def layout(instances):
+    """What evaluation needs to know beside features: dict(image_group (N,), text_group (C,), image_query (N,), text_query (C,))."""
+    numbers = {}
+    group = torch.tensor([numbers.setdefault(x.group, len(numbers)) for x in instances])
+    query = torch.tensor([x.query for x in instances])
+    owner = caption_owner(instances)
+    return dict(image_group=group, text_group=group[owner], image_query=query, text_query=query[owner])
+
+
+def caption_owner(instances):
+    """(C,): the instance of each caption."""
+    return torch.arange(len(instances)).repeat_interleave(torch.tensor([len(x.captions) for x in instances]))
+
+
+def evaluate(model, instances, tokenizer, amp="auto", workers=0, loader=None):
+    """Retrieval metrics of a model on instances, both ways."""
+    images, texts = embed(model, instances, tokenizer, amp, workers, loader)
+    return retrieval_metrics(images.cpu(), texts.cpu(), **layout(instances))
+
+
+def bounds(name, instances, draws=5, seed=0):
+    """{"chance": metrics} of a random ranking, and for primitives also "ceiling": an oracle that reads every attribute a caption
+    states and guesses among the instances that fit. Means over `draws` random orders of what scores alike."""
+    scores = {"chance": torch.zeros(len(caption_owner(instances)), len(instances))}
+    if name == "primitives":
+        scores["ceiling"] = data.primitives_oracle(instances)
+    out, at, generator = {}, layout(instances), torch.Generator().manual_seed(seed)
+    for row, matrix in scores.items():
+        runs = []
+        for _ in range(draws):
+            noisy = matrix + 1e-3 * torch.rand(matrix.shape, generator=generator)  # far above TIE, below any real difference
+            runs.append({"text_to_image": ranking_metrics(noisy[at["text_query"]], at["text_group"][at["text_query"]], at["image_group"]),
+                         "image_to_text": ranking_metrics(noisy.t()[at["image_query"]], at["image_group"][at["image_query"]], at["text_group"])})
+        out[row] = {d: {m: float(np.mean([r[d][m] for r in runs])) for m in runs[0][d]} for d in runs[0]}
+    return out
+
+
+def table(results, shapes=False):
+    """Text of a table. results: {row name: {"text_to_image": metrics, "image_to_text": metrics}}; shapes: Text2Shape's columns."""
+    columns = ("R@1", "R@5", "NDCG@5", "MRR", "MedR") if shapes else ("R@1", "R@5", "R@10", "MRR", "MedR")
+    thing = "shape" if shapes else "image"
+    heads = [("R" if shapes and c[:2] == "R@" else "") + c for c in columns]
+    width = max(map(len, results))
+    lines = [f"{'':{width}}   {f'text-to-{thing}':^{7 * len(columns)}}   {f'{thing}-to-text':^{7 * len(columns)}}",
+             " " * width + "   " + "   ".join(["".join(f"{h:>7}" for h in heads)] * 2)]
+    for name, row in results.items():
+        cells = ["".join(f"{row[d][c]:7.1f}" for c in columns) for d in ("text_to_image", "image_to_text")]
+        lines.append(f"{name:{width}}   " + "   ".join(cells))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- pictures
+
+GREEN, RED, CELL = (30, 150, 60), (200, 40, 40), 128
+
+
+def gallery_picture(path, rows):
+    """Write a picture of queries and their results. rows: list of (query, [(result, right), ...]); a query or a result is a string
+    or an RGB array (CELL, CELL, 3); right: bool, or None where nothing is known. Right results are framed green, wrong ones red."""
+    from PIL import Image, ImageDraw, ImageFont
+    font, pad = ImageFont.load_default(13), 8
+    cell = CELL + 2 * pad
+    canvas = Image.new("RGB", (cell * (1 + max(len(r) for _, r in rows)) + pad, (cell + pad) * len(rows) + pad), "white")
+    draw = ImageDraw.Draw(canvas)
+
+    def put(item, x, y):
+        if not isinstance(item, str):
+            return canvas.paste(Image.fromarray(item), (x, y))
+        lines = textwrap.wrap(item, 20)
+        draw.multiline_text((x + 2, y + 2), "\n".join(lines[:7]) + (" ..." if len(lines) > 7 else ""), fill="black", font=font, spacing=3)
+
+    for i, (query, results) in enumerate(rows):
+        y = pad + i * (cell + pad)
+        put(query, pad, y + pad)
+        for j, (result, right) in enumerate(results):
+            x = (j + 1) * cell + pad
+            colour = (160, 160, 160) if right is None else GREEN if right else RED
+            draw.rectangle((x, y + 2, x + cell - 5, y + cell - 2), outline=colour, width=4)
+            put(result, x + pad - 2, y + pad)
+    clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
+
+
+def draw_gallery(path, instances, images, texts, seed=0, rows=6, top=5):
+    """A gallery of random queries of a split: `rows` text-to-image, then `rows` image-to-text."""
+    rng, at, owner = np.random.default_rng(seed), layout(instances), caption_owner(instances)
+    captions, out = [c for x in instances for c in x.captions], []
+    picture = lambda i: data.pixels(instances[i].images[0], CELL)
+    draw = lambda asked: rng.permutation(asked.nonzero().flatten().numpy())[:rows].tolist()
+    for c in draw(at["text_query"]):
+        _, found = search(texts[c:c + 1], images, top)
+        out.append((captions[c], [(picture(i), bool(at["image_group"][i] == at["text_group"][c])) for i in found[0].tolist()]))
+    for i in draw(at["image_query"]):
+        _, found = search(images[i:i + 1], texts, top)
+        out.append((picture(i), [(captions[c], bool(at["text_group"][c] == at["image_group"][i])) for c in found[0].tolist()]))
+    gallery_picture(path, out)
+
+
+# ---------------------------------------------------------------- around a training loop
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def whole(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 0 or more")
+    return value
+
+
+def not_negative(text):
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
+    return value
+
+
+def positive(text):
+    value = not_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("0 is not a positive number")
+    return value
+
+
+def share(text):
+    value = not_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to 1")
+    return value
+
+
+def common_arguments(description, **defaults):
+    """A parser with the arguments that every script has, with the same names and meanings; a script adds its own."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", default="primitives", help="a data set's name, or a .jsonl or .csv file of your own")
+    p.add_argument("--root", help="folder of the data set (default data/<name>)")
+    p.add_argument("--download", action="store_true", help="fetch the data set where that is possible (text2shape)")
+    p.add_argument("--clip", default="tiny", help="tiny, small: from scratch; a published name, a file or a folder: pretrained weights")
+    p.add_argument("--image-size", type=positive_int, help="another input size than the model's own")
+    p.add_argument("--vocab-size", type=positive_int, default=1024, help="symbols of the vocabulary learned for a model from scratch")
+    p.add_argument("--epochs", type=positive_int, help="passes over the training instances")
+    p.add_argument("--batch-size", type=positive_int, help="instances per step, over all processes")
+    p.add_argument("--lr", type=positive, help="peak learning rate")
+    p.add_argument("--weight-decay", type=not_negative)
+    p.add_argument("--seed", type=whole, default=0)
+    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    p.add_argument("--workers", type=whole, default=1, help="processes that prepare batches")
+    p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16 autocast in the encoders")
+    p.add_argument("--compile", action="store_true", help="torch.compile the encoders' blocks")
+    p.add_argument("--resume", action="store_true", help="go on from <out>/last.pt")
+    p.add_argument("--out", help="folder of the run (default runs/<method>-<data>)")
+    p.set_defaults(**defaults)
+    return p
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turn bad input into one line on stderr and exit code 2; a bug keeps its traceback."""
+    try:
+        yield
+    except (clip.CheckpointError, data.DataError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = 2
+    else:
+        return
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+class Progress:
+    """A live line on a terminal; elsewhere a plain line every `every` seconds."""
+
+    def __init__(self, total, start=0, every=20.0, quiet=False):
+        self.total, self.start, self.every, self.quiet = total, start, every, quiet
+        self.began = self.last = time.time()
+        self.live, self.samples = sys.stderr.isatty(), 0
+
+    def step(self, step, samples, **values):
+        now, self.samples = time.time(), self.samples + samples
+        if self.quiet or (now - self.last < (0.2 if self.live else self.every) and step < self.total):
+            return
+        self.last, spent = now, now - self.began
+        left = spent / max(1, step - self.start) * (self.total - step)
+        text = (f"step {step}/{self.total}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+                + f"  {self.samples / max(spent, 1e-9):,.0f} samples/s  {int(left) // 60}:{int(left) % 60:02d} left")
+        print(f"\r\033[K{text}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
+
+    def line(self, text):
+        """A line that stays."""
+        if not self.quiet:
+            print(("\r\033[K" if self.live else "") + text, file=sys.stderr, flush=True)
+
+
+class StopSignal:
+    """Notes Ctrl-C and SIGTERM, so that the loop can finish its step and save; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def open_run(out, settings, resume):
+    """Prepare the folder of a run and write config.json. Returns the checkpoint to resume from, or None.
+
+    resume: read <out>/last.pt and refuse other settings than it was made with. Otherwise an earlier run in the folder is moved
+    aside (<out>.1, .2, ...), so that nothing saved is lost. Raises CheckpointError.
+    """
+    last, free = os.path.join(out, "last.pt"), ("resume", "out", "workers", "device", "download", "root")
+    checkpoint = None
+    if resume:
+        if not os.path.exists(last):
+            raise clip.CheckpointError(f"--resume: there is no {last}; give --out the run's folder, or start without --resume")
+        checkpoint = clip.load_checkpoint(last)
+        for name, now in settings.items():
+            before = checkpoint["settings"].get(name)
+            if name not in free and before != now:
+                raise clip.CheckpointError(f"--resume: --{name.replace('_', '-')} was {before} in {last} and is {now} now; "
+                                           f"repeat the old value, or start a new run in another --out")
+    elif os.path.exists(last):
+        number = next(n for n in range(1, 1 << 30) if not os.path.exists(f"{out}.{n}"))
+        os.rename(out, f"{out}.{number}")
+        data.note(f"an earlier run was moved to {out}.{number} (--resume would have continued it)")
+    clip.write_file(os.path.join(out, "config.json"), lambda f: f.write(json.dumps(settings, indent=1).encode()))
+    log = os.path.join(out, "log.jsonl")
+    if resume and os.path.exists(log):  # forget what was logged after the checkpoint: it will be logged again
+        with open(log) as f:
+            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= checkpoint["step"]]
+        clip.write_file(log, lambda f: f.write("".join(kept).encode()))
+    return checkpoint
+
+
+def log_line(out, **values):
+    """Append one object to <out>/log.jsonl."""
+    with open(os.path.join(out, "log.jsonl"), "a") as f:
+        f.write(json.dumps(values) + "\n")
+
+
+def write_json(path, value):
+    clip.write_file(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+# ---------------------------------------------------------------- the command
+
+def restore(path, device=None):
+    """-> (model, tokenizer, checkpoint) of a checkpoint file. The script it names rebuilds the model; no other module is imported."""
+    checkpoint = clip.load_checkpoint(path)
+    if checkpoint.get("method") not in METHODS:
+        raise clip.CheckpointError(f"{path}: made by {checkpoint.get('method')!r}, which is none of {', '.join(METHODS)}")
+    model = importlib.import_module(checkpoint["method"]).restore(checkpoint, path)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return model, model.tokenizer or clip.default_tokenizer(), checkpoint
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--checkpoint", required=True, help="best.pt or last.pt of a run")
+    p.add_argument("--data", help="default: the data the model was trained on")
+    p.add_argument("--root", help="folder of the data set")
+    p.add_argument("--split", default="test")
+    p.add_argument("--gallery", metavar="PNG", help="write a picture of queries and their top results")
+    p.add_argument("--query", help="search the split's images with your own words")
+    p.add_argument("--top", type=positive_int, default=5, help="results of --query")
+    p.add_argument("--device")
+    p.add_argument("--workers", type=whole, default=0)
+    p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto")
+    p.add_argument("--out", help="folder for metrics.json (default: the checkpoint's)")
+    args = p.parse_args(argv)
+
+    model, tokenizer, checkpoint = restore(args.checkpoint, args.device)
+    settings = checkpoint["settings"]
+    name = args.data or settings["data"]
+    root = args.root or (settings["root"] if name == settings["data"] else None)
+    instances, _ = data.load(name, root, args.split)
+    images, texts = embed(model, instances, tokenizer, args.amp, args.workers)
+    if args.query is not None:
+        words = tokenizer([args.query], model.config.context_length, truncate=True).to(images.device)
+        with torch.no_grad():
+            query = F.normalize(model.encode_text(words).float(), dim=-1)
+        scores, found = search(query, images, min(args.top, len(instances)))
+        for s, i in zip(scores[0].tolist(), found[0].tolist()):
+            print(f"{s:6.3f}  {instances[i].id}  {instances[i].captions[0]}")
+        if args.gallery:
+            gallery_picture(args.gallery, [(args.query, [(data.pixels(instances[i].images[0], CELL), None) for i in found[0].tolist()])])
+        return
+    metrics = retrieval_metrics(images.cpu(), texts.cpu(), **layout(instances))
+    limits = bounds(name, instances)
+    print(table({f"{name} {args.split}": metrics, **limits}, shapes=name in ("primitives", "text2shape")))
+    path = os.path.join(args.out or os.path.dirname(args.checkpoint) or ".", "metrics.json")
+    kept = {}
+    if os.path.exists(path):
+        with contextlib.suppress(ValueError), open(path) as f:
+            kept = json.load(f)
+    write_json(path, kept | {args.split if name == settings["data"] else f"{name} {args.split}": metrics | limits})
+    print(f"written to {path}")
+    if args.gallery:
+        draw_gallery(args.gallery, instances, images, texts)
+        print(f"written to {args.gallery}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
