@@ -50,14 +50,14 @@ def randomise(model, seed=0):
             elif key == "logit_scale":
                 value.fill_(3.1)
             elif value.ndim < 2:
-                norm = key.endswith("weight")
-                value.normal_(1.0 if norm else 0.0, 0.2, generator=g)
+                last = key.endswith(("ln_post.bias", "ln_final.bias", "post_layernorm.bias", "final_layer_norm.bias"))
+                value.normal_(1.0 if key.endswith("weight") else 0.2 if last else 0.0, 0.2, generator=g)
             elif value.ndim == 4 and "conv1" not in key:
                 value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=g)
             else:
                 value.normal_(0, 0.5 * value.shape[-1] ** -0.5, generator=g)
-                if key.endswith(("visual.proj", "projection", "projection.weight", "attnpool.c_proj.weight")):
-                    value.add_(0.1)  # features share a direction: a cosine near 0 is all cancellation, and compares nothing
+                if key.endswith(("visual.proj", "projection", "projection.weight")):
+                    value.add_(8 / max(value.shape))  # features share a direction: a cosine near 0 is all cancellation, and compares nothing
     return model.eval()
 
 
@@ -89,14 +89,18 @@ def outputs(model, image, text):
 
 
 def open_clip_twin(model):
+    """open_clip's model of the same architecture, its weights not yet set."""
     open_clip = pytest.importorskip("open_clip")
     c = model.config
-    heads = {"head_width": c.vision_width * (1 if c.vision_patch_size else 32) // c.vision_heads}
-    vision = dict(layers=c.vision_layers if c.vision_patch_size else list(c.vision_layers), width=c.vision_width,
-                  patch_size=c.vision_patch_size, image_size=c.image_resolution, **heads)
+    vision = dict(layers=c.vision_layers if c.vision_patch_size else list(c.vision_layers), width=c.vision_width, patch_size=c.vision_patch_size,
+                  image_size=c.image_resolution, head_width=c.vision_width * (1 if c.vision_patch_size else 32) // c.vision_heads)
     text = dict(context_length=c.context_length, vocab_size=c.vocab_size, width=c.transformer_width, heads=c.transformer_heads,
                 layers=c.transformer_layers)
-    return open_clip.model.CLIP(c.embed_dim, vision, text, quick_gelu=c.quick_gelu).eval()
+    with torch.device("meta"):  # no time spent on weights that are replaced
+        twin = open_clip.model.CLIP(c.embed_dim, vision, text, quick_gelu=c.quick_gelu).eval()
+    twin.to_empty(device="cpu")
+    twin.attn_mask.copy_(torch.full(twin.attn_mask.shape, -torch.inf).triu(1))
+    return twin
 
 
 def open_clip_outputs(twin, image, text):
@@ -105,17 +109,39 @@ def open_clip_outputs(twin, image, text):
         return i, t, twin.logit_scale.exp() * F.normalize(i, dim=-1) @ F.normalize(t, dim=-1).t()
 
 
-def hugging_face(config, act="quick_gelu", seed=0):
+def hugging_face(model):
+    """transformers' model with the same weights, set by names written down here, independently of clip.py's."""
     transformers = pytest.importorskip("transformers")
-    c = config
-    model = transformers.CLIPModel(transformers.CLIPConfig(
+    c, act = model.config, "quick_gelu" if model.config.quick_gelu else "gelu"
+    config = transformers.CLIPConfig(
         text_config=dict(hidden_size=c.transformer_width, num_attention_heads=c.transformer_heads, hidden_act=act, vocab_size=c.vocab_size,
                          num_hidden_layers=c.transformer_layers, intermediate_size=4 * c.transformer_width,
                          max_position_embeddings=c.context_length, bos_token_id=c.vocab_size - 2, eos_token_id=c.vocab_size - 1),
         vision_config=dict(hidden_size=c.vision_width, num_attention_heads=c.vision_heads, hidden_act=act, num_hidden_layers=c.vision_layers,
                            intermediate_size=4 * c.vision_width, image_size=c.image_resolution, patch_size=c.vision_patch_size),
-        projection_dim=c.embed_dim))
-    return randomise(model, seed)
+        projection_dim=c.embed_dim)
+    with torch.device("meta"):
+        twin = transformers.CLIPModel(config).eval()
+    state, ours = {}, model.state_dict()
+    for theirs, value in twin.state_dict().items():
+        key = theirs
+        for old, new in (("text_model.", ""), ("vision_model.", "visual."), ("encoder.layers.", "transformer.resblocks."), ("embeddings.", ""),
+                         ("final_layer_norm", "ln_final"), ("layer_norm", "ln_"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
+                         ("self_attn.", "attn."), ("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post"), ("patch_embedding", "conv1"),
+                         ("position_embedding.weight", "positional_embedding"), ("visual_projection.weight", "visual.proj"),
+                         ("text_projection.weight", "text_projection")):
+            key = key.replace(old, new)
+        part = next((x for x in "qkv" if f".{x}_proj." in key), None)
+        if part:
+            state[theirs] = ours[key.replace(f"{part}_proj.", "in_proj_")].chunk(3)["qkv".index(part)].clone()
+        else:
+            state[theirs] = ours[key].t().contiguous() if key.endswith(("visual.proj", "text_projection")) else ours[key]
+        assert state[theirs].shape == value.shape
+    twin.load_state_dict(state, assign=True)
+    for module in twin.modules():
+        if hasattr(module, "position_ids"):
+            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
+    return twin
 
 
 def same_as_hugging_face(ours, theirs, image, text):
@@ -142,6 +168,19 @@ def vit():
 @pytest.fixture(scope="module")
 def resnet():
     return make(SMALL_RN, seed=2)
+
+
+@pytest.fixture(scope="module")
+def big():
+    """Published architectures by name, made once."""
+    models = {}
+
+    def get(name):
+        if name not in models:
+            models[name] = make(clip.MODELS[name][0])
+        return models[name]
+
+    return get
 
 
 @pytest.fixture(scope="module")
@@ -185,31 +224,27 @@ def nasty(n, seed=0):
 # ---------------------------------------------------------------- the model
 
 @pytest.mark.parametrize("name", ["ViT-B/32", "ViT-B/16", "RN50", "small ViT", "small ResNet", "small GELU ViT"])
-def test_equals_open_clip(name, tmp_path):
-    """Same weights, through the file that `save` writes: image features, text features and logits to 1e-5."""
-    open_clip = pytest.importorskip("open_clip")
+@pytest.mark.parametrize("peer", ["open_clip", "transformers"])
+def test_equals_peers(peer, name, big, tmp_path):
+    """Same weights: image features, text features and logits to 1e-5, relative to the largest."""
     small = {"small ViT": SMALL_VIT, "small ResNet": SMALL_RN, "small GELU ViT": replace(SMALL_VIT, quick_gelu=False)}
-    config = small[name] if name in small else clip.MODELS[name][0]
-    model, path = make(config), str(tmp_path / "weights.pt")
+    if peer == "transformers" and not name.count("ViT"):
+        pytest.skip("transformers has no CLIP with a ResNet")
+    model = make(small[name]) if name in small else big(name)
+    image, text = a_batch(model.config, images=3 if name in small else 1)
+    if peer == "transformers":
+        twin = hugging_face(model)
+        state_equal(clip._from_hugging_face(twin.state_dict()), model.state_dict())
+        same_as_hugging_face(model, twin, image, text)
+        return
     twin = open_clip_twin(model)
-    if name in small or name == "RN50":  # what we save, open_clip loads
-        clip.save(model, path)
-        open_clip.load_checkpoint(twin, path)
+    if name in small:  # what we save, open_clip loads
+        clip.save(model, tmp_path / "weights.pt")
+        pytest.importorskip("open_clip").load_checkpoint(twin, str(tmp_path / "weights.pt"))
     else:
-        twin.load_state_dict(model.state_dict())
-    image, text = a_batch(config, images=1 if config.image_resolution > 100 else 3)
+        twin.load_state_dict(model.state_dict(), assign=True)
     for ours, theirs in zip(outputs(model, image, text), open_clip_outputs(twin, image, text)):
         close(ours, theirs)
-
-
-@pytest.mark.parametrize("name", ["ViT-B/32", "ViT-B/16"])
-def test_equals_transformers(name):
-    """The published architectures, through the same key conversion that `load` uses."""
-    config = clip.MODELS[name][0]
-    theirs = hugging_face(config)
-    ours = clip.from_state_dict(clip._from_hugging_face(theirs.state_dict())).eval()
-    assert ours.config == config
-    same_as_hugging_face(ours, theirs, *a_batch(config, images=1))
 
 
 def test_openai_builds_and_reads_what_save_writes(tmp_path):
@@ -626,11 +661,12 @@ def test_own_checkpoint_round_trip(tmp_path):
             clip.load(tmp_path / "odd.pt", "cpu")
 
 
-@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
-def test_hugging_face_folders_and_files(act, tmp_path):
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_hugging_face_folders_and_files(quick_gelu, tmp_path):
     """Folder and file, safetensors, bin and shards; heads and activation come from config.json."""
     pytest.importorskip("safetensors")
-    theirs = hugging_face(SMALL_VIT, act)
+    config = replace(SMALL_VIT, quick_gelu=quick_gelu)
+    theirs = hugging_face(make(config))
     image, text = a_batch(SMALL_VIT)
     theirs.save_pretrained(tmp_path / "st")
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
@@ -640,7 +676,7 @@ def test_hugging_face_folders_and_files(act, tmp_path):
     torch.save({f"module.clip.{k}": v for k, v in theirs.state_dict().items()}, tmp_path / "bin" / "pytorch_model.bin")  # a wrapper's prefix
     for name in ("st", "shards", "bin", "st/model.safetensors", "bin/pytorch_model.bin"):
         ours, _ = clip.load(tmp_path / name, "cpu")
-        assert ours.config == replace(SMALL_VIT, quick_gelu=act == "quick_gelu")
+        assert ours.config == config
         same_as_hugging_face(ours, theirs, image, text)
     state = {k: v for k, v in theirs.state_dict().items() if "layers.1.self_attn.k_proj.bias" not in k}
     torch.save(state, tmp_path / "bin" / "pytorch_model.bin")
