@@ -138,7 +138,7 @@ class Attention(nn.Module):
         else:
             rows, B, L = packed
             qkv = qkv.new_zeros(B * L, qkv.shape[-1]).index_copy(0, rows, qkv)
-        q, k, v = qkv.view(B, L, 3, self.heads, qkv.shape[-1] // (3 * self.heads)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, width / heads)
+        q, k, v = qkv.view(B, L, 3, self.heads, x.shape[-1] // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, L, width / heads)
         if self.keep_weights:
             scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
             if self.causal:
@@ -557,11 +557,10 @@ def _read_file(path):
         raise CheckpointError(f"{path}: is damaged, or no weight file ({reason}); fetch it again, nothing of it was run") from None
 
 
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-                      "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-STORAGE_DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-                  "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
-                  "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+# torch's dtype -> its name in safetensors, the name of its storages in pickles
+DTYPES = {torch.float64: ("F64", "Double"), torch.float32: ("F32", "Float"), torch.float16: ("F16", "Half"),
+          torch.bfloat16: ("BF16", "BFloat16"), torch.int64: ("I64", "Long"), torch.int32: ("I32", "Int"),
+          torch.int16: ("I16", "Short"), torch.int8: ("I8", "Char"), torch.uint8: ("U8", "Byte"), torch.bool: ("BOOL", "Bool")}
 
 
 def _numbers(data, dtype):
@@ -571,7 +570,7 @@ def _numbers(data, dtype):
 
 def read_safetensors(path):
     """A safetensors file as {name: tensor}. Layout: uint64 header length, JSON header, bytes; every bound is checked."""
-    size = os.path.getsize(path)
+    size, dtypes = os.path.getsize(path), {name: dtype for dtype, (name, _) in DTYPES.items()}
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if length > min(size - 8, 100 << 20):
@@ -581,13 +580,13 @@ def read_safetensors(path):
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            dtype, shape, (begin, end) = SAFETENSORS_DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+            dtype, shape, (begin, end) = dtypes.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
             if dtype is None:
                 raise CheckpointError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which is not supported; save it as F32")
             left -= end - begin  # tensors may not share bytes, else a small file could ask for much memory
             if not (all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end <= body and left >= 0
                     and end - begin == math.prod(shape) * dtype.itemsize):
-                raise CheckpointError(f"{path}: tensor {name!r} lies outside the file or has the wrong size: truncated or damaged; fetch it again")
+                raise CheckpointError(f"{path}: tensor {name!r} lies outside the file or has a wrong size; fetch it again")
             f.seek(8 + length + begin)
             tensors[name] = _numbers(f.read(end - begin), dtype).reshape(shape)
     return tensors
@@ -626,7 +625,7 @@ def read_torchscript(archive, path):
     known = {("torch._utils", "_rebuild_tensor_v2"): rebuild, ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
              ("collections", "OrderedDict"): OrderedDict, ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value}
     known |= {("torch.jit._pickle", f"build_{kind}list"): list for kind in ("int", "double", "bool", "tensor")}
-    known |= {("torch", name): dtype for name, dtype in STORAGE_DTYPES.items()}
+    known |= {("torch", f"{name}Storage"): dtype for dtype, (_, name) in DTYPES.items()}
     storages = {}
 
     class Unpickler(pickle.Unpickler):
@@ -655,31 +654,26 @@ def read_torchscript(archive, path):
     return dict(tensors(Unpickler(io.BytesIO(read("data.pkl"))).load()))
 
 
+HUGGING_FACE_NAMES = (  # transformers' parts of names -> OpenAI's, in this order
+    ("text_model.", ""), ("vision_model.", "visual."), ("encoder.layers.", "transformer.resblocks."), ("embeddings.", ""),
+    ("final_layer_norm", "ln_final"), ("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post"), ("layer_norm", "ln_"),
+    ("self_attn.q_proj.", "attn.in_proj_"), ("self_attn.", "attn."), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
+    ("patch_embedding", "conv1"), ("position_embedding.weight", "positional_embedding"),
+    ("visual_projection.weight", "visual.proj"), ("text_projection.weight", "text_projection"))
+
+
 def _from_hugging_face(state):
     """transformers' `CLIPModel` keys to OpenAI's: q, k, v joined into in_proj, linear projections turned into matrices."""
-    plain = {"text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-             "text_model.embeddings.position_embedding.weight": "positional_embedding",
-             "vision_model.embeddings.class_embedding": "visual.class_embedding",
-             "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
-             "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding"}
-    norms = {"text_model.final_layer_norm": "ln_final", "vision_model.pre_layrnorm": "visual.ln_pre", "vision_model.post_layernorm": "visual.ln_post"}
-    layer = {"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
     out = {}
-    for key, value in state.items():
-        stem, _, kind = key.rpartition(".")
-        tower, _, rest = stem.partition(".encoder.layers.")
-        number, _, part = rest.partition(".")
-        target = f"{'visual.' if tower == 'vision_model' else ''}transformer.resblocks.{number}."
-        if stem in norms:
-            out[f"{norms[stem]}.{kind}"] = value
-        elif key in ("visual_projection.weight", "text_projection.weight"):
-            out["visual.proj" if key[0] == "v" else "text_projection"] = value.t()
-        elif part in layer:
-            out[f"{target}{layer[part]}.{kind}"] = value
-        elif part == "self_attn.q_proj":
-            out[f"{target}attn.in_proj_{kind}"] = torch.cat([state[f"{stem[:-6]}{x}_proj.{kind}"] for x in "qkv"])
-        elif part not in ("self_attn.k_proj", "self_attn.v_proj") and not key.endswith("position_ids"):
-            out[plain.get(key, key)] = value  # a key that is not ours is named in the error that follows
+    for name, value in state.items():
+        if ".k_proj." in name or ".v_proj." in name or name.endswith("position_ids"):
+            continue
+        key = name
+        for theirs, ours in HUGGING_FACE_NAMES:
+            key = key.replace(theirs, ours)
+        if ".q_proj." in name:
+            value = torch.cat([state[name.replace(".q_proj.", f".{x}_proj.")] for x in "qkv"])
+        out[key] = value.t() if key in ("visual.proj", "text_projection") else value
     return out
 
 
@@ -760,7 +754,7 @@ def from_state_dict(state, hints=None, image_size=None, quick_gelu=None, where="
         except (TypeError, ValueError) as e:
             raise CheckpointError(f"{where}: its tokenizer's merges are no list of pairs ({_line(e)}); the file is damaged") from None
         if model.tokenizer.vocab_size > config.vocab_size:
-            raise CheckpointError(f"{where}: its tokenizer has {model.tokenizer.vocab_size} symbols, its model {config.vocab_size}; the file is damaged")
+            raise CheckpointError(f"{where}: its tokenizer has more symbols than its model ({config.vocab_size}); the file is damaged")
     return resize_images(model, image_size) if image_size and image_size != resolution else model
 
 
@@ -808,7 +802,7 @@ def write_file(path, write):
         temporary = None
     except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
         reason = getattr(e, "strerror", None) or _line(e)
-        raise CheckpointError(f"{path}: cannot be written ({reason}); nothing saved before is lost. Free some space or choose another folder") from None
+        raise CheckpointError(f"{path}: cannot be written ({reason}); the old file stays. Free space or choose another folder") from None
     finally:
         if temporary:
             os.unlink(temporary)
