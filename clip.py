@@ -956,7 +956,7 @@ class Tokenizer:
             for pair in zip(symbols, symbols[1:]):
                 pairs[pair] += n
                 where.setdefault(pair, set()).add(i)
-        merges = {}  # as an ordered set: a pair can come back, when two other merges spell its left or right side anew
+        merges = {}  # as an ordered set: should other merges spell a pair anew, it is joined again but not listed twice
         while len(merges) < vocab_size - 514 and pairs:
             best = min(pairs, key=lambda p: (-pairs[p], p))
             if pairs[best] < 2:

@@ -999,6 +999,9 @@ def test_merging_equals_brute_force(tok):
     for _ in range(300):
         word = "".join(r.choice("abcdefghijklmnopqrstuvwxyzéü東") for _ in range(r.randrange(1, 40)))
         assert [tok.symbols[i] for i in tok._merge(word)] == brute_force_bpe(tok, word)
+    # "aab" has two spellings: both copies are merged before the pair that the first one makes with its neighbour, though that ranks lower
+    t = clip.Tokenizer([("a", "a"), ("a", "b"), ("a", "ab"), ("aab", "aa"), ("aa", "b")])
+    assert [t.symbols[i] for i in t._merge("aabaabc")] == brute_force_bpe(t, "aabaabc") == ["aab", "aab", "c</w>"]
     for _ in range(400):
         symbols, merges = ["a", "b", "a</w>", "b</w>"], []
         for _ in range(r.randrange(1, 14)):
