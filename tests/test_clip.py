@@ -785,7 +785,7 @@ def test_malicious_pickles(how, tmp_path):
     assert mark.exists()  # the trap works
 
 
-def script_archive(path, args, raw=struct.pack("<4f", 1, 2, 3, 4), compress=zipfile.ZIP_STORED, kind="FloatStorage", count=4):
+def script_archive(path, args, raw=struct.pack("<4f", 1, 2, 3, 4), compress=zipfile.ZIP_STORED, kind="FloatStorage", count=4, record="data/0"):
     """A hand-made archive: one module with one tensor "w" = _rebuild_tensor_v2(storage "0" of `raw`, *args)."""
     class Mark:
         pass
@@ -808,7 +808,7 @@ def script_archive(path, args, raw=struct.pack("<4f", 1, 2, 3, 4), compress=zipf
     finally:
         del sys.modules["__torch__"]
     with zipfile.ZipFile(path, "w", compress) as z:
-        for name, body in (("a/data.pkl", out.getvalue()), ("a/constants.pkl", b""), ("a/data/0", raw)):
+        for name, body in (("a/data.pkl", out.getvalue()), ("a/constants.pkl", b""), (f"a/{record}", raw)):
             z.writestr(name, body)
 
 
@@ -816,6 +816,8 @@ def test_torchscript_bounds(tmp_path):
     path = tmp_path / "a.pt"
     script_archive(path, (1, (2,), (1,)))
     state_equal(clip.read_weights(str(path))[0], {"w": torch.tensor([2.0, 3.0])})  # the good one reads, so the bad ones below mean something
+    script_archive(path, (0, (2, 2), (1, 2)), raw=struct.pack("<4e", 1, 2, 3, 4), kind="HalfStorage", record="constants/0")
+    state_equal(clip.read_weights(str(path))[0], {"w": torch.tensor([[1.0, 3.0], [2.0, 4.0]]).half()})
     for args in ((-1, (2,), (1,)), (3, (2,), (1,)), (2 ** 62, (2,), (1,)), (0, (2, 2), (2 ** 62, 1)), (0, (2,), (-1,)), (0, (10 ** 12,), (0,)),
                  (0, (-4,), (1,)), (0, (2 ** 40, 2 ** 40), (1, 1)), (0, ("a",), (1,)), (0, (5,), (1,))):
         script_archive(path, args)
