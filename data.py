@@ -12,6 +12,7 @@ Knows nothing of models or losses.
 import csv
 import difflib
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -19,6 +20,8 @@ import mmap
 import os
 import pickle
 import random
+import re
+import shutil
 import sys
 import urllib.error
 import urllib.request
@@ -37,6 +40,9 @@ IMAGE_MEAN, IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 
 class DataError(ValueError):
     """Input that cannot be used; the message is one line: what is wrong, where (file, row), what to do."""
+
+    def __init__(self, message):  # it may quote the input, so what would break the line or drive the terminal becomes "?"
+        super().__init__("".join(c if c.isprintable() else "?" for c in message))
 
 
 @dataclass
@@ -79,25 +85,24 @@ def load(name_or_path, root=None, split="train", download=False):
     data/<name>). split: train, val, test (primitives also has unseen). download: fetch what is missing, where that is possible.
     Raises DataError for anything missing or malformed.
     """
-    if name_or_path.endswith((".jsonl", ".csv")):
-        if not os.path.isfile(name_or_path):
-            raise DataError(f"{name_or_path}: no such file")
-        return (read_jsonl if name_or_path.endswith(".jsonl") else read_csv)(name_or_path, split)
-    if name_or_path not in DATA_SETS:
-        near = difflib.get_close_matches(name_or_path, DATA_SETS, n=1, cutoff=0.3)
-        raise DataError(f"unknown data set {name_or_path!r}{f'; did you mean {near[0]!r}?' if near else ''} "
+    name = os.fspath(name_or_path)
+    if name.endswith((".jsonl", ".csv")):
+        return (read_jsonl if name.endswith(".jsonl") else read_csv)(name, split)
+    if name not in DATA_SETS:
+        near = difflib.get_close_matches(name.lower(), DATA_SETS, n=1, cutoff=0.3)
+        raise DataError(f"unknown data set {name!r}{f'; did you mean {near[0]!r}?' if near else ';'} "
                         f"Known: {', '.join(DATA_SETS)}; or the path of a .jsonl or .csv file")
-    if download and name_or_path != "text2shape":
-        raise DataError(f"--download: {name_or_path} cannot be fetched automatically; README.md says where to get it and how to lay it out")
-    if name_or_path == "primitives":
+    if download and name != "text2shape":
+        raise DataError(f"--download: {name} cannot be fetched automatically; README.md says where to get it and how to lay it out")
+    if name == "primitives":
         return primitives(split)
-    root = root or os.path.join("data", name_or_path)
+    root = root or os.path.join("data", name)
     if download:
         download_text2shape(root)
     if not os.path.isdir(root):
-        raise DataError(f"{root}: no such folder; give --root the folder of {name_or_path} (README.md shows its layout"
-                        f"{'; --download fetches it' if name_or_path == 'text2shape' else ''})")
-    return DATA_SETS[name_or_path](root, split)
+        raise DataError(f"{root}: no such folder; give --root the folder of {name} (README.md shows its layout"
+                        f"{'; --download fetches it' if name == 'text2shape' else ''})")
+    return DATA_SETS[name](root, split)
 
 
 def hash_tenth(id):
@@ -105,150 +110,178 @@ def hash_tenth(id):
     return int(hashlib.sha1(str(id).encode()).hexdigest()[:8], 16) % 10
 
 
-def hash_split(id):
-    """80/10/10."""
-    return ("train",) * 8 + ("val", "test"), hash_tenth(id)
-
-
 def _split_of(id, given, known):
     """The split of a row: the one it states; where no row states any, 80/10/10; where no row says val, the last tenth of train."""
+    tenth = hash_tenth(id)
     if not known:
-        names, tenth = hash_split(id)
-        return names[tenth]
-    return "val" if "val" not in known and given == "train" and hash_tenth(id) == 9 else given
+        return "train" if tenth < 8 else "val" if tenth == 8 else "test"
+    return "val" if "val" not in known and given == "train" and tenth == 9 else given
 
 
 def _read_text(path):
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             return f.read()
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise DataError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); expected a UTF-8 text file") from None
+
+
+def _csv_rows(path, strict):
+    """(line number, cells) of every row of a CSV file that is not blank."""
+    reader = csv.reader(io.StringIO(_read_text(path)), strict=strict)
+    try:
+        for cells in reader:
+            if cells:
+                yield reader.line_num, cells
+    except csv.Error as e:  # a field of more than 131,072 characters, text after a closing quote, an end inside quotes
+        raise DataError(f"{path} line {reader.line_num}: not CSV ({e}); is a quote left open? write a quote inside a cell twice") from None
 
 
 # ---------------------------------------------------------------- your own data: .jsonl and .csv
 
+JSON_KEYS = ("id", "images", "captions", "labels", "split", "group")
+
+
 def read_jsonl(path, split):
     """One instance a line: {"id", "images": [...], "captions": [...], "labels": {task: name}, "split", "group"}; paths relative to
-    the file; id, labels, split and group optional."""
-    rows = []
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    the file; id (default: the line's number), labels, split and group optional, null the same as absent."""
+    rows = {}
+    for number, line in enumerate(_read_text(path).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
         if not line.strip():
             continue
         where = f"{path} line {number}"
         try:
             row = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise DataError(f"{where}: not JSON ({e}); one object per line") from None
         if not isinstance(row, dict) or not isinstance(row.get("images"), list) or not isinstance(row.get("captions"), list):
             raise DataError(f'{where}: needs "images" and "captions", each a list')
-        unknown = set(row) - {"id", "images", "captions", "labels", "split", "group"}
+        unknown = sorted(set(row) - set(JSON_KEYS))
         if unknown:
-            raise DataError(f"{where}: unknown key {sorted(unknown)[0]!r}; known are id, images, captions, labels, split, group")
-        if not isinstance(row.get("labels", {}), dict):
+            raise DataError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(JSON_KEYS)}")
+        row = {k: v for k, v in row.items() if v is not None}
+        labels = row.get("labels", {})
+        if not isinstance(labels, dict):
             raise DataError(f'{where}: "labels" must be an object of task: class')
-        rows.append(dict(where=where, id=str(row.get("id", number)), images=row["images"], captions=row["captions"],
-                         labels=row.get("labels", {}), split=row.get("split"), group=row.get("group")))
-    seen = {}
-    for row in rows:
-        if row["id"] in seen:
-            raise DataError(f"{row['where']}: id {row['id']!r} was already used at {seen[row['id']]}; put all of an instance into one line")
-        seen[row["id"]] = row["where"]
+        labels = {task: name for task, name in labels.items() if name not in (None, "")}
+        for key, value in [(k, row[k]) for k in ("id", "split", "group") if k in row] + list(labels.items()):
+            if not isinstance(value, (str, int, float)):
+                raise DataError(f"{where}: {key} = {str(value)[:50]} must be a string or a number")
+        id = str(row.get("id", number))
+        if id in rows:
+            raise DataError(f"{where}: id {id!r} was already used at {rows[id]['where']}; put all of an instance into one line")
+        rows[id] = dict(where=where, id=id, images=row["images"], captions=row["captions"], split=row.get("split"),
+                        labels={task: str(name) for task, name in labels.items()}, group=str(row["group"]) if "group" in row else None)
+        _check_row(path, **rows[id])
     return _own_instances(path, rows, split)
 
 
 def read_csv(path, split):
     """One image-caption pair a row. Columns: image, caption; optional id (rows of one id are one instance; default the image),
-    split; every further column is a task."""
-    reader = csv.reader(io.StringIO(_read_text(path)))
-    header = [c.strip() for c in next(reader, [])]
+    split; every further column is a task. An empty cell of an optional column is the same as no cell."""
+    lines, rows = _csv_rows(path, strict=True), {}
+    header = [c.strip() for c in next(lines, (1, []))[1]]
     for column in ("image", "caption"):
         if column not in header:
-            raise DataError(f"{path} line 1: no column {column!r}; the first line must name the columns (it names: {', '.join(header) or 'nothing'})")
-    if len(set(header)) < len(header):
-        raise DataError(f"{path} line 1: a column is named twice ({', '.join(header)})")
-    tasks, rows = [c for c in header if c not in ("image", "caption", "id", "split")], {}
-    for cells in reader:
-        where = f"{path} line {reader.line_num}"
-        if not cells:
-            continue
+            raise DataError(f"{path} line 1: no column {column!r}; the first line must name them (it names: {', '.join(header)[:200] or 'nothing'})")
+    if len(set(header)) < len(header) or "" in header:
+        raise DataError(f"{path} line 1: a column has no name or that of another ({', '.join(header)[:200]}); name each, or remove it")
+    tasks = [c for c in header if c not in ("image", "caption", "id", "split")]
+    for number, cells in lines:
+        where = f"{path} line {number}"
         if len(cells) != len(header):
             raise DataError(f"{where}: {len(cells)} cells under {len(header)} columns; quote a cell that holds a comma")
         cell = dict(zip(header, cells))
-        id = cell.get("id") or cell["image"]
-        labels, given = {t: cell[t] for t in tasks if cell[t] != ""}, cell.get("split") or None
+        id, labels, given = cell.get("id") or cell["image"], {t: cell[t] for t in tasks if cell[t]}, cell.get("split") or None
+        _check_row(path, where, id, [cell["image"]], [cell["caption"]], given)
         row = rows.setdefault(id, dict(where=where, id=id, images=[], captions=[], labels=labels, split=given, group=None))
         if row["labels"] != labels or row["split"] != given:
             raise DataError(f"{where}: another label or split than at {row['where']}, for the same id {id!r}")
-        row["images"] += [cell["image"]] if cell["image"] not in row["images"] else []
-        row["captions"] += [cell["caption"]] if cell["caption"] not in row["captions"] else []
-    return _own_instances(path, list(rows.values()), split)
+        for kind in ("image", "caption"):
+            if cell[kind] not in row[kind + "s"]:
+                row[kind + "s"].append(cell[kind])
+    return _own_instances(path, rows, split)
+
+
+def _check_row(path, where, id, images, captions, split, **rest):
+    if not images or not all(isinstance(x, str) and x for x in images):
+        raise DataError(f"{where}: no picture, or one that is no path; an instance has at least one")
+    if not captions or not all(isinstance(x, str) and x.strip() for x in captions):
+        raise DataError(f"{where}: an empty caption, or one that is no text; remove it or write one")
+    if split not in (None, "train", "val", "test"):
+        raise DataError(f"{where}: split {split!r}; it must be train, val or test")
+    try:
+        "".join([id, *images, *captions]).encode()
+    except UnicodeEncodeError as e:  # half a surrogate pair, which JSON's escapes can spell
+        raise DataError(f"{where}: not valid text ({e.reason}); correct its \\u escapes") from None
+    for image in images:
+        file = os.path.join(os.path.dirname(path), image)
+        if not os.path.isfile(file):
+            raise DataError(f"{where}: picture {file} {'is no file' if os.path.exists(file) else 'does not exist'} (paths are relative to the file)")
 
 
 def _own_instances(path, rows, split):
+    """-> (instances of the split, classes). rows: {id: dict(where, id, images, captions, labels, split, group)}, each checked."""
+    rows = list(rows.values())
+    if not rows:
+        raise DataError(f"{path}: no rows; it needs at least one for each of train, val and test")
     known = {row["split"] for row in rows if row["split"]}
     unsplit = next((row for row in rows if known and not row["split"]), None)
     if unsplit:
         raise DataError(f"{unsplit['where']}: no split, while other rows state one; give every row a split, or none (then 80/10/10 by id)")
-    if not rows:
-        raise DataError(f"{path}: no rows")
-    folder, names = os.path.dirname(os.path.abspath(path)), defaultdict(set)
+    names = defaultdict(list)
     for row in rows:
         row["split"] = _split_of(row["id"], row["split"], known)
-        if not row["images"] or not all(isinstance(x, str) and x for x in row["images"]):
-            raise DataError(f"{row['where']}: no picture; an instance has at least one")
-        if not row["captions"] or not all(isinstance(x, str) and x.strip() for x in row["captions"]):
-            raise DataError(f"{row['where']}: an empty caption; remove it or write one")
-        row["images"] = [os.path.join(folder, x) for x in row["images"]]
-        missing = [x for x in row["images"] if not os.path.isfile(x)]
-        if missing:
-            raise DataError(f"{row['where']}: picture {missing[0]} does not exist (paths are relative to the file)")
-        if row["split"] == "train":
-            for task, name in row["labels"].items():
-                names[task].add(str(name))
-    classes = {task: sorted(found) for task, found in sorted(names.items())}
-    for task in [t for t in classes if len(classes[t]) >= 1000]:
-        note(f"{path}: {task!r} has {len(classes[task])} distinct values, so it is taken as a remark, not as a task")
-        del classes[task]
-    instances = []
-    for row in rows:
-        if row["split"] != split:
-            continue
-        labels = {}
         for task, name in row["labels"].items():
-            if task in classes and str(name) not in classes[task]:
-                raise DataError(f"{row['where']}: {task} = {name!r} never occurs in the train split; add a training example or correct the label")
-            if task in classes:
-                labels[task] = classes[task].index(str(name))
-        instances.append(Instance(row["id"], row["images"], row["captions"], labels, row["group"]))
+            if row["split"] == "train":
+                names[task].append(name)
+    classes = {}
+    for task, found in sorted(names.items()):
+        distinct = sorted(set(found))
+        if len(distinct) > 20 and (len(distinct) >= 1000 or 2 * len(distinct) > len(found)):
+            note(f"{path}: {task!r} has {len(distinct)} distinct values in {len(found)} training instances: taken as a remark, not as a task")
+        else:
+            classes[task] = distinct
+    instances = []
+    for row in [row for row in rows if row["split"] == split]:
+        labels = {task: name for task, name in row["labels"].items() if task in classes}
+        for task, name in labels.items():
+            if name not in classes[task]:
+                raise DataError(f"{row['where']}: {task} = {name!r} never occurs in the train split; add a training example, correct the "
+                                f"label{'' if known else ', or give every row a split'}")
+            labels[task] = classes[task].index(name)
+        instances.append(Instance(row["id"], [os.path.join(os.path.dirname(path), x) for x in row["images"]], row["captions"], labels, row["group"]))
     if not instances:
-        raise DataError(f"{path}: no rows in split {split!r}; it has {', '.join(sorted({row['split'] for row in rows}))}")
+        raise DataError(f"{path}: no rows in split {split!r}; it has {', '.join(sorted({row['split'] for row in rows}))}; "
+                        f"{'add some' if known else 'add rows, or give every row a split'}")
     return instances, classes
 
 
 # ---------------------------------------------------------------- published data sets
 
-def karpathy(root, split, name, folders):
+def karpathy(root, split, name, folder):
     """Karpathy's dataset_<name>.json (images[]: filename, split, sentences[].raw, coco also filepath); restval counts as train."""
-    path = os.path.join(root, f"dataset_{name}.json")
+    path, rows, empty = os.path.join(root, f"dataset_{name}.json"), [], 0
     try:
-        images = json.loads(_read_text(path))["images"]
-        rows = [(x["filename"], x.get("filepath", folders), "train" if x["split"] == "restval" else x["split"],
-                 [s["raw"].strip() for s in x["sentences"]]) for x in images]
-    except (ValueError, KeyError, TypeError) as e:
+        for x in json.loads(_read_text(path))["images"]:
+            captions = [s["raw"].strip() for s in x["sentences"]]
+            file = os.path.join(x.get("filepath", folder), x["filename"])
+            rows.append((file, "train" if x["split"] == "restval" else x["split"], [c for c in captions if c]))
+            empty += sum(not c for c in captions)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         if isinstance(e, DataError):
             raise
-        raise DataError(f"{path}: not Karpathy's format ({type(e).__name__}: {e})") from None
-    instances = [Instance(os.path.join(folder, file), [os.path.join(root, folder, file)], captions)
-                 for file, folder, where, captions in rows if where == split]
-    if not instances:
-        raise DataError(f"{path}: no images in split {split!r}; it has {', '.join(sorted({r[2] for r in rows}))}")
-    missing = [x for x in instances if not os.path.isfile(x.images[0])]
-    if missing:
-        raise DataError(f"{missing[0].images[0]}: no such picture ({len(missing)} of {len(instances)} of split {split} are missing); put the photos under {root}")
-    empty = next((x for x in instances if not x.captions or not all(x.captions)), None)
+        raise DataError(f"{path}: image {len(rows)} is not in Karpathy's format ({type(e).__name__}: {e}); get the published file again") from None
     if empty:
-        raise DataError(f"{path}: {empty.id} has an empty caption; remove it")
+        note(f"{path}: {empty} empty captions were left out")
+    known = {where for _, where, _ in rows}
+    instances = [Instance(file, [os.path.join(root, file)], captions) for file, where, captions in rows
+                 if captions and _split_of(file, where, known) == split]
+    if not instances:
+        raise DataError(f"{path}: no captioned images in split {split!r}; it has {', '.join(sorted(map(str, known))) or 'none'}")
+    missing = [x.images[0] for x in instances if not os.path.isfile(x.images[0])]
+    if missing:
+        raise DataError(f"{missing[0]}: no such picture ({len(missing)} of {len(instances)} in split {split}); put the photos under {root}")
     return instances, {}
 
 
@@ -260,13 +293,15 @@ def text2shape(root, split):
     Relevance: the same shape. Labels: category.
     """
     path, voxels = os.path.join(root, "captions.tablechair.csv"), os.path.join(root, VOXEL_FOLDER)
-    reader = csv.DictReader(io.StringIO(_read_text(path)))
-    lacking = {"modelId", "description", "category"} - set(reader.fieldnames or [])
+    lines = _csv_rows(path, strict=False)
+    header = [c.strip() for c in next(lines, (1, []))[1]]
+    lacking = [c for c in ("modelId", "description", "category") if c not in header]
     if lacking:
-        raise DataError(f"{path} line 1: no column {sorted(lacking)[0]!r}; expected id, modelId, description, category, topLevelSynsetId, subSynsetId")
+        raise DataError(f"{path} line 1: no column {lacking[0]!r}; expected id, modelId, description, category, topLevelSynsetId, subSynsetId")
     captions, category, empty = defaultdict(list), {}, 0
-    for row in reader:
-        if (row["description"] or "").strip() and row["modelId"]:
+    for _, cells in lines:
+        row = defaultdict(str, zip(header, cells))
+        if row["description"].strip() and row["modelId"]:
             captions[row["modelId"]].append(row["description"].strip())
             category[row["modelId"]] = row["category"]
         else:
@@ -279,18 +314,18 @@ def text2shape(root, split):
         if (published.get(model) if published else _split_of(model, None, ())) != split:
             continue
         folder, file = os.path.join(root, "views", model), os.path.join(voxels, model, model + ".nrrd")
-        if os.path.isdir(folder) and os.listdir(folder):
-            views = [os.path.join(folder, x) for x in sorted(os.listdir(folder)) if x.endswith(".png")]
-        elif os.path.isfile(file):
+        views = [os.path.join(folder, x) for x in sorted(os.listdir(folder)) if x.endswith(".png")] if os.path.isdir(folder) else []
+        if not views and os.path.isfile(file):
             views = [VoxelView(file, k) for k in range(VIEWS)]
-        else:
+        if not views:
             missing += 1
             continue
         instances.append(Instance(model, views, captions[model], {"category": classes["category"].index(category[model])}))
     if missing:
         note(f"{root}: {missing} shapes of split {split} have captions but no voxels under {VOXEL_FOLDER}; they were left out")
     if not instances:
-        raise DataError(f"{root}: no shapes in split {split!r} ({missing} without voxels); expected {VOXEL_FOLDER}/<modelId>/<modelId>.nrrd (--download fetches them)")
+        raise DataError(f"{root}: no shapes in split {split!r} (of train, val, test; {missing} lack voxels); expected "
+                        f"{VOXEL_FOLDER}/<modelId>/<modelId>.nrrd (--download fetches them)")
     return instances, classes
 
 
@@ -300,29 +335,59 @@ def _published_split(root):
     for split in ("train", "val", "test"):
         path = os.path.join(root, f"processed_captions_{split}.p")
         if os.path.isfile(path):
-            content = read_pickle(path)
-            if not isinstance(content, dict) or "caption_tuples" not in content:
-                raise DataError(f"{path}: no 'caption_tuples'; expected the published pickle of Text2Shape")
-            for entry in content["caption_tuples"]:  # (token ids, category, modelId)
-                found[str(entry[-1])] = split
+            try:
+                for entry in read_pickle(path)["caption_tuples"]:  # (token ids, category, modelId)
+                    found[entry[2]] = split
+            except (KeyError, IndexError, TypeError):
+                raise DataError(f"{path}: no 'caption_tuples' of (tokens, category, modelId); expected the published pickle of Text2Shape") from None
     if found and set(found.values()) != {"train", "val", "test"}:
         raise DataError(f"{root}: processed_captions_*.p only for {', '.join(sorted(set(found.values())))}; put all three there, or none")
     return found
 
 
+def _bytes(content):
+    return content.encode("latin1") if isinstance(content, str) else content  # Python 2's strings
+
+
+class _Array(np.ndarray):
+    """An array while it is read: numpy's own would trust the pickle's type, whose flags can pass bytes off as objects."""
+
+    def __setstate__(self, state):
+        _, shape, kind, fortran, content = state
+        content = content if isinstance(content, list) else _bytes(content)
+        if isinstance(content, list) != (kind.code[0] == "O") or isinstance(content, list) and len(content) != math.prod(shape):
+            raise ValueError("an array whose content is not of its type or size")
+        super().__setstate__((1, shape, kind.dtype, bool(fortran), content))  # numpy compares the length of bytes
+
+
+class _Type:
+    """A number's or string's type while it is read: its code and byte order are taken from the pickle, its flags are not."""
+
+    def __init__(self, code):
+        if not re.fullmatch(r"[?biufcSU]\d{0,6}|O8?", code):
+            raise ValueError(f"an array of type {code[:20]!r}")
+        self.code, self.dtype = code, np.dtype(code)
+
+    def __setstate__(self, state):
+        self.dtype = np.dtype(self.code).newbyteorder(state[1])
+
+
 class _Unpickler(pickle.Unpickler):
-    """Admits numpy arrays and plain containers, nothing else: no name outside this table is ever imported or called."""
-    KNOWN = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("collections", "OrderedDict"): OrderedDict,
-             ("collections", "defaultdict"): defaultdict, ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
-             ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-             ("numpy._core.multiarray", "scalar"): np.float64(0).__reduce__()[0],
-             **{("builtins", t.__name__): t for t in (list, dict, set, tuple, int, float, str, bytes)}}
+    """Admits numpy arrays and plain containers: nothing outside this table is imported or called, and what is in it can only
+    build a value. The functions are made anew each time, so that a pickle that sets attributes on one changes nothing."""
 
     def find_class(self, module, name):
-        module = {"__builtin__": "builtins", "numpy.core.multiarray": "numpy._core.multiarray"}.get(module, module)  # Python 2, older numpy
-        if (module, name) not in self.KNOWN:
+        module = {"__builtin__": "builtins"}.get(module, "numpy" if module.startswith("numpy.") else module)  # Python 2's; numpy moved its own
+        known = {("numpy", "ndarray"): None, ("numpy", "dtype"): lambda code, *flags: _Type(code),
+                 ("numpy", "_reconstruct"): lambda *empty: _Array(0, np.int8),  # what it is follows as its state
+                 ("numpy", "scalar"): lambda kind, content: np.frombuffer(_bytes(content), kind.dtype)[0],
+                 ("numpy", "_frombuffer"): lambda content, kind, shape, order: np.frombuffer(content, kind.dtype).reshape(shape, order=order),
+                 ("_codecs", "encode"): lambda text, encoding: _bytes(text), ("builtins", "bytes"): lambda: b"",  # protocol 2 has no bytes
+                 ("collections", "OrderedDict"): OrderedDict, ("collections", "defaultdict"): defaultdict,
+                 **{("builtins", t.__name__): t for t in (list, dict, set, int, float)}}
+        if (module, name) not in known:
             raise DataError(f"asks for {module}.{name}")
-        return self.KNOWN[module, name]
+        return known[module, name]
 
 
 def read_pickle(path):
@@ -338,72 +403,94 @@ def read_pickle(path):
 
 TEXT2SHAPE_URL = "http://text2shape.stanford.edu/dataset"
 VOXEL_FOLDER = "nrrd_256_filter_div_32_solid"
+SPLIT_FILES = [f"processed_captions_{split}.p" for split in ("train", "val", "test")]
 
 
 def download_text2shape(root):
     """Fetch captions, voxels and the published split into `root`; goes on where it stopped, unpacks through checked paths."""
-    os.makedirs(root, exist_ok=True)
     captions = os.path.join(root, "captions.tablechair.csv")
-    if not os.path.isfile(captions):
-        os.replace(fetch(f"{TEXT2SHAPE_URL}/captions.tablechair.csv", captions + ".part"), captions)
-    for url, wanted in ((f"{TEXT2SHAPE_URL}/shapenet/{VOXEL_FOLDER}.zip", VOXEL_FOLDER),
-                        (f"{TEXT2SHAPE_URL}/text2shape-data.zip", "processed_captions_test.p")):
-        if os.path.exists(os.path.join(root, wanted)):
-            continue
-        archive = fetch(url, os.path.join(root, url.rsplit("/", 1)[-1] + ".part"))
-        unpack(archive, root)
-        os.unlink(archive)
+    _fetch_once(f"{TEXT2SHAPE_URL}/captions.tablechair.csv", captions, b"modelId")
+    for url, wanted in ((f"{TEXT2SHAPE_URL}/shapenet/{VOXEL_FOLDER}.zip", VOXEL_FOLDER), (f"{TEXT2SHAPE_URL}/text2shape-data.zip", SPLIT_FILES[-1])):
+        archive = os.path.join(root, url.rsplit("/", 1)[-1])
+        if os.path.exists(archive) or not os.path.exists(os.path.join(root, wanted)):  # the archive is removed when all of it is unpacked
+            _fetch_once(url, archive, b"PK")
+            unpack(archive, root)
+            os.unlink(archive)
+
+
+def _fetch_once(url, path, holds):
+    """Fetch `url` to `path` unless it is there; a file whose first bytes lack `holds` is some error page, and is not kept."""
+    if os.path.exists(path):
+        return
+    part = fetch(url, path + ".part")
+    with open(part, "rb") as f:
+        right = holds in f.read(4096)
+    if not right:
+        os.unlink(part)
+        raise DataError(f"{url}: the server sent something else; fetch it by hand to {path}")
+    os.replace(part, path)
 
 
 def fetch(url, part):
     """Download to `part`, continuing a partial file by an HTTP range; the length is verified. Returns `part`. Raises DataError."""
-    have = os.path.getsize(part) if os.path.exists(part) else 0
+    by_hand, show = "fetch it by hand and see README.md for the layout", sys.stderr.isatty()
     try:
+        os.makedirs(os.path.dirname(part) or ".", exist_ok=True)
+        have = os.path.getsize(part) if os.path.exists(part) else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=60) as source:
-            resumed = source.status == 206
-            have = have if resumed else 0
-            total = have + int(source.headers.get("Content-Length") or 0)
+            answer = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", source.headers.get("Content-Range") or "") if source.status == 206 else None
+            resumed = answer is not None and int(answer[1]) == have
+            if source.status == 206 and not resumed:
+                raise DataError(f"{url}: the server sent another part than asked for; delete {part} and run the command again")
+            total = int(answer[2] if resumed else source.headers.get("Content-Length") or -1)
+            have = have if resumed else 0  # a server that knows no ranges sends all of it
             with open(part, "ab" if resumed else "wb") as f:
                 for chunk in iter(lambda: source.read(1 << 20), b""):
                     f.write(chunk)
                     have += len(chunk)
-                    print(f"\r{url.rsplit('/', 1)[-1]}: {have >> 20} of {total >> 20} MiB", end="", file=sys.stderr)
-        print(file=sys.stderr)
+                    if show:
+                        print(f"\r{url.rsplit('/', 1)[-1]}: {have >> 20} of {max(total, have) >> 20} MiB", end="", file=sys.stderr)
+        if show:
+            print(file=sys.stderr)
     except urllib.error.HTTPError as e:
-        if e.code == 416 and have:  # nothing after what we have: it is complete
-            return part
-        raise DataError(f"{url}: the server answers {e.code} {e.reason}; fetch it by hand and see README.md for the layout") from None
-    except OSError as e:
+        if e.code == 416 and have:  # nothing follows what we have, yet it was never found complete
+            os.unlink(part)
+            raise DataError(f"{url}: the partial download does not fit it and was removed; run the command again") from None
+        raise DataError(f"{url}: the server answers {e.code} {e.reason}; {by_hand}") from None
+    except (OSError, http.client.HTTPException) as e:
         raise DataError(f"{url}: could not be fetched ({getattr(e, 'reason', None) or e}); run the command again to go on "
-                        f"where it stopped, or fetch it by hand and see README.md for the layout") from None
-    if total and have != total:
+                        f"where it stopped, or {by_hand}") from None
+    if total not in (-1, have):
         raise DataError(f"{url}: the connection broke after {have} of {total} bytes; run the command again to go on")
     return part
 
 
 def unpack(archive, root):
     """Unpack voxels and split files of a zip into `root`. Only names of the published layout are written, never outside `root`."""
+    targets = {}
     try:
         with zipfile.ZipFile(archive) as z:
             for info in z.infolist():
                 parts = info.filename.split("/")
                 if len(parts) >= 3 and parts[-3] == VOXEL_FOLDER and parts[-1] == parts[-2] + ".nrrd":
-                    target = os.path.join(root, VOXEL_FOLDER, parts[-2], parts[-1])
-                elif parts[-1].startswith("processed_captions_") and parts[-1].endswith(".p") and parts[-2:-1] != ["primitives"]:
-                    target = os.path.join(root, parts[-1])
-                else:
-                    continue
-                if ".." in parts or "\\" in info.filename or info.file_size > 1 << 28:
-                    raise DataError(f"{archive}: {info.filename!r} is no name or size of this archive; refused")
+                    targets[info] = os.path.join(root, *parts[-3:])
+                elif parts[-1] in SPLIT_FILES and parts[-2:-1] != ["primitives"]:
+                    targets[info] = os.path.join(root, parts[-1])
+                if info in targets and (".." in parts or "\\" in info.filename or info.file_size > 1 << 28):
+                    raise DataError(f"{archive}: {info.filename!r} is no name or size of the published archive; nothing was unpacked, delete it")
+            if not targets or z.testzip():  # all is verified before anything is written, so what is there is right
+                raise zipfile.BadZipFile(f"bad checksum of {z.testzip()}" if targets else "it holds no voxels and no splits")
+            for info, target in targets.items():
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 with z.open(info) as source, open(target + ".part", "wb") as f:
-                    for chunk in iter(lambda: source.read(1 << 20), b""):  # reading to the end verifies the CRC
-                        f.write(chunk)
+                    shutil.copyfileobj(source, f)
                 os.replace(target + ".part", target)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # RuntimeError: encrypted, or packed in an unknown way
         os.unlink(archive)
         raise DataError(f"{archive}: damaged ({e}); it was removed, run the command again") from None
+    except OSError as e:
+        raise DataError(f"{archive}: could not be unpacked ({e.strerror or e})") from None
 
 
 # ---------------------------------------------------------------- voxels
@@ -412,38 +499,45 @@ def read_nrrd(path):
     """A Text2Shape voxel file: uint8 (n, n, n, 4), axes x, y, z, then RGBA. NRRD: header text, blank line, gzip or raw bytes."""
     try:
         with open(path, "rb") as f:
-            raw = f.read()
+            start = f.read(1 << 16)
+            blank = re.search(rb"\r?\n\r?\n", start)
+            if not start.startswith(b"NRRD000") or not blank:
+                raise DataError(f"{path}: not an NRRD file; get it again")
+            lines = [line.partition(": ") for line in start[:blank.start()].decode("latin1").split("\n")]
+            fields = {name.strip().lower(): value.strip()[:100] for name, _, value in lines}  # a comment or a key:=value has no such name
+            if "data file" in fields or "datafile" in fields:
+                raise DataError(f"{path}: its voxels are in another file (the header names a data file); expected both in one")
+            kind, encoding, sizes = fields.get("type", "?"), fields.get("encoding", "?").lower(), fields.get("sizes", "?").split()
+            if kind.lower() not in ("uint8", "unsigned char", "uchar", "uint8_t"):
+                raise DataError(f"{path}: type {kind}; expected uint8 RGBA voxels")
+            n = int(sizes[1]) if len(sizes) == 4 and re.fullmatch("[0-9]{1,3}", sizes[1]) else 0
+            if sizes != ["4", str(n), str(n), str(n)] or not 1 <= n <= 512:
+                raise DataError(f"{path}: sizes {' '.join(sizes)}; expected 4 n n n (channel, x, y, z), n up to 512")
+            need = 4 * n ** 3
+            f.seek(blank.end())
+            body = f.read(need + (1 << 16))  # even bytes that do not compress grow by less
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror})") from None
-    header, blank, body = raw[:65536].partition(b"\n\n")
-    if not header.startswith(b"NRRD000") or not blank:
-        raise DataError(f"{path}: not an NRRD file")
-    body = raw[len(header) + 2:]
-    fields = dict(line.split(": ", 1) for line in header.decode("latin1").splitlines() if ": " in line)
-    kind, encoding = fields.get("type", "?"), fields.get("encoding", "?")
-    sizes = fields.get("sizes", "").split()
-    if kind not in ("uint8", "unsigned char", "uchar", "uint8_t"):
-        raise DataError(f"{path}: type {kind}; expected uint8 RGBA voxels")
-    if len(sizes) != 4 or sizes[0] != "4" or not all(s.isdigit() and 1 <= int(s) <= 512 for s in sizes):
-        raise DataError(f"{path}: sizes {' '.join(sizes) or '?'}; expected 4 n n n (channel, x, y, z)")
-    shape = [int(s) for s in sizes]
     try:
-        if encoding in ("gzip", "gz"):  # never unpack more than the sizes promise
-            body = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(body, math.prod(shape) + 1)
+        if encoding in ("gzip", "gz"):
+            unzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            body = unzip.decompress(body, need + 1)  # never more than the sizes promise
+            if len(body) == need and not unzip.eof:  # the checksum lies behind the last byte
+                raise DataError(f"{path}: the gzip data ends before its checksum; the file is truncated, get it again")
         elif encoding != "raw":
             raise DataError(f"{path}: encoding {encoding}; expected gzip or raw")
     except zlib.error as e:
-        raise DataError(f"{path}: damaged gzip data ({e})") from None
-    if len(body) != math.prod(shape):
-        raise DataError(f"{path}: holds {len(body)} bytes of voxels, its sizes need {math.prod(shape)}; the file is truncated or wrong")
-    return np.frombuffer(body, np.uint8).reshape(shape[::-1]).transpose(2, 1, 0, 3)  # the first axis varies fastest
+        raise DataError(f"{path}: damaged gzip data ({e}); get the file again") from None
+    if len(body) != need:
+        raise DataError(f"{path}: holds {len(body)} bytes of voxels, its sizes need {need}; the file is truncated or wrong")
+    return np.ascontiguousarray(np.frombuffer(body, np.uint8).reshape(n, n, n, 4).transpose(2, 1, 0, 3))  # the first axis varies fastest
 
 
 VIEWS, ELEVATION = 12, 30.0  # a turntable: 12 views, every 30 degrees, seen from 30 degrees above
 LIGHT = np.array([-0.45, 0.6, 0.66])  # unit vector towards the light, in the camera's right, up, towards-the-viewer
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=2 * VIEWS)  # one size for the model, one for pictures
 def _ray_table(grid, size, view):
     """int32 (size^2, steps): the flat voxel index at each depth step of each pixel's ray, front to back; grid^3 = outside.
 
@@ -481,7 +575,7 @@ def render(voxels, view, size):
     if hit.any():
         scale = size / (math.sqrt(2) * grid)  # pixels per voxel, so that the slope is that of the surface at any image size
         depth = np.where(hit, first, first[hit].max() + 1).astype(np.float32).reshape(size, size)
-        down, across = np.gradient(depth * scale)
+        down, across = np.gradient(depth * scale) if size > 1 else np.zeros((2, 1, 1))
         normal = np.stack([across, -down, np.ones_like(depth)], -1).reshape(-1, 3)[hit]
         shade = 0.55 + 0.45 * np.clip(normal @ LIGHT.astype(np.float32) / np.linalg.norm(normal, axis=1), 0, 1)
         colour = voxels[..., :3].reshape(-1, 3)[table[pixels, first][hit]]
@@ -489,12 +583,7 @@ def render(voxels, view, size):
     return image.reshape(size, size, 3)
 
 
-@lru_cache(maxsize=16)
-def _voxels(file):
-    voxels = read_nrrd(file)
-    if len(set(voxels.shape[:3])) != 1:
-        raise DataError(f"{file}: a grid of {voxels.shape[:3]}; expected a cube")
-    return voxels
+_voxels = lru_cache(maxsize=16)(read_nrrd)  # the views of a shape are asked for one after another
 
 
 @dataclass(frozen=True)
@@ -637,9 +726,10 @@ def open_image(path):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey: convert("RGB") alone would clip it to white
+            if image.mode[0] in "IF":  # 16 or 32 bits of grey: convert("RGB") alone would clip them to white
                 levels = np.asarray(image).astype(np.float32)
-                image = Image.fromarray((levels / (257 if levels.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+                top = 65535 if image.mode[:2] == "I;" or levels.max() > 255 else 255
+                image = Image.fromarray((levels * (255 / top)).clip(0, 255).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -653,13 +743,16 @@ def open_image(path):
 
 def square(image, size):
     """RGB picture -> uint8 (size, size, 3): bicubic resize of the shorter side, centre crop; the same pixels as torchvision's
-    Resize and CenterCrop, but resizing only what is kept (a 1 x 5,000 picture would otherwise grow to gigabytes)."""
+    Resize and CenterCrop. Of a very long picture only what is kept is resized (1 x 5,000 would otherwise grow to gigabytes);
+    Pillow may then take rows and columns in the other order, and its rounding between the two shows."""
     if image.size == (size, size):
         return np.asarray(image)
     w, h = image.size
     short = min(w, h)
     wide, high = (size if side == short else int(size * side / short) for side in (w, h))
     left, top = round((wide - size) / 2), round((high - size) / 2)
+    if max(w, h) <= 64 * short:
+        return np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)))
     box = (left * w / wide, top * h / high, (left + size) * w / wide, (top + size) * h / high)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
@@ -773,15 +866,16 @@ class Loader:
             tokens[b, :len(captions[b])] = self.tokens[self.first_caption[i] + captions[b]]
             image_mask[b, :len(views[b])], caption_mask[b, :len(captions[b])] = True, True
         return {"images": torch.from_numpy(images).permute(0, 1, 4, 2, 3), "image_mask": image_mask, "tokens": tokens, "caption_mask": caption_mask,
-                "labels": {t: torch.tensor([self.instances[i].labels.get(t, -1) for i in chosen]) for t in self.tasks},
+                "labels": {t: torch.tensor([self.instances[i].labels.get(t, -1) for i in chosen], dtype=torch.int64) for t in self.tasks},
                 "index": torch.from_numpy(np.asarray(chosen, dtype=np.int64))}
 
     def batches(self, start=0, stop=None):
         """Yield the batches of steps start..stop-1, running on through epochs; stop None: the end of the first epoch."""
         steps = range(start, len(self) if stop is None else stop)
         context = "fork" if self.workers and sys.platform == "linux" else None  # shares the cache
-        for batch in torch.utils.data.DataLoader(_Batches(self), sampler=steps, batch_size=None, num_workers=min(self.workers, len(steps)),
-                                                 multiprocessing_context=context if steps else None, pin_memory=torch.cuda.is_available()):
+        for batch in torch.utils.data.DataLoader(
+                _Batches(self), sampler=steps, batch_size=None, num_workers=min(self.workers, len(steps)), pin_memory=torch.cuda.is_available(),
+                multiprocessing_context=context if steps else None, generator=torch.Generator()):  # leaves torch's global generator alone
             if isinstance(batch, DataError):
                 raise batch
             yield batch
