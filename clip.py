@@ -323,17 +323,19 @@ class CLIP(nn.Module):
         if L > self.context_length:
             raise ValueError(f"a text of {L} tokens; this model's context is {self.context_length}")
         keep = torch.arange(L, device=text.device) <= end[:, None]  # (B, L)
-        rows = keep.flatten().nonzero().squeeze(1)
+        rows, real = keep.flatten().nonzero().squeeze(1), int(keep.sum())
+        # Fill up to a multiple of 128 rows with places after an end: few row counts, so a CPU's prepared products are reused.
+        rows = torch.cat([rows, (~keep).flatten().nonzero().squeeze(1)[:-real % 128]])
         ids = text[:, :L].flatten()[rows]
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise ValueError(f"a token id of {int(ids.max())}; this model's vocabulary is {self.vocab_size}: it needs its own tokenizer")
-        x = self.token_embedding(ids) + self.positional_embedding[rows % L]  # (real tokens, width)
+        x = self.token_embedding(ids) + self.positional_embedding[rows % L]  # (rows, width)
         x = self.ln_final(self.transformer(x.to(self.dtype), (rows, B, L)))
         last = keep.sum(1).cumsum(0) - 1
         if not tokens:
             return x[last] @ self.text_projection
-        x = x @ self.text_projection
-        return x[last], x.new_zeros(B * L, x.shape[-1]).index_copy(0, rows, x).view(B, L, -1), keep
+        x = x[:real] @ self.text_projection
+        return x[last], x.new_zeros(B * L, x.shape[-1]).index_copy(0, rows[:real], x).view(B, L, -1), keep
 
     def forward(self, image, text):
         """-> (logits_per_image (B_image, B_text), logits_per_text), cosine times exp(logit_scale), in float32."""
@@ -364,6 +366,26 @@ def compile_blocks(model):
     for module in model.modules():
         if isinstance(module, (ResidualAttentionBlock, Bottleneck)):
             module.compile(dynamic=True)
+
+
+def fast_float32():
+    """Let oneDNN compute the CPU's float32 matrix products where that is as exact as the default. Returns whether it does now.
+
+    The default library uses half of the vector width of some CPUs (AMD's, twice the time). The switch permits bfloat16, which
+    oneDNN takes only where the CPU has matrix units for it (AMX), so the result of one product decides. A setting of the
+    whole process; attention's fused CPU kernel, five times slower with it, is switched off too.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None or not torch.backends.mkldnn.is_available():
+        return False
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    a, b = torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ b.double()
+    if ((a @ b - exact).abs().max() / exact.abs().max()).item() > 1e-5:
+        matmul.fp32_precision = before
+        return False
+    torch.backends.cuda.enable_flash_sdp(False)  # this switch is the CPU's too
+    return True
 
 
 def autocast(amp, model):
