@@ -266,7 +266,7 @@ def karpathy(root, split, name, folder):
         for x in json.loads(_read_text(path))["images"]:
             captions = [s["raw"].strip() for s in x["sentences"]]
             file = os.path.join(x.get("filepath", folder), x["filename"])
-            rows.append((file, "train" if x["split"] == "restval" else x["split"], [c for c in captions if c]))
+            rows.append((file, {"restval": "train"}.get(x["split"], x["split"]), [c for c in captions if c]))
             empty += sum(not c for c in captions)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         if isinstance(e, DataError):
@@ -408,27 +408,22 @@ SPLIT_FILES = [f"processed_captions_{split}.p" for split in ("train", "val", "te
 
 def download_text2shape(root):
     """Fetch captions, voxels and the published split into `root`; goes on where it stopped, unpacks through checked paths."""
-    captions = os.path.join(root, "captions.tablechair.csv")
-    _fetch_once(f"{TEXT2SHAPE_URL}/captions.tablechair.csv", captions, b"modelId")
-    for url, wanted in ((f"{TEXT2SHAPE_URL}/shapenet/{VOXEL_FOLDER}.zip", VOXEL_FOLDER), (f"{TEXT2SHAPE_URL}/text2shape-data.zip", SPLIT_FILES[-1])):
-        archive = os.path.join(root, url.rsplit("/", 1)[-1])
-        if os.path.exists(archive) or not os.path.exists(os.path.join(root, wanted)):  # the archive is removed when all of it is unpacked
-            _fetch_once(url, archive, b"PK")
-            unpack(archive, root)
-            os.unlink(archive)
-
-
-def _fetch_once(url, path, holds):
-    """Fetch `url` to `path` unless it is there; a file whose first bytes lack `holds` is some error page, and is not kept."""
-    if os.path.exists(path):
-        return
-    part = fetch(url, path + ".part")
-    with open(part, "rb") as f:
-        right = holds in f.read(4096)
-    if not right:
-        os.unlink(part)
-        raise DataError(f"{url}: the server sent something else; fetch it by hand to {path}")
-    os.replace(part, path)
+    for name, wanted, holds in (("captions.tablechair.csv", "captions.tablechair.csv", b"modelId"), (f"shapenet/{VOXEL_FOLDER}.zip", VOXEL_FOLDER, b"PK"),
+                                ("text2shape-data.zip", SPLIT_FILES[-1], b"PK")):
+        url, file = f"{TEXT2SHAPE_URL}/{name}", os.path.join(root, name.rsplit("/", 1)[-1])
+        if not os.path.exists(file):
+            if os.path.exists(os.path.join(root, wanted)):
+                continue
+            part = fetch(url, file + ".part")
+            with open(part, "rb") as f:
+                right = holds in f.read(4096)
+            if not right:  # some error page
+                os.unlink(part)
+                raise DataError(f"{url}: the server sent something else; fetch it by hand to {file}")
+            os.replace(part, file)
+        if file.endswith(".zip"):  # it is removed when all of it is unpacked, so one that is there was interrupted, or put there by hand
+            unpack(file, root)
+            os.unlink(file)
 
 
 def fetch(url, part):
@@ -541,7 +536,8 @@ LIGHT = np.array([-0.45, 0.6, 0.66])  # unit vector towards the light, in the ca
 def _ray_table(grid, size, view):
     """int32 (size^2, steps): the flat voxel index at each depth step of each pixel's ray, front to back; grid^3 = outside.
 
-    An orthographic view is no more than this table. The window is sqrt(2) of the grid's side wide, so that a turning grid fits.
+    An orthographic view is no more than this table. The window is sqrt(2) of the grid's side wide, so that a turning grid fits
+    from left to right; of a full grid the uppermost and lowest corners, up to a fifteenth of the side, lie outside.
     """
     azimuth, elevation = math.radians(view * 360 / VIEWS), math.radians(ELEVATION)
     right = np.array([math.cos(azimuth), 0, -math.sin(azimuth)])

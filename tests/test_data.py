@@ -460,7 +460,7 @@ def test_broken_karpathy_files(tmp_path):
     load = lambda: data.load("flickr8k", str(tmp_path))
     refused("dataset_flickr8k.json: cannot be read", load)
     for text in ("{", "[]", '{"images": 3}', '{"images": [3]}', '{"images": [{"filename": "a", "split": "train", "sentences": [{"raw": 4}]}]}',
-                 '{"images": [{"filename": 1, "split": "train", "sentences": []}]}', "[" * 100000):
+                 '{"images": [{"filename": 1, "split": "train", "sentences": []}]}', '{"images": [{"filename": "a", "split": [], "sentences": []}]}', "[" * 100000):
         path.write_text(text)
         refused("dataset_flickr8k.json: image 0 is not in Karpathy's format", load)
 
@@ -769,7 +769,6 @@ def test_download_errors(server, tmp_path):
         refused(f"{data.VOXEL_FOLDER}.zip: .*{what}.*it was removed, run the command again", load)
         assert not (root / f"{data.VOXEL_FOLDER}.zip").exists()
     server.files[VOXELS] = good[VOXELS]
-    # nothing listens on a port that was just closed
     (tmp_path / "file").write_text("")
     refused("could not be fetched", data.fetch, f"{data.TEXT2SHAPE_URL}/x", str(tmp_path / "file" / "x"))
 
