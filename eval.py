@@ -26,7 +26,7 @@ import data
 
 METHODS = ("train_clip4cmr", "train_user", "train_mxm", "train_adapter", "train_cmaclip")
 TIE = 1e-6  # scores closer than this are equal: rounding differs between rows of one matrix product
-BLOCK = 1 << 24  # scores held at a time
+BLOCK = 1 << 22  # scores held at a time: larger is slower (memory is mapped anew for every block)
 
 
 # ---------------------------------------------------------------- metrics
@@ -37,10 +37,10 @@ def positions(scores, relevant, k=None):
     scores: float (Q, G). relevant: bool (Q, G), at least one per query. Returns float64 (Q, K): the 1-based position of each
     query's best, second best, ... relevant item, inf where it has fewer; K = min(k, the most that any query has); k None: all.
     A position counts every non-relevant item that scores higher *or equal*, so a constant score earns nothing. Raises
-    ValueError for a NaN score or a query without a relevant item.
+    ValueError for a NaN score (as CheckpointError: the model is at fault) or a query without a relevant item.
     """
     if torch.isnan(scores).any():
-        raise ValueError("NaN in the scores; a model that gives NaN cannot be ranked")
+        raise clip.CheckpointError("NaN in the scores; a model that gives NaN cannot be ranked")
     count = relevant.sum(1)
     if len(count) and count.min() == 0:
         raise ValueError(f"query {int(count.argmin())} of the block has no relevant item in the gallery")
@@ -119,17 +119,24 @@ def retrieval_metrics(images, texts, image_group, text_group, image_query=slice(
 
 def search(queries, gallery, k):
     """The k best gallery rows for each query by dot product, streamed. queries (Q, D); gallery (G, D), or an iterable of (n, D)
-    parts. Returns (scores (Q, k), index (Q, k)), best first; ties go to the smaller index. Raises ValueError for NaN."""
+    parts. Returns (scores (Q, k), index (Q, k)), best first; equal scores go to the smaller index. Raises ValueError for NaN."""
     step = max(k, BLOCK // max(1, len(queries)))
     parts = gallery.split(step) if isinstance(gallery, torch.Tensor) else gallery
     best = torch.empty(len(queries), 0, device=queries.device)
     index, offset = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device), 0
     for part in parts:
         scores = queries.float() @ part.to(queries.device).float().t()
-        if torch.isnan(scores).any():
-            raise ValueError("NaN in the scores; a model that gives NaN cannot be searched")
-        s, i = scores.topk(min(k, scores.shape[1]), dim=1)
-        best, index, offset = torch.cat([best, s], 1), torch.cat([index, i + offset], 1), offset + len(part)
+        n = min(k, scores.shape[1])
+        s, i = scores.topk(min(n + 1, scores.shape[1]), dim=1)
+        if torch.isnan(s[:, :1]).any():  # topk takes NaN for the greatest
+            raise clip.CheckpointError("NaN in the scores; a model that gives NaN cannot be searched")
+        last, i = s[:, n - 1:n], i[:, :n]
+        if (s[:, n:] == last).any():  # more than n are as good as the n-th, and topk took any of them: take the first
+            above, tied = scores > last, scores == last
+            room = n - above.sum(1, keepdim=True)
+            i = (above | tied & (tied.cumsum(1, dtype=torch.int32) <= room)).nonzero()[:, 1].view(-1, n)
+        i = i.sort(1).values  # topk does not order ties by index either
+        best, index, offset = torch.cat([best, scores.gather(1, i)], 1), torch.cat([index, i + offset], 1), offset + len(part)
         order = best.argsort(dim=1, descending=True, stable=True)[:, :k]  # stable: earlier parts first
         best, index = best.gather(1, order), index.gather(1, order)
     return best, index
@@ -189,19 +196,34 @@ def evaluate(model, instances, tokenizer, amp="auto", workers=0, loader=None):
 
 def bounds(name, instances, draws=5, seed=0):
     """{"chance": metrics} of a random ranking, and for primitives also "ceiling": an oracle that reads every attribute a caption
-    states and guesses among the instances that fit. Means over `draws` random orders of what scores alike."""
-    scores = {"chance": torch.zeros(len(caption_owner(instances)), len(instances))}
+    states and guesses among the instances that fit, as the mean over `draws` random orders of what it finds equally probable."""
+    at, generator = layout(instances), torch.Generator().manual_seed(seed)
+    asked_images, asked_texts = at["image_group"][at["image_query"]], at["text_group"][at["text_query"]]
+    out = {"chance": {"text_to_image": chance(asked_texts, at["image_group"]), "image_to_text": chance(asked_images, at["text_group"])}}
     if name == "primitives":
-        scores["ceiling"] = data.primitives_oracle(instances)
-    out, at, generator = {}, layout(instances), torch.Generator().manual_seed(seed)
-    for row, matrix in scores.items():
-        runs = []
+        matrix, runs = 1e9 * data.primitives_oracle(instances).double(), []  # different probabilities now differ by more than 1,000
         for _ in range(draws):
-            noisy = matrix + 1e-3 * torch.rand(matrix.shape, generator=generator)  # far above TIE, below any real difference
-            runs.append({"text_to_image": ranking_metrics(noisy[at["text_query"]], at["text_group"][at["text_query"]], at["image_group"]),
-                         "image_to_text": ranking_metrics(noisy.t()[at["image_query"]], at["image_group"][at["image_query"]], at["text_group"])})
-        out[row] = {d: {m: float(np.mean([r[d][m] for r in runs])) for m in runs[0][d]} for d in runs[0]}
+            noisy = matrix + 1e3 * torch.rand(matrix.shape, generator=generator)  # so large that TIE is nothing against it
+            runs.append({"text_to_image": ranking_metrics(noisy[at["text_query"]], asked_texts, at["image_group"]),
+                         "image_to_text": ranking_metrics(noisy.t()[at["image_query"]], asked_images, at["text_group"])})
+        out["ceiling"] = {d: {m: float(np.mean([r[d][m] for r in runs])) for m in runs[0][d]} for d in runs[0]}
     return out
+
+
+def chance(query_group, gallery_group, ks=(1, 5, 10)):
+    """Expected `ranking_metrics` of a random order, in closed form (MedR: the first position reached by half of the queries)."""
+    count, G = torch.bincount(gallery_group, minlength=int(query_group.max()) + 1)[query_group], len(gallery_group)
+    place = torch.arange(1, G + 1, dtype=torch.float64)
+    discount, first, ndcg = 1 / torch.log2(place + 1), torch.zeros(G, dtype=torch.float64), dict.fromkeys(ks, 0.0)
+    for relevant, queries in zip(*(x.tolist() for x in count.unique(return_counts=True))):
+        part = queries / len(count)
+        here = (relevant / (G + 1 - place)).clamp(max=1)  # the first relevant item is at this place, given that none came before
+        first += part * here * torch.cat([torch.ones(1), (1 - here).cumprod(0)[:-1]])  # first[p]: it is at place p + 1
+        for k in ks:
+            ndcg[k] += part * relevant / G * (discount[:k].sum() / discount[:min(k, relevant)].sum()).item()
+    out = {f"R@{k}": first[:k].sum().item() for k in ks} | {f"P@{k}": count.double().mean().item() / G * min(k, G) / k for k in ks}
+    out |= {f"NDCG@{k}": ndcg[k] for k in ks} | {"MRR": (first / place).sum().item()}
+    return {name: 100 * value for name, value in out.items()} | {"MedR": 1.0 + (first.cumsum(0) < 0.5).sum().item(), "MeanR": (first * place).sum().item()}
 
 
 def table(results, shapes=False):
@@ -235,8 +257,9 @@ def gallery_picture(path, rows):
     def put(item, x, y):
         if not isinstance(item, str):
             return canvas.paste(Image.fromarray(item), (x, y))
-        lines = textwrap.wrap(item, 20)
-        draw.multiline_text((x + 2, y + 2), "\n".join(lines[:7]) + (" ..." if len(lines) > 7 else ""), fill="black", font=font, spacing=3)
+        wrapped = (textwrap.wrap(item[:500], width) for width in range(24, 0, -1))
+        lines = next(lines for lines in wrapped if all(font.getlength(line) <= CELL - 4 for line in lines))
+        draw.multiline_text((x + 2, y + 2), "\n".join(lines if len(lines) <= 7 else lines[:6] + ["..."]), fill="black", font=font, spacing=3)
 
     for i, (query, results) in enumerate(rows):
         y = pad + i * (cell + pad)
@@ -301,21 +324,46 @@ def share(text):
     return value
 
 
+def vocabulary(text):
+    value = int(text)
+    if value < 514:
+        raise argparse.ArgumentTypeError(f"{text} is less than 514 (every byte, inside and at the end of a word, start and end)")
+    return value
+
+
+def usable_device(text):
+    try:
+        d = torch.device(text)
+        usable = (d.index or 0) < torch.cuda.device_count() if d.type == "cuda" else torch.zeros(1, device=d).item() == 0
+    except (RuntimeError, AssertionError):  # no such name; a kind that this machine or this torch does not have
+        usable = False
+    if not usable:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; try cpu" + " or cuda" * torch.cuda.is_available())
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with an argument, without the usage text (--help has it)."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+
 def common_arguments(description, **defaults):
     """A parser with the arguments that every script has, with the same names and meanings; a script adds its own."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="primitives", help="a data set's name, or a .jsonl or .csv file of your own")
     p.add_argument("--root", help="folder of the data set (default data/<name>)")
     p.add_argument("--download", action="store_true", help="fetch the data set where that is possible (text2shape)")
     p.add_argument("--clip", default="tiny", help="tiny, small: from scratch; a published name, a file or a folder: pretrained weights")
     p.add_argument("--image-size", type=positive_int, help="another input size than the model's own")
-    p.add_argument("--vocab-size", type=positive_int, default=1024, help="symbols of the vocabulary learned for a model from scratch")
+    p.add_argument("--vocab-size", type=vocabulary, default=1024, help="symbols of the vocabulary learned for a model from scratch")
     p.add_argument("--epochs", type=positive_int, help="passes over the training instances")
     p.add_argument("--batch-size", type=positive_int, help="instances per step, over all processes")
     p.add_argument("--lr", type=positive, help="peak learning rate")
     p.add_argument("--weight-decay", type=not_negative)
     p.add_argument("--seed", type=whole, default=0)
-    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    p.add_argument("--device", type=usable_device, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     p.add_argument("--workers", type=whole, default=1, help="processes that prepare batches")
     p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16 autocast in the encoders")
     p.add_argument("--compile", action="store_true", help="torch.compile the encoders' blocks")
@@ -327,12 +375,16 @@ def common_arguments(description, **defaults):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn bad input into one line on stderr and exit code 2; a bug keeps its traceback."""
+    """Turn bad input into one line on stderr and exit code 2, Ctrl-C outside the loop into 130; a bug keeps its traceback."""
+    clear = "\r\033[K" if sys.stderr.isatty() else ""  # a progress line may stand there
     try:
         yield
     except (clip.CheckpointError, data.DataError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"{clear}error: {e}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print(f"{clear}stopped", file=sys.stderr)
+        code = 130
     else:
         return
     sys.stdout.flush()
@@ -377,12 +429,14 @@ class StopSignal:
         self.requested = True
 
 
-def open_run(out, settings, resume):
-    """Prepare the folder of a run and write config.json. Returns the checkpoint to resume from, or None.
+def open_run(out, settings, resume, first=True):
+    """Prepare the folder of a run and write config.json. Returns the checkpoint to resume from, or None. first: False for the
+    processes of a group that only read.
 
     resume: read <out>/last.pt and refuse other settings than it was made with. Otherwise an earlier run in the folder is moved
     aside (<out>.1, .2, ...), so that nothing saved is lost. Raises CheckpointError.
     """
+    out = os.path.normpath(out)
     last, free = os.path.join(out, "last.pt"), ("resume", "out", "workers", "device", "download", "root")
     checkpoint = None
     if resume:
@@ -394,23 +448,35 @@ def open_run(out, settings, resume):
             if name not in free and before != now:
                 raise clip.CheckpointError(f"--resume: --{name.replace('_', '-')} was {before} in {last} and is {now} now; "
                                            f"repeat the old value, or start a new run in another --out")
+        if not first:
+            return checkpoint
     elif os.path.exists(last):
         number = next(n for n in range(1, 1 << 30) if not os.path.exists(f"{out}.{n}"))
-        os.rename(out, f"{out}.{number}")
+        try:
+            os.rename(out, f"{out}.{number}")
+        except OSError as e:
+            raise clip.CheckpointError(f"{out}: holds an earlier run that cannot be moved aside ({e.strerror}); choose another --out") from None
         data.note(f"an earlier run was moved to {out}.{number} (--resume would have continued it)")
     clip.write_file(os.path.join(out, "config.json"), lambda f: f.write(json.dumps(settings, indent=1).encode()))
+    for name in os.listdir(out):
+        if name.startswith(".writing-"):  # a file that was being written when an earlier process was killed
+            os.unlink(os.path.join(out, name))
     log = os.path.join(out, "log.jsonl")
     if resume and os.path.exists(log):  # forget what was logged after the checkpoint: it will be logged again
         with open(log) as f:
-            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= checkpoint["step"]]
+            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= checkpoint["step"]]  # a kill can cut the last
         clip.write_file(log, lambda f: f.write("".join(kept).encode()))
     return checkpoint
 
 
 def log_line(out, **values):
     """Append one object to <out>/log.jsonl."""
-    with open(os.path.join(out, "log.jsonl"), "a") as f:
-        f.write(json.dumps(values) + "\n")
+    path = os.path.join(out, "log.jsonl")
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(values) + "\n")
+    except OSError as e:
+        raise clip.CheckpointError(f"{path}: cannot be written ({e.strerror}); free space, then --resume") from None
 
 
 def write_json(path, value):
@@ -430,7 +496,7 @@ def restore(path, device=None):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint", required=True, help="best.pt or last.pt of a run")
     p.add_argument("--data", help="default: the data the model was trained on")
     p.add_argument("--root", help="folder of the data set")
@@ -438,13 +504,15 @@ def main(argv=None):
     p.add_argument("--gallery", metavar="PNG", help="write a picture of queries and their top results")
     p.add_argument("--query", help="search the split's images with your own words")
     p.add_argument("--top", type=positive_int, default=5, help="results of --query")
-    p.add_argument("--device")
+    p.add_argument("--device", type=usable_device)
     p.add_argument("--workers", type=whole, default=0)
     p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto")
     p.add_argument("--out", help="folder for metrics.json (default: the checkpoint's)")
     args = p.parse_args(argv)
 
     model, tokenizer, checkpoint = restore(args.checkpoint, args.device)
+    if next(model.parameters()).device.type == "cpu":
+        clip.fast_float32()
     settings = checkpoint["settings"]
     name = args.data or settings["data"]
     root = args.root or (settings["root"] if name == settings["data"] else None)
@@ -468,7 +536,7 @@ def main(argv=None):
     if os.path.exists(path):
         with contextlib.suppress(ValueError), open(path) as f:
             kept = json.load(f)
-    write_json(path, kept | {args.split if name == settings["data"] else f"{name} {args.split}": metrics | limits})
+    write_json(path, kept | {args.split if name == settings["data"] else f"{name} {args.split}": {"model": metrics, **limits}})
     print(f"written to {path}")
     if args.gallery:
         draw_gallery(args.gallery, instances, images, texts)

@@ -61,10 +61,16 @@ def main(argv=None):
     rank, world, device = losses.join(args.device)
     first = rank == 0  # the only process that writes
     data.seed_everything(args.seed)
+    if device.type == "cpu":
+        clip.fast_float32()
 
     # data
-    train, _ = data.load(args.data, args.root, "train", args.download and first)
+    if args.download and first:
+        data.load(args.data, args.root, "train", download=True)
+    losses.any_process(False, device)  # the others wait for what the first fetches
+    train, _ = data.load(args.data, args.root, "train")
     val, _ = data.load(args.data, args.root, "val")
+    data.load(args.data, args.root, "test")  # needed at the end: what is missing is said before training, not after
     most = lambda kind, default: min(default, max(len(getattr(x, kind)) for x in train))
     views = args.views or most("images", 1 if args.loss == "clip" else 2)
     captions = args.captions or most("captions", 1 if args.loss == "clip" else 2)
@@ -90,7 +96,7 @@ def main(argv=None):
 
     # run: everything that changes is in `state`, the weights and the optimizer, so that a resumed run ends with the same bits
     state = {"step": 0, "best": -1.0, "loss_sum": 0.0}
-    checkpoint = eval.open_run(args.out, vars(args), args.resume) if first or args.resume else None
+    checkpoint = eval.open_run(args.out, vars(args), args.resume, first) if first or args.resume else None
     if checkpoint:
         model.load_state_dict(checkpoint["clip"]["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -105,6 +111,9 @@ def main(argv=None):
     def learning_rate(step):  # linear warm-up, then half a cosine down to zero
         warm = max(1, int(WARMUP * steps))
         return args.lr * (step + 1) / warm if step < warm else args.lr * (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
+
+    if first and not checkpoint:
+        save("last.pt")  # from here on there is one to resume from; and a disk that is full is found before any work
 
     stop, saved = eval.StopSignal(), time.time()
     progress = eval.Progress(steps, state["step"], quiet=not first)
@@ -124,18 +133,19 @@ def main(argv=None):
         texts, text_owner = losses.gather_rows(texts, batch["index"][:, None].expand_as(caption_mask)[caption_mask])
 
         scale = model.logit_scale.exp()
-        ramp = min(1.0, state["step"] / max(1.0, args.soft_warmup * steps))  # at first there is no meaningful soft relation
+        ramp = min(1.0, state["step"] / (args.soft_warmup * steps)) if args.soft_warmup else 1.0  # at first there is no meaningful soft relation
         loss_function = {
             "hybrid": functools.partial(losses.mxm_loss, weight=args.soft_weight * ramp), "hard": losses.hard_loss,
             "hard-uniform": losses.hard_uniform_loss, "soft": losses.soft_loss, "mil-nce": losses.mil_nce_loss,
             "clip": lambda images, texts, scale, *_: losses.clip_loss(images, texts, scale)}[args.loss]
         loss = loss_function(images, texts, scale, image_owner, text_owner)
-        if not math.isfinite(loss.item()):
-            raise SystemExit(f"error: the loss is {loss.item()} at step {state['step']}; try a lower --lr or --amp off. {args.out}/last.pt is from before")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         losses.average_gradients(model.parameters())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRADIENT)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRADIENT)
+        if not math.isfinite(loss.item() + norm.item()):  # before the weights take it up
+            raise SystemExit(f"error: the loss is {loss.item()}, its gradient's norm {norm.item()} at step {state['step']}; "
+                             f"try a lower --lr or --amp off. {args.out}/last.pt is from before")
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
@@ -156,10 +166,11 @@ def main(argv=None):
             eval.log_line(args.out, **record)
         if inside == 0:
             state["loss_sum"] = 0.0
-        if first and (inside == 0 or time.time() - saved > SAVE_SECONDS or stop.requested):
+        stopping = losses.any_process(stop.requested, device)  # asked once: a signal after this waits for the next step
+        if first and (inside == 0 or time.time() - saved > SAVE_SECONDS or stopping):
             save("last.pt")
             saved = time.time()
-        if losses.any_process(stop.requested, device):
+        if stopping:
             progress.line(f"stopped at step {state['step']}; the same command with --resume goes on")
             raise SystemExit(130)
 

@@ -1,0 +1,8 @@
+"""For all tests: the project's files are importable, and one thread, so that sums have one order and results one set of bits."""
+import os
+import sys
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+torch.set_num_threads(1)
