@@ -510,7 +510,7 @@ def read_nrrd(path):
                 raise DataError(f"{path}: sizes {' '.join(sizes)}; expected 4 n n n (channel, x, y, z), n up to 512")
             need = 4 * n ** 3
             f.seek(blank.end())
-            body = f.read(need + (1 << 16))  # even bytes that do not compress grow by less
+            body = f.read(need + (need >> 10) + (1 << 16))  # even what does not compress grows by less
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror})") from None
     try:

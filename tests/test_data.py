@@ -503,9 +503,9 @@ def test_broken_nrrd(tmp_path):
     flipped = good[:-8] + bytes([good[-8] ^ 1]) + good[-7:]
     for content, what in ((b"", "not an NRRD"), (b"PK" + good, "not an NRRD"), (b"NRRD0004\n" + b"a" * 100000, "not an NRRD"),
                           (nrrd(cube(1), kind="float"), "type float"), (good.replace(b"type:", b"tipe:"), r"type \?"),
-                          (nrrd(cube(1), sizes="4 6 6 7"), "sizes 4 6 6 7; expected 4 n n n"), (nrrd(cube(1), sizes="3 6 6 6"), "sizes"), (nrrd(cube(1), sizes="4 6 6"), "sizes"),
-                          (nrrd(cube(1), sizes="4 -6 -6 -6"), "sizes"), (nrrd(cube(1), sizes="4 0 0 0"), "sizes"), (nrrd(cube(1), sizes="4 \xb2 \xb2 \xb2"), "sizes"),
-                          (nrrd(cube(1), sizes="4 " + " ".join(["9" * 5000] * 3)), "sizes"), (nrrd(cube(1), sizes="4 513 513 513"), "sizes"),
+                          (nrrd(cube(1), sizes="4 6 6 7"), "sizes 4 6 6 7; expected 4 n n n"), (nrrd(cube(1), sizes="3 6 6 6"), "sizes .*; expected 4 n n n"), (nrrd(cube(1), sizes="4 6 6"), "sizes .*; expected 4 n n n"),
+                          (nrrd(cube(1), sizes="4 -6 -6 -6"), "sizes .*; expected 4 n n n"), (nrrd(cube(1), sizes="4 0 0 0"), "sizes .*; expected 4 n n n"), (nrrd(cube(1), sizes="4 \xb2 \xb2 \xb2"), "sizes .*; expected 4 n n n"),
+                          (nrrd(cube(1), sizes="4 " + " ".join(["9" * 5000] * 3)), "sizes .*; expected 4 n n n"), (nrrd(cube(1), sizes="4 513 513 513"), "sizes .*; expected 4 n n n"),
                           (nrrd(cube(1), "hex"), "encoding hex"), (nrrd(cube(1), extra=["data file: b.raw"]), "in another file"),
                           (good[:-300], "truncated"), (good[:-4], "truncated"), (flipped, "damaged gzip"), (good[:400] + bytes(9) + good[409:], "damaged gzip"),
                           (raw[:-1], "holds 863 bytes of voxels, its sizes need 864"), (raw + b"x", "holds 865"), (good[:good.index(b"\n\n") + 2] + bomb, "holds 865 bytes")):
@@ -557,7 +557,7 @@ def test_text2shape_without_splits_voxels_or_with_views(tmp_path, capsys):
     parts = [{x.id for x in data.load("text2shape", str(tmp_path), name)[0]} for name in ("train", "val", "test")]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 60 and len(parts[0]) > 40 and parts[1] and parts[2]
     first, second, third = sorted(parts[0])[:3]
-    for m in (first, second, third):
+    for m in (second, third):
         os.unlink(tmp_path / data.VOXEL_FOLDER / m / f"{m}.nrrd")
     for k in (10, 2, 1):
         picture(str(tmp_path / "views" / first / f"{k:02d}.png"), k)
