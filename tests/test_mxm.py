@@ -3,6 +3,7 @@
     python -m pytest tests/test_mxm.py
 """
 import ast
+import contextlib
 import json
 import math
 import os
@@ -10,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -154,6 +154,20 @@ def test_another_seed_is_another_run(squares, whole, tmp_path):
     assert not torch.equal(a["visual.conv1.weight"], b["visual.conv1.weight"])
 
 
+def test_best_is_the_best_on_val_and_is_what_the_report_is_about(squares, tmp_path, monkeypatch):
+    sums, plain = iter((90.0, 300.0, 200.0)), eval.evaluate
+    monkeypatch.setattr(eval, "evaluate", lambda *a: plain(*a) | {"rSum": next(sums)})
+    monkeypatch.setattr(train_mxm, "report", lambda *a: None)
+    train_mxm.main(arguments(squares, "--out", tmp_path))
+    best, last = clip.load_checkpoint(tmp_path / "best.pt"), clip.load_checkpoint(tmp_path / "last.pt")
+    assert best["step"] == 6 and last["step"] == 9 and last["state"]["best"] == best["state"]["best"] == 300
+    monkeypatch.undo()
+    train_mxm.main(arguments(squares, "--out", tmp_path, "--resume"))  # nothing left but the report
+    model, tokenizer, _ = eval.restore(tmp_path / "best.pt", "cpu")
+    expected = eval.evaluate(model, data.load(squares, split="test")[0], tokenizer, "off")
+    assert json.loads((tmp_path / "metrics.json").read_text())["test"]["model"] == expected
+
+
 @pytest.mark.parametrize("loss", ["hard", "hard-uniform", "soft", "clip", "mil-nce"])
 def test_every_loss_runs(loss, squares, whole, tmp_path, capsys):
     train_mxm.main(arguments(squares, "--out", tmp_path, "--epochs", 1, "--loss", loss))
@@ -248,7 +262,7 @@ def prepare(case):
     elif case in ("Ctrl-C", "SIGTERM"):
         train_mxm.SAVE_SECONDS = 300
         step(5, lambda plain, a, k: (die(signal.SIGINT if case == "Ctrl-C" else signal.SIGTERM), plain(*a, **k)))
-    elif case == "Ctrl-C while saving":  # noted too late for this step: the next one saves and stops
+    elif case == "Ctrl-C while logging":
         train_mxm.SAVE_SECONDS = 300
         at_call(eval, "log_line", 1, lambda plain, a, k: (plain(*a, **k), die(signal.SIGINT)))
     elif case == "a disk that fills up":
@@ -294,7 +308,7 @@ json.dump(results, open(folder + "/results.json", "w"))
 '''
 KILLED = {"at the first step": 0, "in the middle of an epoch without a save": 3, "in the middle of an epoch": 4, "while writing last.pt": 3,
           "while writing best.pt": 2, "between best.pt and the log": 2, "while writing the log": 5, "between the log and last.pt": 5, "before the report": 9}
-STOPPED = {"Ctrl-C": 5, "SIGTERM": 5, "Ctrl-C while saving": 3}
+STOPPED = {"Ctrl-C": 5, "SIGTERM": 5, "Ctrl-C while logging": 3}
 FULL = {"a disk that fills up": 4, "a disk full for the log": 5}
 
 
@@ -327,8 +341,9 @@ def test_interrupted_then_resumed_equals_never_interrupted(case, cases, whole):
 
 def wait_for(process, condition):
     while not condition():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.01)
         assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
 
 
 def test_the_command_killed_from_outside_then_resumed_then_ctrl_c(squares, tmp_path):
