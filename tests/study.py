@@ -1,0 +1,98 @@
+"""The studies behind README.md's tables: runs what is missing under runs/study, then prints mean and spread over seeds.
+
+    python tests/study.py losses                                  # every loss on the built-in shapes, three seeds
+    python tests/study.py losses-photos --root path/to/flickr8k
+    python tests/study.py batch --jobs 2 --threads 1              # two runs at a time, one thread each
+    python tests/study.py --list                                  # the commands, without running them
+
+A finished run (its metrics.json exists) is not repeated; an interrupted one is resumed.
+"""
+import argparse
+import concurrent.futures
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+LOSSES = ("clip", "mil-nce", "hard-uniform", "hard", "soft", "hybrid")
+
+
+def samples(loss, batch, views, captions, epochs):
+    """Arguments that show as many images and captions per step and in all: CLIP's loss takes one pair of an instance, so it
+    gets as many more instances per step, and as many more epochs."""
+    if loss == "clip":
+        batch, epochs, views, captions = batch * views, epochs * views, 1, 1
+    return f"--loss {loss} --batch-size {batch} --views {views} --captions {captions} --epochs {epochs} --eval-every {epochs}"
+
+
+# study -> {row: arguments of train_mxm.py}
+STUDIES = {
+    "losses": {loss: samples(loss, 64, 2, 2, 6) for loss in LOSSES},
+    "batch": {f"{loss}, {batch} instances": samples(loss, batch, 2, 2, 6) for loss in ("clip", "hard", "hybrid") for batch in (32, 64, 128)},
+    "views": {"clip, 1 x 1": samples("clip", 64, 2, 2, 6)} | {
+        f"{loss}, {m} x {m}": samples(loss, 128 // m, m, m, 12 // m) for loss in ("hard", "hybrid") for m in (2, 4)},
+    # photos: one image each. 64 images and 128 captions a step, or for CLIP's loss 96 pairs: as many observations
+    "losses-photos": {loss: "--data flickr8k " + (
+        "--loss clip --batch-size 96 --epochs 60 --eval-every 6" if loss == "clip" else
+        f"--loss {loss} --batch-size 64 --views 1 --captions 2 --epochs 40 --eval-every 4") for loss in LOSSES},
+}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("study", nargs="*", choices=[*STUDIES, []], help=", ".join(STUDIES))
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--root", help="folder of the data set, for the photos")
+    p.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    p.add_argument("--threads", type=int, help="threads of each run")
+    p.add_argument("--out", default=os.path.join("runs", "study"))
+    p.add_argument("--list", action="store_true", help="print the commands only")
+    args = p.parse_args()
+
+    commands = {}
+    for study in args.study or STUDIES:
+        for row, arguments in STUDIES[study].items():
+            for seed in range(args.seeds):
+                command = f"train_mxm.py {arguments} --seed {seed}" + (f" --root {shlex.quote(args.root)}" if args.root and "--data" in arguments else "")
+                out = os.path.join(args.out, arguments.replace("--", "").replace(" ", "-").replace("eval-every", "e") + f"-seed-{seed}")
+                commands[study, row, seed] = (f"{command} --out {out}", out)
+    if args.list:
+        print("\n".join(f"python {command}" for command, _ in commands.values()))
+        return
+
+    def run(command, out):
+        if os.path.exists(os.path.join(out, "metrics.json")):
+            return
+        environment = os.environ | ({"OMP_NUM_THREADS": str(args.threads)} if args.threads else {})
+        os.makedirs(out, exist_ok=True)
+        with open(os.path.join(out, "output.txt"), "a") as f:
+            resume = ["--resume"] if os.path.exists(os.path.join(out, "last.pt")) else []
+            subprocess.run([sys.executable, *shlex.split(command), *resume], cwd=ROOT, env=environment, stdout=f, stderr=f, check=True)
+
+    seen = dict.fromkeys(commands.values())  # studies share rows: each command once
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for done, _ in enumerate(pool.map(lambda c: run(*c), seen), 1):
+            print(f"\r{done} of {len(seen)} runs", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+    for study in args.study or STUDIES:
+        photos = "photos" in study
+        columns = [(split, d, m) for split in (("test",) if photos else ("test", "unseen")) for d in ("text_to_image", "image_to_text")
+                   for m in (("R@1", "R@10", "MRR") if photos else ("R@1", "NDCG@5"))]
+        print(f"\n{study}\n| | " + " | ".join(f"{s} {'T2I' if d[0] == 't' else 'I2T'} {m}" for s, d, m in columns) + " |\n|" + " --- |" * (1 + len(columns)))
+        for row in STUDIES[study]:
+            cells = []
+            for split, direction, metric in columns:
+                values = []
+                for seed in range(args.seeds):
+                    with open(os.path.join(commands[study, row, seed][1], "metrics.json")) as f:
+                        values.append(json.load(f)[split]["model"][direction][metric])
+                cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}")
+            print(f"| {row} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
