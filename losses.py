@@ -138,12 +138,22 @@ def instance_means(features, owner):
     return F.normalize(sums, dim=-1), position
 
 
-def soft_relation(images, texts, scale, image_owner, text_owner):
-    """(N, N) rows q_i = softmax_j( s (v_i . v_j + t_i . t_j) / 2 ): how alike two instances are, judged with all of their
-    observations (v, t: renormalised means over an instance's images and texts). No gradient."""
+def soft_relation(images, texts, scale, image_owner, text_owner, sharpness=1.0):
+    """(N, N) rows q_i = softmax_j( sharpness s (v_i . v_j + t_i . t_j) / 2 ): how alike two instances are, judged with all of their
+    observations (v, t: renormalised means over an instance's images and texts). No gradient.
+
+    The relation comes from the features that it trains, so what they cannot tell apart yet is called alike and stays so. A
+    sharpness over 1 counts only instances that agree in nearly everything; at 2 it is the product of both modalities' softmaxes.
+    """
     with torch.no_grad():
         v, t = instance_means(images.float(), image_owner)[0], instance_means(texts.float(), text_owner)[0]
-        return (scale * (v @ v.t() + t @ t.t()) / 2).softmax(1)
+        return (sharpness * scale * (v @ v.t() + t @ t.t()) / 2).softmax(1)
+
+
+def group_relation(group):
+    """(N, N): the relation where it is known. group (N,), integers: instances of one group are equally alike, others not at all."""
+    same = (group[:, None] == group[None, :]).float()
+    return same / same.sum(1, keepdim=True)
 
 
 def soft_loss(images, texts, scale, image_owner, text_owner, relation=None):

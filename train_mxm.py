@@ -14,7 +14,6 @@ A reconstruction: the published repository holds no code and the paper's formula
     torchrun --nproc_per_node=2 train_mxm.py                                 # the same batch over two processes
     python train_mxm.py --resume                                             # go on after an interruption, to the same bits
 """
-import functools
 import math
 import os
 import time
@@ -39,6 +38,9 @@ def settings(argv=None):
     p.add_argument("--captions", type=eval.positive_int, help="captions per instance and step (default 2; 1 for --loss clip)")
     p.add_argument("--soft-weight", type=eval.share, default=0.5, help="lambda: the soft relation's share of the hybrid loss")
     p.add_argument("--soft-warmup", type=eval.share, default=0.5, help="lambda rises from 0 over this share of training")
+    p.add_argument("--soft-sharpness", type=eval.positive, default=4.0, help="how much more alike than by s alone instances must be")
+    p.add_argument("--soft-relation", choices=("features", "group"), default="features",
+                   help="features: the model's own judgement; group: known, instances of one group are alike (an upper bound)")
     p.add_argument("--eval-every", type=eval.positive_int, help="epochs between evaluations on val (default: five in a run)")
     args = p.parse_args(argv)
     for name, value in (SCRATCH if args.clip in clip.SCRATCH else PRETRAINED).items():
@@ -88,6 +90,7 @@ def main(argv=None):
     loader = data.Loader(train, tokenizer, context, size, args.batch_size, views, captions, train=True, seed=args.seed,
                          workers=args.workers, rank=rank, world=world)
     val_loader = eval.evaluation_loader(model, val, tokenizer, args.workers)
+    train_group = eval.layout(train)["image_group"].to(device)  # (instances,): equal where they count as the same thing
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # gains, biases, logit_scale: not decayed
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
@@ -133,12 +136,21 @@ def main(argv=None):
         texts, text_owner = losses.gather_rows(texts, batch["index"][:, None].expand_as(caption_mask)[caption_mask])
 
         scale = model.logit_scale.exp()
-        ramp = min(1.0, state["step"] / (args.soft_warmup * steps)) if args.soft_warmup else 1.0  # at first there is no meaningful soft relation
-        loss_function = {
-            "hybrid": functools.partial(losses.mxm_loss, weight=args.soft_weight * ramp), "hard": losses.hard_loss,
-            "hard-uniform": losses.hard_uniform_loss, "soft": losses.soft_loss, "mil-nce": losses.mil_nce_loss,
-            "clip": lambda images, texts, scale, *_: losses.clip_loss(images, texts, scale)}[args.loss]
-        loss = loss_function(images, texts, scale, image_owner, text_owner)
+        if args.loss in ("soft", "hybrid"):
+            if args.soft_relation == "group":
+                relation = losses.group_relation(train_group[image_owner.unique()])  # (N, N), instances in the order of their numbers
+            else:
+                relation = losses.soft_relation(images, texts, scale, image_owner, text_owner, args.soft_sharpness)
+        if args.loss == "hybrid":  # at first the features tell no meaningful relation: lambda rises from 0
+            ramp = min(1.0, state["step"] / (args.soft_warmup * steps)) if args.soft_warmup else 1.0
+            loss = losses.mxm_loss(images, texts, scale, image_owner, text_owner, args.soft_weight * ramp, relation)
+        elif args.loss == "soft":
+            loss = losses.soft_loss(images, texts, scale, image_owner, text_owner, relation)
+        elif args.loss == "clip":
+            loss = losses.clip_loss(images, texts, scale)
+        else:
+            one = {"hard": losses.hard_loss, "hard-uniform": losses.hard_uniform_loss, "mil-nce": losses.mil_nce_loss}[args.loss]
+            loss = one(images, texts, scale, image_owner, text_owner)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         losses.average_gradients(model.parameters())

@@ -17,27 +17,28 @@ import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-LOSSES = ("clip", "mil-nce", "hard-uniform", "hard", "soft", "hybrid")
-
-
 def samples(loss, batch, views, captions, epochs):
     """Arguments that show as many images and captions per step and in all: CLIP's loss takes one pair of an instance, so it
     gets as many more instances per step, and as many more epochs."""
-    if loss == "clip":
+    if loss == "--loss clip":
         batch, epochs, views, captions = batch * views, epochs * views, 1, 1
-    return f"--loss {loss} --batch-size {batch} --views {views} --captions {captions} --epochs {epochs} --eval-every {epochs}"
+    return f"{loss} --batch-size {batch} --views {views} --captions {captions} --epochs {epochs} --eval-every {epochs}"
 
+
+MXM = {**{loss: f"--loss {loss}" for loss in ("clip", "mil-nce", "hard-uniform", "hard", "soft", "hybrid")},
+       "hybrid, sharpness 1": "--loss hybrid --soft-sharpness 1", "hybrid, known groups": "--loss hybrid --soft-relation group"}
 
 # study -> {row: arguments of train_mxm.py}
 STUDIES = {
-    "losses": {loss: samples(loss, 64, 2, 2, 6) for loss in LOSSES},
-    "batch": {f"{loss}, {batch} instances": samples(loss, batch, 2, 2, 6) for loss in ("clip", "hard", "hybrid") for batch in (32, 64, 128)},
-    "views": {"clip, 1 x 1": samples("clip", 64, 2, 2, 6)} | {
-        f"{loss}, {m} x {m}": samples(loss, 128 // m, m, m, 12 // m) for loss in ("hard", "hybrid") for m in (2, 4)},
+    "losses": {row: samples(loss, 64, 2, 2, 6) for row, loss in MXM.items()},
     # photos: one image each. 64 images and 128 captions a step, or for CLIP's loss 96 pairs: as many observations
-    "losses-photos": {loss: "--data flickr8k " + (
-        "--loss clip --batch-size 96 --epochs 60 --eval-every 6" if loss == "clip" else
-        f"--loss {loss} --batch-size 64 --views 1 --captions 2 --epochs 40 --eval-every 4") for loss in LOSSES},
+    "losses-photos": {row: "--data flickr8k " + (
+        f"{loss} --batch-size 96 --epochs 60 --eval-every 6" if row == "clip" else
+        f"{loss} --batch-size 64 --views 1 --captions 2 --epochs 40 --eval-every 4") for row, loss in list(MXM.items())[:6]},
+    "batch": {f"{row}, {batch} instances": samples(MXM[row], batch, 2, 2, 6)
+              for row in ("clip", "hard", "hybrid", "hybrid, known groups") for batch in (32, 64, 128)},
+    "views": {"clip, 1 x 1": samples(MXM["clip"], 64, 2, 2, 6)} | {
+        f"{row}, {m} x {m}": samples(MXM[row], 128 // m, m, m, 12 // m) for row in ("hard", "hybrid") for m in (2, 4)},
 }
 
 

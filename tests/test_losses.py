@@ -124,6 +124,9 @@ def test_soft_relation_and_instance_means():
     expected = relation_by_loops(images.detach(), texts, scale.detach(), IMAGE_OWNER.tolist(), TEXT_OWNER.tolist())
     assert not found.requires_grad
     close([found.double()], [torch.tensor(expected)])
+    close([losses.soft_relation(images, texts, scale, IMAGE_OWNER, TEXT_OWNER, 3.0)], [losses.soft_relation(images, texts, 3 * scale, IMAGE_OWNER, TEXT_OWNER)])
+    assert losses.group_relation(torch.tensor([7, 2, 7, 7])).tolist() == [pytest.approx(row) for row in (
+        [1 / 3, 0, 1 / 3, 1 / 3], [0, 1, 0, 0], [1 / 3, 0, 1 / 3, 1 / 3], [1 / 3, 0, 1 / 3, 1 / 3])]
     means, position = losses.instance_means(images.detach(), IMAGE_OWNER)
     assert position.tolist() == [sorted({3, 5, 17, 41, 900}).index(n) for n in IMAGE_OWNER.tolist()]
     close([means], [torch.stack([mean_of(images.detach(), IMAGE_OWNER.tolist(), n) for n in (3, 5, 17, 41, 900)])], 1e-12)

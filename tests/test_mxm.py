@@ -177,12 +177,23 @@ def test_every_loss_runs(loss, squares, whole, tmp_path, capsys):
 
 def test_soft_weight_ramps_up(squares, tmp_path, monkeypatch):
     weights, plain = [], train_mxm.losses.mxm_loss
-    monkeypatch.setattr(train_mxm.losses, "mxm_loss", lambda *a, weight: weights.append(weight) or plain(*a, weight=weight))
+    monkeypatch.setattr(train_mxm.losses, "mxm_loss", lambda *a: weights.append(a[5]) or plain(*a))
     train_mxm.main(arguments(squares, "--out", tmp_path / "a", "--soft-weight", 0.8, "--soft-warmup", 0.5))
     assert weights == pytest.approx([0.8 * min(1, step / 4.5) for step in range(9)])
     weights.clear()
     train_mxm.main(arguments(squares, "--out", tmp_path / "b", "--epochs", 1, "--soft-weight", 0.8, "--soft-warmup", 0))
     assert weights == [0.8] * 3
+
+
+def test_soft_relation_of_features_or_of_groups(squares, tmp_path, monkeypatch):
+    seen, plain = [], train_mxm.losses.soft_loss
+    monkeypatch.setattr(train_mxm.losses, "soft_loss", lambda *a: seen.append(a[5]) or plain(*a))
+    short = ("--epochs", 1, "--loss", "soft")
+    train_mxm.main(arguments(squares, "--out", tmp_path / "a", *short, "--soft-sharpness", 1))
+    train_mxm.main(arguments(squares, "--out", tmp_path / "b", *short, "--soft-sharpness", 4))
+    train_mxm.main(arguments(squares, "--out", tmp_path / "c", *short, "--soft-relation", "group"))
+    assert seen[0].shape == (8, 8) and seen[0].diagonal().mean() < seen[3].diagonal().mean() < 1  # the same weights, sharpened
+    assert all(torch.equal(relation, torch.eye(8)) for relation in seen[6:])  # each instance is a group of its own here
 
 
 def test_starts_from_a_file_of_weights(squares, whole, tmp_path, capsys):
@@ -399,7 +410,7 @@ def test_a_loss_that_is_nan_stops_before_the_weights_take_it_up(squares, tmp_pat
     for name, spoil in (("loss", lambda x: x * math.nan), ("gradient", InfiniteGradient.apply)):
         calls.clear()
         monkeypatch.setattr(train_mxm.losses, "mxm_loss",
-                            lambda *a, weight: (calls.append(0), spoil(plain(*a, weight=weight)) if len(calls) == 6 else plain(*a, weight=weight))[1])
+                            lambda *a: (calls.append(0), spoil(plain(*a)) if len(calls) == 6 else plain(*a))[1])
         with pytest.raises(SystemExit, match="at step 5; try a lower --lr"):
             train_mxm.main(arguments(squares, "--out", tmp_path / name))
         checkpoint = clip.load_checkpoint(tmp_path / name / "last.pt")
