@@ -22,6 +22,7 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import sys
 import urllib.error
 import urllib.request
@@ -760,6 +761,12 @@ def pixels(image, size):
 
 # ---------------------------------------------------------------- batches
 
+def _ignore_signals(worker):
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a run; only the main one acts on them, and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class _Batches(torch.utils.data.Dataset):
     """Makes batch number `step` from (seed, step) alone, so that workers, resumed runs and several processes agree."""
 
@@ -871,7 +878,8 @@ class Loader:
         context = "fork" if self.workers and sys.platform == "linux" else None  # shares the cache
         for batch in torch.utils.data.DataLoader(
                 _Batches(self), sampler=steps, batch_size=None, num_workers=min(self.workers, len(steps)), pin_memory=torch.cuda.is_available(),
-                multiprocessing_context=context if steps else None, generator=torch.Generator()):  # leaves torch's global generator alone
+                multiprocessing_context=context if steps else None, worker_init_fn=_ignore_signals,
+                generator=torch.Generator()):  # leaves torch's global generator alone
             if isinstance(batch, DataError):
                 raise batch
             yield batch

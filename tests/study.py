@@ -30,15 +30,14 @@ MXM = {**{loss: f"--loss {loss}" for loss in ("clip", "mil-nce", "hard-uniform",
 
 # study -> {row: arguments of train_mxm.py}
 STUDIES = {
-    "losses": {row: samples(loss, 64, 2, 2, 6) for row, loss in MXM.items()},
+    "losses": {row: samples(loss, 64, 2, 2, 8) for row, loss in MXM.items()},
     # photos: one image each. 64 images and 128 captions a step, or for CLIP's loss 96 pairs: as many observations
     "losses-photos": {row: "--data flickr8k " + (
         f"{loss} --batch-size 96 --epochs 60 --eval-every 6" if row == "clip" else
         f"{loss} --batch-size 64 --views 1 --captions 2 --epochs 40 --eval-every 4") for row, loss in list(MXM.items())[:6]},
-    "batch": {f"{row}, {batch} instances": samples(MXM[row], batch, 2, 2, 6)
-              for row in ("clip", "hard", "hybrid", "hybrid, known groups") for batch in (32, 64, 128)},
-    "views": {"clip, 1 x 1": samples(MXM["clip"], 64, 2, 2, 6)} | {
-        f"{row}, {m} x {m}": samples(MXM[row], 128 // m, m, m, 12 // m) for row in ("hard", "hybrid") for m in (2, 4)},
+    "batch": {f"{row}, {2 * batch} images a step": samples(MXM[row], batch, 2, 2, 8) for row in ("clip", "hybrid") for batch in (32, 64, 128)},
+    "views": {"clip, 1 x 1": samples(MXM["clip"], 64, 2, 2, 8)} | {
+        f"hybrid, {m} x {m}": samples(MXM["hybrid"], 128 // m, m, m, 16 // m) for m in (2, 4)},
 }
 
 

@@ -357,9 +357,10 @@ def wait_for(process, condition):
         assert process.poll() is None, process.communicate()
 
 
-def test_the_command_killed_from_outside_then_resumed_then_ctrl_c(squares, tmp_path):
+def test_the_command_killed_from_outside_then_resumed_then_ended_by_a_scheduler(squares, tmp_path):
     words = [sys.executable, "train_mxm.py", *arguments(squares, "--out", tmp_path, "--epochs", 2000, "--eval-every", 2000)]
-    start = lambda *more: subprocess.Popen([*words, *more], cwd=ROOT, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    start = lambda *more: subprocess.Popen([*words, *more], cwd=ROOT, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                                            start_new_session=True)
     lines = lambda: len((tmp_path / "log.jsonl").read_text().splitlines()) if (tmp_path / "log.jsonl").exists() else 0
     process = start()
     wait_for(process, lambda: lines() >= 2)
@@ -368,9 +369,9 @@ def test_the_command_killed_from_outside_then_resumed_then_ctrl_c(squares, tmp_p
     assert process.returncode == -signal.SIGKILL
     step = clip.load_checkpoint(tmp_path / "last.pt")["step"]
     assert 3 <= step < 6000
-    process = start("--resume")
+    process = start("--resume", "--workers", "1")
     wait_for(process, lambda: lines() >= step // 3 + 2)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler, or a terminal's Ctrl-C: the worker gets it too
     _, said = process.communicate()
     assert process.returncode == 130 and "--resume goes on" in said.splitlines()[-1] and "Traceback" not in said
     after = clip.load_checkpoint(tmp_path / "last.pt")["step"]
