@@ -46,8 +46,8 @@ def settings(argv=None):
     for name, value in (SCRATCH if args.clip in clip.SCRATCH else PRETRAINED).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.loss == "clip" and (args.views or 1, args.captions or 1) != (1, 1):
-        p.error("--loss clip trains on one pair of an instance: use --views 1 --captions 1 (and a larger --batch-size for as many samples per step)")
+    if args.loss == "clip" and (args.views or 1) != (args.captions or 1):
+        p.error("--loss clip pairs an instance's k-th view with its k-th caption: give --views and --captions the same number (default 1)")
     args.eval_every = args.eval_every or max(1, args.epochs // 5)
     args.out = args.out or os.path.join("runs", f"mxm-{os.path.splitext(os.path.basename(args.data))[0]}")
     return args
@@ -76,6 +76,8 @@ def main(argv=None):
     most = lambda kind, default: min(default, max(len(getattr(x, kind)) for x in train))
     views = args.views or most("images", 1 if args.loss == "clip" else 2)
     captions = args.captions or most("captions", 1 if args.loss == "clip" else 2)
+    if args.loss == "clip" and min(min(len(x.images), len(x.captions)) for x in train) < views:
+        raise data.DataError(f"--loss clip --views {views}: some instances have fewer views or captions; pairs need as many of each")
 
     # model
     if args.clip in clip.SCRATCH:
@@ -146,7 +148,7 @@ def main(argv=None):
             loss = losses.mxm_loss(images, texts, scale, image_owner, text_owner, args.soft_weight * ramp, relation)
         elif args.loss == "soft":
             loss = losses.soft_loss(images, texts, scale, image_owner, text_owner, relation)
-        elif args.loss == "clip":
+        elif args.loss == "clip":  # the baseline: pairs; a batch's other observations are negatives, those of the same instance too
             loss = losses.clip_loss(images, texts, scale)
         else:
             one = {"hard": losses.hard_loss, "hard-uniform": losses.hard_uniform_loss, "mil-nce": losses.mil_nce_loss}[args.loss]

@@ -17,24 +17,26 @@ import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-def samples(loss, batch, views, captions, epochs):
+
+
+def samples(loss, batch, views, captions, epochs, pairs=False):
     """Arguments that show as many images and captions per step and in all: CLIP's loss takes one pair of an instance, so it
-    gets as many more instances per step, and as many more epochs."""
-    if loss == "--loss clip":
+    gets as many more instances per step, and as many more epochs; or with `pairs` several pairs of the same instances."""
+    if loss == "--loss clip" and not pairs:
         batch, epochs, views, captions = batch * views, epochs * views, 1, 1
     return f"{loss} --batch-size {batch} --views {views} --captions {captions} --epochs {epochs} --eval-every {epochs}"
 
 
-MXM = {**{loss: f"--loss {loss}" for loss in ("clip", "mil-nce", "hard-uniform", "hard", "soft", "hybrid")},
+MXM = {"clip": "--loss clip", "clip, 2 pairs of each": "--loss clip", **{loss: f"--loss {loss}" for loss in ("mil-nce", "hard-uniform", "hard", "soft", "hybrid")},
        "hybrid, sharpness 1": "--loss hybrid --soft-sharpness 1", "hybrid, known groups": "--loss hybrid --soft-relation group"}
 
 # study -> {row: arguments of train_mxm.py}
 STUDIES = {
-    "losses": {row: samples(loss, 64, 2, 2, 8) for row, loss in MXM.items()},
+    "losses": {row: samples(loss, 64, 2, 2, 8, "pairs" in row) for row, loss in MXM.items()},
     # photos: one image each. 64 images and 128 captions a step, or for CLIP's loss 96 pairs: as many observations
     "losses-photos": {row: "--data flickr8k " + (
         f"{loss} --batch-size 96 --epochs 60 --eval-every 6" if row == "clip" else
-        f"{loss} --batch-size 64 --views 1 --captions 2 --epochs 40 --eval-every 4") for row, loss in list(MXM.items())[:6]},
+        f"{loss} --batch-size 64 --views 1 --captions 2 --epochs 40 --eval-every 4") for row, loss in list(MXM.items())[:7] if "pairs" not in row},
     "batch": {f"{row}, {2 * batch} images a step": samples(MXM[row], batch, 2, 2, 8) for row in ("clip", "hybrid") for batch in (32, 64, 128)},
     "views": {"clip, 1 x 1": samples(MXM["clip"], 64, 2, 2, 8)} | {
         f"hybrid, {m} x {m}": samples(MXM["hybrid"], 128 // m, m, m, 16 // m) for m in (2, 4)},

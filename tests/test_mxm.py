@@ -175,6 +175,13 @@ def test_every_loss_runs(loss, squares, whole, tmp_path, capsys):
     assert math.isfinite(log(tmp_path)[0]["loss"]) and log(tmp_path)[0]["loss"] != log(whole)[0]["loss"]
 
 
+def test_clip_loss_of_several_pairs_of_an_instance(squares, tmp_path, monkeypatch):
+    seen, plain = [], train_mxm.losses.clip_loss
+    monkeypatch.setattr(train_mxm.losses, "clip_loss", lambda images, texts, scale: seen.append((images, texts)) or plain(images, texts, scale))
+    train_mxm.main(arguments(squares, "--out", tmp_path, "--epochs", 1, "--loss", "clip", "--views", 2, "--captions", 2))
+    assert [(len(i), len(t)) for i, t in seen] == [(16, 16)] * 3
+
+
 def test_soft_weight_ramps_up(squares, tmp_path, monkeypatch):
     weights, plain = [], train_mxm.losses.mxm_loss
     monkeypatch.setattr(train_mxm.losses, "mxm_loss", lambda *a: weights.append(a[5]) or plain(*a))
@@ -457,8 +464,8 @@ def test_bad_settings(option, value, says, squares, tmp_path, capsys):
 def test_bad_input_of_other_kinds(squares, whole, tmp_path, capsys):
     out = ["--out", tmp_path / "run"]
     assert "flickr8k" in refused(capsys, ["--data", "flickr8k", "--root", tmp_path / "nowhere", *out])
-    for more in (("--views", 2), ("--captions", 2)):
-        assert "--views 1 --captions 1" in refused(capsys, arguments(squares, *out, "--loss", "clip", *more))
+    assert "the same number" in refused(capsys, arguments(squares, *out, "--loss", "clip", "--captions", 2))
+    assert "fewer views or captions" in refused(capsys, arguments(squares, *out, "--loss", "clip", "--views", 3, "--captions", 3))
     (tmp_path / "file").write_text("no folder, no weights")
     line = refused(capsys, arguments(squares, "--out", tmp_path / "file" / "run"))
     assert "file/run" in line and "cannot be written" in line
