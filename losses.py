@@ -172,3 +172,114 @@ def mxm_loss(images, texts, scale, image_owner, text_owner, weight, relation=Non
     """MXM-CLR's hybrid: (1 - weight) hard + weight soft, weight (lambda) in [0, 1]."""
     hard = hard_loss(images, texts, scale, image_owner, text_owner)
     return hard if weight == 0 else (1 - weight) * hard + weight * soft_loss(images, texts, scale, image_owner, text_owner, relation)
+
+
+# ---------------------------------------------------------------- supervised retrieval losses (CLIP4CMR, section 5.2)
+# images (N, D) and texts (M, D) are unit-norm, image_labels (N,) and text_labels (M,) int64 classes. Positive pairs are an image
+# and a text of one class, negative pairs of two; d is the squared Euclidean distance. Each loss that has an anchor takes images
+# and texts as anchors in turn and averages both directions.
+
+def _distances(a, b):
+    """Squared Euclidean distances of the rows of a (N, D) and b (M, D) -> (N, M)."""
+    a, b = a.float(), b.float()
+    return (a.square().sum(1)[:, None] + b.square().sum(1)[None, :] - 2 * a @ b.t()).clamp(min=0)
+
+
+def _square_root(d):
+    """Euclidean from squared distances; the gradient of 0 is 0, not infinite."""
+    return d.clamp(min=1e-12).sqrt()
+
+
+def _both_directions(loss, scores, positive):
+    return (loss(scores, positive) + loss(scores.t(), positive.t())) / 2
+
+
+def contrastive_loss(images, texts, image_labels, text_labels, margin=0.2):
+    """Chopra et al. 2005 across modalities: (sum of d over positive pairs + sum of max(0, margin - d) over negative pairs) / N."""
+    d, positive = _distances(images, texts), image_labels[:, None] == text_labels[None, :]
+    return (d[positive].sum() + F.relu(margin - d[~positive]).sum()) / len(images)
+
+
+def modality_invariant_loss(images, texts, image_labels, text_labels):
+    """Sum of d over positive pairs / N: both modalities of a class are drawn together, nothing is pushed apart."""
+    return _distances(images, texts)[image_labels[:, None] == text_labels[None, :]].sum() / len(images)
+
+
+def triplet_loss(images, texts, image_labels, text_labels, margin=0.2):
+    """Mean over positive pairs of the sum over the anchor's negatives of max(0, d_positive - d_negative + margin).
+
+    N^3 triplets without N^3 memory: where a triplet is active its value is linear in two distances, so the loss is a weighted sum
+    of distances, and the weights are counts: of a positive, the negatives nearer than d + margin; of a negative, minus the
+    positives farther than d - margin.
+    """
+    def one(d, positive):
+        with torch.no_grad():
+            negatives = d.masked_fill(positive, math.inf).sort(1).values
+            positives = d.masked_fill(~positive, -math.inf).sort(1).values
+            nearer = torch.searchsorted(negatives, (d + margin).contiguous(), side="left")
+            farther = d.shape[1] - torch.searchsorted(positives, (d - margin).contiguous(), side="right")
+            weight = torch.where(positive, nearer, -farther).to(d.dtype)
+            constant = margin * nearer[positive].sum()
+        return ((weight * d).sum() + constant) / positive.sum().clamp(min=1)
+    return _both_directions(one, _distances(images, texts), image_labels[:, None] == text_labels[None, :])
+
+
+def lifted_structure_loss(images, texts, image_labels, text_labels, margin=1.0):
+    """Oh Song et al. 2016, arXiv 1511.06452, across modalities, with Euclidean (unsquared) distances: mean over positive pairs of
+    (d + log sum over the anchor's negatives of e^(margin - d) + log sum over the positive's negatives of e^(margin - d)) / 2."""
+    d, positive = _square_root(_distances(images, texts)), image_labels[:, None] == text_labels[None, :]
+    pushed = (margin - d).masked_fill(positive, -math.inf)
+    of_image, of_text = pushed.logsumexp(1, keepdim=True), pushed.logsumexp(0, keepdim=True)
+    total = d + _finite(of_image) + _finite(of_text)
+    return total[positive].sum() / positive.sum().clamp(min=1) / 2
+
+
+def _finite(x):
+    """0 in place of the -inf of an empty sum (an anchor without negatives), with no gradient there."""
+    return torch.where(x == -math.inf, torch.zeros_like(x), x)
+
+
+def n_pairs_loss(images, texts, image_labels, text_labels):
+    """Sohn 2016: mean over positive pairs of log(1 + sum over the anchor's negatives of e^(cos_negative - cos_positive))."""
+    def one(similarity, positive):
+        negatives = similarity.masked_fill(positive, -math.inf).logsumexp(1, keepdim=True)
+        return F.softplus(negatives - similarity)[positive].sum() / positive.sum().clamp(min=1)
+    return _both_directions(one, images.float() @ texts.float().t(), image_labels[:, None] == text_labels[None, :])
+
+
+def supervised_contrastive_loss(images, texts, image_labels, text_labels, temperature=0.07):
+    """Khosla et al. 2020, arXiv 2004.11362, equation 2, across modalities: mean over anchors that have a positive of the mean over
+    its positives of -log softmax of cosines / temperature."""
+    def one(similarity, positive):
+        has = positive.any(1)
+        of_positives = (similarity.log_softmax(1) * positive).sum(1) / positive.sum(1).clamp(min=1)
+        return -of_positives[has].sum() / has.sum().clamp(min=1)
+    return _both_directions(one, images.float() @ texts.float().t() / temperature, image_labels[:, None] == text_labels[None, :])
+
+
+# Class-wise losses see one modality's features x (N, D) at a time; a script adds those of both.
+
+def label_regression_loss(logits, labels):
+    """Mean Euclidean distance of the classifier's outputs (N, C) from one-hot labels."""
+    return _square_root((logits.float() - F.one_hot(labels, logits.shape[1])).square().sum(1)).mean()
+
+
+def prototype_contrastive_loss(x, prototypes, labels):
+    """PCL: cross-entropy over minus the squared distances to the prototypes (C, D), unit-norm."""
+    return F.cross_entropy(-_distances(x, prototypes), labels)
+
+
+def proxy_nca_loss(x, prototypes, labels):
+    """Movshovitz-Attias et al. 2017, arXiv 1703.07464: as PCL with the own prototype left out of the denominator; needs 2 classes."""
+    d = _distances(x, prototypes)
+    own = F.one_hot(labels, len(prototypes)).bool()
+    return (d[own] + (-d).masked_fill(own, -math.inf).logsumexp(1)).mean()
+
+
+def proxy_anchor_loss(x, prototypes, labels, margin=0.1, alpha=32.0):
+    """Kim et al. 2020, arXiv 2003.13911, equation 4, with cosines: over the classes of the batch, the mean of log(1 + sum over their
+    samples of e^(-alpha (cos - margin))); over all classes, the mean of log(1 + sum over the other samples of e^(alpha (cos + margin)))."""
+    similarity, own = x.float() @ prototypes.float().t(), F.one_hot(labels, len(prototypes)).bool()
+    pull = (-alpha * (similarity - margin)).masked_fill(~own, -math.inf).logsumexp(0)
+    push = (alpha * (similarity + margin)).masked_fill(own, -math.inf).logsumexp(0)
+    return F.softplus(pull)[own.any(0)].mean() + F.softplus(push).mean()
