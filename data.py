@@ -12,6 +12,7 @@ Knows nothing of models or losses.
 import csv
 import difflib
 import hashlib
+import html
 import http.client
 import io
 import json
@@ -30,7 +31,7 @@ import zipfile
 import zlib
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -344,6 +345,171 @@ def _published_split(root):
     if found and set(found.values()) != {"train", "val", "test"}:
         raise DataError(f"{root}: processed_captions_*.p only for {', '.join(sorted(set(found.values())))}; put all three there, or none")
     return found
+
+
+def _labelled(root, split, rows, tasks, relevance=None):
+    """-> (instances of the split, classes). rows: (id, split, images, captions or a function that reads them, {task: class name});
+    relevance: the task whose class is what counts as the same thing. Rows without a picture or a text are left out and counted;
+    a class that train does not have is no class: its rows elsewhere are unlabelled."""
+    found, missing, unseen = [], 0, 0
+    known = {row[1] for row in rows}
+    rows = [(id, _split_of(id, where, known), *rest) for id, where, *rest in rows]
+    classes = {t: sorted({labels[t] for _, where, _, _, labels in rows if where == "train" and t in labels}) for t in tasks}
+    number = {t: {name: i for i, name in enumerate(names)} for t, names in classes.items()}
+    for id, where, images, captions, names in rows:
+        if where != split:
+            continue
+        captions = [c.strip() for c in (captions() if callable(captions) else captions) if c.strip()]
+        if not captions or not all(callable(x) or os.path.isfile(x) for x in images):
+            missing += 1
+            continue
+        labels = {t: number[t].get(name, -1) for t, name in names.items()}
+        unseen += sum(label == -1 for label in labels.values())
+        found.append(Instance(str(id), images, captions, labels, names[relevance] if relevance else None))
+    if missing:
+        note(f"{root}: {missing} rows of split {split} have no picture or no text; they were left out")
+    if unseen:
+        note(f"{root}: {unseen} labels of split {split} never occur in train; they count as unlabelled")
+    if not found:
+        raise DataError(f"{root}: nothing in split {split!r} ({missing} rows lack a picture or a text); it has {', '.join(sorted(known)) or 'none'}. README.md shows the layout")
+    return found, classes
+
+
+def _lines(path, fields, separator):
+    """The fields of each line of a list file that is not blank."""
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        parts = [p.strip() for p in line.rsplit(separator, fields - 1)]
+        if line.strip() and len(parts) != fields:
+            raise DataError(f"{path} line {number}: {len(parts)} fields, expected {fields} with {separator!r} between them")
+        if line.strip():
+            yield parts
+
+
+def products(root, split):
+    """Kaggle's Fashion Product Images: styles.csv and images/<id>.jpg. A picture, a title and seven tasks; 80/10/10 by a hash of the
+    id. A title's own commas are not quoted in the published file, so what is past the last column belongs to the title."""
+    path = os.path.join(root, "styles.csv")
+    lines = _csv_rows(path, strict=False)
+    header = next(lines, (1, []))[1]
+    if header[:1] != ["id"] or header[-1:] != ["productDisplayName"]:
+        raise DataError(f"{path} line 1: expected columns id, ..., productDisplayName; it has {', '.join(header)[:200] or 'nothing'}")
+    tasks, rows = [c for c in header[1:-1] if c != "year"], []
+    for number, cells in lines:
+        if len(cells) < len(header):
+            raise DataError(f"{path} line {number}: {len(cells)} cells under {len(header)} columns")
+        cell = dict(zip(header, cells))
+        rows.append((cell["id"], _split_of(cell["id"], None, ()), [os.path.join(root, "images", cell["id"] + ".jpg")], [",".join(cells[len(header) - 1:])],
+                     {t: cell[t] for t in tasks if cell[t] not in ("", "NA")}))
+    return _labelled(root, split, rows, tasks)
+
+
+def wikipedia(root, split):
+    """Rasiwasia et al. 2010: {train,test}set_txt_img_cat.list (text id, image id, category from 1), categories.list,
+    images/<category>/<id>.jpg, texts/<id>.xml; 2,173 / 693, val out of train. Relevance: the category."""
+    names, rows = [line[0] for line in _lines(os.path.join(root, "categories.list"), 1, "\t")], []
+
+    def article(file):
+        xml = _read_text(file) if os.path.isfile(file) else ""
+        return [" ".join(html.unescape(re.sub(r"<[^>]*>", " ", part)).split()) for part in re.findall(r"(?s)<text[^>]*>(.*?)</text>", xml) or [xml]]
+
+    for where in ("train", "test"):
+        for text, image, category in _lines(os.path.join(root, f"{where}set_txt_img_cat.list"), 3, "\t"):
+            if not re.fullmatch("[0-9]{1,3}", category) or not 1 <= int(category) <= len(names):
+                raise DataError(f"{root}: category {category[:20]!r} of text {text[:40]!r}; categories.list names {len(names)}, counted from 1")
+            name = names[int(category) - 1]
+            rows.append((f"{image}-{text}", where, [os.path.join(root, "images", name, image + ".jpg")],
+                         partial(article, os.path.join(root, "texts", text + ".xml")), {"category": name}))
+    return _labelled(root, split, rows, ["category"], "category")
+
+
+def pascal_sentence(root, split):
+    """Rashtchian et al. 2010: dataset/<class>/<id>.jpg, sentence/<class>/<id>.txt (five lines). 20 classes of 50; by name, 40 / 5 / 5
+    of each class. Relevance: the class."""
+    rows, folder = [], os.path.join(root, "dataset")
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        if not os.path.isdir(os.path.join(folder, name)):
+            continue
+        files = sorted(os.listdir(os.path.join(folder, name)))
+        for i, file in enumerate(files):
+            sentences = os.path.join(root, "sentence", name, os.path.splitext(file)[0] + ".txt")
+            where = "train" if i < 0.8 * len(files) else "val" if i < 0.9 * len(files) else "test"
+            rows.append((f"{name}/{file}", where, [os.path.join(folder, name, file)],
+                         lambda path=sentences: _read_text(path).splitlines() if os.path.isfile(path) else [], {"class": name}))
+    return _labelled(root, split, rows, ["class"], "class")
+
+
+def id_label_lists(root, split):
+    """NUS-WIDE and XMediaNet as CLIP4CMR's authors lay them out: split/{train,valid,test}.txt (id:label a line), text/<id>.json (a
+    string), images/<id>.jpg. Relevance: the label."""
+    def text(file):
+        try:
+            content = json.loads(_read_text(file)) if os.path.isfile(file) else ""
+        except (json.JSONDecodeError, RecursionError):
+            content = None
+        if not isinstance(content, str):
+            raise DataError(f"{file}: not a JSON string; expected the text of one image")
+        return [content]
+
+    rows = [(id, where, [os.path.join(root, "images", id + ".jpg")], partial(text, os.path.join(root, "text", id + ".json")), {"label": label})
+            for where in ("train", "val", "test")
+            for id, label in _lines(os.path.join(root, "split", {"val": "valid"}.get(where, where) + ".txt"), 2, ":")]
+    return _labelled(root, split, rows, ["label"], "label")
+
+
+def food101(root, split):
+    """UPMC-Food101 (Wang et al. 2015): images/{train,test}/<class>/<file>, texts/{train,test}_titles.csv (file, title, class; no
+    header). 101 classes, val out of train. Relevance: the class."""
+    rows = []
+    for where in ("train", "test"):
+        path = os.path.join(root, "texts", where + "_titles.csv")
+        for number, cells in _csv_rows(path, strict=False):
+            if len(cells) < 3:
+                raise DataError(f"{path} line {number}: {len(cells)} cells, expected file, title, class")
+            file, title, name = cells[0], ",".join(cells[1:-1]), cells[-1]
+            rows.append((file, where, [os.path.join(root, "images", where, name, file)], [title], {"class": name}))
+    return _labelled(root, split, rows, ["class"], "class")
+
+
+def fashiongen(root, split):
+    """Fashion-Gen (Rostamzadeh et al. 2018, arXiv 1806.08317): fashiongen_256_256_{train,validation}.h5, read with h5py. The views of
+    one product are one instance, its name and description the caption; val out of train, test is the validation file. Relevance:
+    the category."""
+    try:
+        import h5py
+    except ImportError:
+        raise DataError("fashiongen is read with h5py, which is not installed; pip install h5py") from None
+    rows = []
+    for where in ("train", "test") if split == "test" else ("train",):
+        path, views = os.path.join(root, f"fashiongen_256_256_{'train' if where == 'train' else 'validation'}.h5"), defaultdict(list)
+        try:
+            with h5py.File(path, "r") as f:
+                product = f["input_productID"][:].ravel().tolist()
+                name, description, category = ([x.decode("latin1") for x in f[key][:].ravel()] for key in ("input_name", "input_description", "input_category"))
+                if len(f["input_image"]) != len(product):
+                    raise DataError(f"{path}: {len(f['input_image'])} pictures of {len(product)} products; get it again")
+        except (OSError, KeyError, AttributeError) as e:
+            raise DataError(f"{path}: cannot be read as Fashion-Gen ({str(e)[:100]}); put the published file there") from None
+        for row, id in enumerate(product):
+            views[id].append(row)
+        rows += [(id, where, [H5View(path, k) for k in found], [f"{name[found[0]]}. {description[found[0]]}"], {"category": category[found[0]]})
+                 for id, found in views.items()]
+    return _labelled(root, split, rows, ["category"], "category")
+
+
+@lru_cache(maxsize=4)
+def _h5_images(file, process):
+    import h5py
+    return h5py.File(file, "r")["input_image"]  # one handle per process: HDF5's do not survive a fork
+
+
+@dataclass(frozen=True)
+class H5View:
+    """Row `row` of the pictures in a Fashion-Gen file."""
+    file: str
+    row: int
+
+    def __call__(self, size):
+        return Image.fromarray(square(Image.fromarray(_h5_images(self.file, os.getpid())[self.row]), size))
 
 
 def _bytes(content):
@@ -900,4 +1066,11 @@ DATA_SETS = {
     "flickr30k": lambda root, split: karpathy(root, split, "flickr30k", "flickr30k-images"),
     "flickr8k": lambda root, split: karpathy(root, split, "flickr8k", "Images"),
     "coco": lambda root, split: karpathy(root, split, "coco", ""),
+    "products": products,
+    "wikipedia": wikipedia,
+    "pascal-sentence": pascal_sentence,
+    "nus-wide": id_label_lists,
+    "xmedianet": id_label_lists,
+    "food101": food101,
+    "fashiongen": fashiongen,
 }
