@@ -274,7 +274,7 @@ def gallery_picture(path, rows):
 
 def draw_gallery(path, instances, images, texts, seed=0, rows=6, top=5):
     """A gallery of random queries of a split: `rows` text-to-image, then `rows` image-to-text."""
-    rng, at, owner = np.random.default_rng(seed), layout(instances), caption_owner(instances)
+    rng, at = np.random.default_rng(seed), layout(instances)
     captions, out = [c for x in instances for c in x.captions], []
     picture = lambda i: data.pixels(instances[i].images[0], CELL)
     draw = lambda asked: rng.permutation(asked.nonzero().flatten().numpy())[:rows].tolist()

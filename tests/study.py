@@ -27,16 +27,17 @@ def samples(loss, batch, views, captions, epochs, pairs=False):
     return f"{loss} --batch-size {batch} --views {views} --captions {captions} --epochs {epochs} --eval-every {epochs}"
 
 
-MXM = {"clip": "--loss clip", "clip, 2 pairs of each": "--loss clip", **{loss: f"--loss {loss}" for loss in ("mil-nce", "hard-uniform", "hard", "soft", "hybrid")},
+MXM = {"clip": "--loss clip", "clip, half the samples": "--loss clip", "clip, 2 pairs of each": "--loss clip", **{loss: f"--loss {loss}" for loss in ("mil-nce", "hard-uniform", "hard", "soft", "hybrid")},
        "hybrid, sharpness 1": "--loss hybrid --soft-sharpness 1", "hybrid, known groups": "--loss hybrid --soft-relation group"}
 
 # study -> {row: arguments of train_mxm.py}
 STUDIES = {
-    "losses": {row: samples(loss, 64, 2, 2, 8, "pairs" in row) for row, loss in MXM.items()},
+    "losses": {row: samples(loss, 64, 2, 2, 8, "pairs" in row) for row, loss in MXM.items()} | {
+        "clip, half the samples": samples("--loss clip", 64, 1, 1, 8)},  # as many steps of as many instances, one pair of each
     # photos: one image each. 64 images and 128 captions a step, or for CLIP's loss 96 pairs: as many observations
     "losses-photos": {row: "--data flickr8k " + (
         f"{loss} --batch-size 96 --epochs 60 --eval-every 6" if row == "clip" else
-        f"{loss} --batch-size 64 --views 1 --captions 2 --epochs 40 --eval-every 4") for row, loss in list(MXM.items())[:7] if "pairs" not in row},
+        f"{loss} --batch-size 64 --views 1 --captions 2 --epochs 40 --eval-every 4") for row, loss in list(MXM.items())[:8] if "," not in row},
     "batch": {f"{row}, {2 * batch} images a step": samples(MXM[row], batch, 2, 2, 8) for row in ("clip", "hybrid") for batch in (32, 64, 128)},
     "views": {"clip, 1 x 1": samples(MXM["clip"], 64, 2, 2, 8)} | {
         f"hybrid, {m} x {m}": samples(MXM["hybrid"], 128 // m, m, m, 16 // m) for m in (2, 4)},
@@ -84,16 +85,25 @@ def main():
         photos = "photos" in study
         columns = [(split, d, m) for split in (("test",) if photos else ("test", "unseen")) for d in ("text_to_image", "image_to_text")
                    for m in (("R@1", "R@10", "MRR") if photos else ("R@1", "NDCG@5"))]
-        print(f"\n{study}\n| | " + " | ".join(f"{s} {'T2I' if d[0] == 't' else 'I2T'} {m}" for s, d, m in columns) + " |\n|" + " --- |" * (1 + len(columns)))
+        heads = [f"{s} {'T2I' if d[0] == 't' else 'I2T'} {m}" for s, d, m in columns] + ["T2I R@1 against hard, paired"] * ("hard" in STUDIES[study])
+        print(f"\n{study}\n| | " + " | ".join(heads) + " |\n|" + " --- |" * (1 + len(heads)))
+        values = {}  # row -> column -> a number per seed
         for row in STUDIES[study]:
-            cells = []
-            for split, direction, metric in columns:
-                values = []
-                for seed in range(args.seeds):
-                    with open(os.path.join(commands[study, row, seed][1], "metrics.json")) as f:
-                        values.append(json.load(f)[split]["model"][direction][metric])
-                cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}")
+            runs = []
+            for seed in range(args.seeds):
+                with open(os.path.join(commands[study, row, seed][1], "metrics.json")) as f:
+                    runs.append(json.load(f))
+            values[row] = [[run[split]["model"][direction][metric] for run in runs] for split, direction, metric in columns]
+        for row, found in values.items():
+            cells = [spread(x) for x in found]
+            if "hard" in values:  # seeds share initial weights and the order of the data, so differences vary less than values
+                cells.append("" if row == "hard" else spread([a - b for a, b in zip(found[0], values["hard"][0])], "+"))
             print(f"| {row} | " + " | ".join(cells) + " |")
+
+
+def spread(values, sign=""):
+    """Mean and standard deviation over seeds."""
+    return f"{statistics.mean(values):{sign}.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
 
 
 if __name__ == "__main__":
