@@ -730,7 +730,7 @@ def render(voxels, view, size):
         raise DataError(f"a voxel grid of shape {voxels.shape}; expected (n, n, n, 4)")
     table = _ray_table(grid, size, view)
     solid = np.append(voxels[..., 3].ravel() > 127, False)  # the last one is "outside"
-    along = solid[table]  # (pixels, steps)
+    along = solid.take(table)  # (pixels, steps)
     first = along.argmax(1)
     pixels = np.arange(size * size)
     hit = along[pixels, first]
@@ -798,10 +798,9 @@ def primitive_voxels(number, sample):
     solid = [lambda: (x <= w) & (z <= w) & (abs(y) <= h), lambda: (r / w) ** 2 + (y / h) ** 2 <= 1, lambda: (r <= w) & (abs(y) <= h),
              lambda: (r <= taper) & (abs(y) <= h), lambda: (x <= taper) & (z <= taper) & (abs(y) <= h),
              lambda: ((r - 0.68 * w) / (0.32 * w)) ** 2 + (y / h) ** 2 <= 1][shape]()
-    voxels = np.zeros((GRID, GRID, GRID, 4), np.uint8)
     rgb = np.array(list(COLOURS.values())[colour]) + rng.uniform(-COLOUR_JITTER, COLOUR_JITTER, 3)
-    voxels[solid] = (*np.clip(rgb, 0, 255).astype(np.uint8), 255)
-    return voxels
+    rgba = np.array([*np.clip(rgb, 0, 255), 255]).astype(np.uint8)
+    return np.where(solid, rgba.view(np.uint32), np.uint32(0)).view(np.uint8).reshape(GRID, GRID, GRID, 4)  # four bytes at once
 
 
 def primitive_caption(number, sample, k):
