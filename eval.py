@@ -289,46 +289,23 @@ def draw_gallery(path, instances, images, texts, seed=0, rows=6, top=5):
 
 # ---------------------------------------------------------------- around a training loop
 
-def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
+def number(kind, accept, name):
+    """An argparse type: kind(text) where accept(value), else an error that says it is not `name`."""
+    def parse(text):
+        value = kind(text)
+        if not accept(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {name}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
 
 
-def whole(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 0 or more")
-    return value
-
-
-def not_negative(text):
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return value
-
-
-def positive(text):
-    value = not_negative(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("0 is not a positive number")
-    return value
-
-
-def share(text):
-    value = not_negative(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to 1")
-    return value
-
-
-def vocabulary(text):
-    value = int(text)
-    if value < 514:
-        raise argparse.ArgumentTypeError(f"{text} is less than 514 (every byte, inside and at the end of a word, start and end)")
-    return value
+positive_int = number(int, lambda v: v >= 1, "a positive whole number")
+whole = number(int, lambda v: v >= 0, "a whole number of 0 or more")
+positive = number(float, lambda v: 0 < v < math.inf, "a positive number")
+not_negative = number(float, lambda v: 0 <= v < math.inf, "a number of 0 or more")
+share = number(float, lambda v: 0 <= v <= 1, "a share from 0 to 1")
+vocabulary = number(int, lambda v: v >= 514, "514 or more (every byte, inside and at the end of a word, start and end)")
 
 
 def usable_device(text):

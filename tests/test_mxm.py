@@ -451,9 +451,9 @@ def test_two_processes_equal_one(squares, tmp_path):
 
 @pytest.mark.parametrize("option, value, says", [
     ("--epochs", 0, "not a positive whole number"), ("--batch-size", -8, "not a positive whole number"), ("--lr", 0, "not a positive number"),
-    ("--lr", "nan", "not a number"), ("--lr", "fast", "--lr"), ("--weight-decay", -0.1, "0 or more"), ("--seed", -1, "0 or more"), ("--workers", -1, "0 or more"),
+    ("--lr", "nan", "not a positive number"), ("--lr", "fast", "--lr"), ("--weight-decay", -0.1, "0 or more"), ("--seed", -1, "0 or more"), ("--workers", -1, "0 or more"),
     ("--image-size", 0, "positive"), ("--views", 0, "positive"), ("--captions", -1, "positive"), ("--soft-weight", 1.5, "share from 0 to 1"),
-    ("--vocab-size", 100, "less than 514"), ("--eval-every", 0, "positive"), ("--device", "gpu", "no device"), ("--loss", "hrad", "hybrid"),
+    ("--vocab-size", 100, "514 or more"), ("--eval-every", 0, "positive"), ("--device", "gpu", "no device"), ("--loss", "hrad", "hybrid"),
     ("--batch-size", 25, "larger than the data set: 24"), ("--image-size", 33, "multiple of 8"), ("--clip", "ViT-B-32", "did you mean 'ViT-B/32'"),
     ("--clip", "tyni", "did you mean 'tiny'"), ("--data", "flikr8k", "did you mean 'flickr8k'"), ("--data", "no.jsonl", "no.jsonl"), ("--bacth", 3, "--bacth")])
 def test_bad_settings(option, value, says, squares, tmp_path, capsys):
