@@ -329,7 +329,7 @@ class CLIP(nn.Module):
         ids = text[:, :L].flatten()[rows]
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise ValueError(f"a token id of {int(ids.max())}; this model's vocabulary is {self.vocab_size}: it needs its own tokenizer")
-        x = self.token_embedding(ids) + self.positional_embedding[rows % L]  # (rows, width)
+        x = self.token_embedding(ids) + F.embedding(rows % L, self.positional_embedding)  # (rows, width); indexing would sum gradients in any order
         x = self.ln_final(self.transformer(x.to(self.dtype), (rows, B, L)))
         last = keep.sum(1).cumsum(0) - 1
         if not tokens:

@@ -1073,3 +1073,20 @@ def test_merges_file(tok):
     assert hashlib.sha256(body).hexdigest() == clip.MERGES_SHA256
     lines = gzip.decompress(body).decode().split("\n")
     assert len(tok.merges) == 48894 and tok.merges[0] == tuple(lines[1].split()) == ("i", "n") and tok.merges[-1] == tuple(lines[48894].split())
+
+
+def test_gradients_have_the_same_bits_every_time_on_several_threads():
+    """Many rows of a packed text share a position: their gradients must be summed in one order."""
+    before = torch.get_num_threads()
+    model, text = clip.build("tiny"), torch.zeros(128, 32, dtype=torch.int32)
+    text[:, :9], text[:, 9] = 5, model.vocab_size - 1
+    try:
+        torch.set_num_threads(2)
+        found = set()
+        for _ in range(8):
+            model.zero_grad()
+            model.encode_text(text).square().sum().backward()
+            found.add(model.positional_embedding.grad.numpy().tobytes())
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
