@@ -36,7 +36,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 
 import ftfy
-import numpy as np
 import regex
 import torch
 import torch.nn.functional as F

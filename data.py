@@ -352,7 +352,7 @@ def _labelled(root, split, rows, tasks, relevance=None):
     relevance: the task whose class is what counts as the same thing. Rows without a picture or a text are left out and counted;
     a class that train does not have is no class: its rows elsewhere are unlabelled."""
     found, missing, unseen = [], 0, 0
-    known = {row[1] for row in rows}
+    known = {row[1] for row in rows if row[1]}  # none: 80/10/10
     rows = [(id, _split_of(id, where, known), *rest) for id, where, *rest in rows]
     classes = {t: sorted({labels[t] for _, where, _, _, labels in rows if where == "train" and t in labels}) for t in tasks}
     number = {t: {name: i for i, name in enumerate(names)} for t, names in classes.items()}
@@ -398,7 +398,7 @@ def products(root, split):
         if len(cells) < len(header):
             raise DataError(f"{path} line {number}: {len(cells)} cells under {len(header)} columns")
         cell = dict(zip(header, cells))
-        rows.append((cell["id"], _split_of(cell["id"], None, ()), [os.path.join(root, "images", cell["id"] + ".jpg")], [",".join(cells[len(header) - 1:])],
+        rows.append((cell["id"], None, [os.path.join(root, "images", cell["id"] + ".jpg")], [",".join(cells[len(header) - 1:])],
                      {t: cell[t] for t in tasks if cell[t] not in ("", "NA")}))
     return _labelled(root, split, rows, tasks)
 
