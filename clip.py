@@ -837,6 +837,15 @@ def _cpu(model):
     return state
 
 
+def identity(model):
+    """A hash of the names, shapes and values of all weights (64 hex digits): equal for equal models, wherever they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(_cpu(model).items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def save(model, path):
     """Write the weights as a plain state dict with OpenAI's keys: OpenAI's `clip.load` and open_clip read it back.
 

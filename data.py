@@ -30,7 +30,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import OrderedDict, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -118,6 +118,11 @@ def _split_of(id, given, known):
     if not known:
         return "train" if tenth < 8 else "val" if tenth == 8 else "test"
     return "val" if "val" not in known and given == "train" and tenth == 9 else given
+
+
+def is_remark(distinct, rows):
+    """Whether a column with so many distinct values in so many rows holds ids or remarks, and is no task to learn."""
+    return distinct > 20 and (distinct >= 1000 or 2 * distinct > rows)
 
 
 def _read_text(path):
@@ -240,7 +245,7 @@ def _own_instances(path, rows, split):
     classes = {}
     for task, found in sorted(names.items()):
         distinct = sorted(set(found))
-        if len(distinct) > 20 and (len(distinct) >= 1000 or 2 * len(distinct) > len(found)):
+        if is_remark(len(distinct), len(found)):
             note(f"{path}: {task!r} has {len(distinct)} distinct values in {len(found)} training instances: taken as a remark, not as a task")
         else:
             classes[task] = distinct
@@ -257,6 +262,49 @@ def _own_instances(path, rows, split):
         raise DataError(f"{path}: no rows in split {split!r}; it has {', '.join(sorted({row['split'] for row in rows}))}; "
                         f"{'add some' if known else 'add rows, or give every row a split'}")
     return instances, classes
+
+
+def choose_task(classes, task, where, instances):
+    """The task to learn, checked. Raises DataError where there is none to learn from."""
+    if not classes:
+        raise DataError(f"{where}: no labels; this method learns from classes: give the data a task (a column of the .csv, \"labels\" of the .jsonl)")
+    task = task or next(iter(classes))
+    if task not in classes:
+        raise DataError(f"--task {task}: {where} has the tasks {', '.join(classes)} (a column of nearly as many values as rows is a remark, no task)")
+    count = np.bincount([x.labels[task] for x in instances if x.labels.get(task, -1) >= 0], minlength=len(classes[task]))
+    check_classes(count, f"{where}: task {task!r}")
+    return task
+
+
+def check_classes(count, what):
+    """count (C,): training instances of each class."""
+    if (count > 0).sum() < 2:
+        raise DataError(f"{what} has one class only in train; retrieval by class needs two or more")
+    if is_remark((count > 0).sum(), count.sum()):
+        raise DataError(f"{what} has {(count > 0).sum():,} distinct values in {count.sum():,} training rows; these look like ids or remarks, "
+                             "not classes: choose another column, or group the values")
+    if (count == 1).any():
+        note(f"{what}: {(count == 1).sum()} of {len(count)} classes have a single training instance")
+
+
+def load_split(name, root, split, task, names=None):
+    """-> (instances that have a label of the task, what counts as the same thing being their class; names of the classes).
+    names: the classes that a model knows; what has another is left out."""
+    instances, classes = load(name, root, split)
+    own = classes.get(task, [])
+    kept = [replace(x, group=own[x.labels[task]]) for x in instances if x.labels.get(task, -1) >= 0]
+    known = [x for x in kept if names is None or x.group in names]
+    if len(known) < len(instances):
+        note(f"{name} {split}: {len(instances) - len(known)} of {len(instances)} instances have no known {task}; they were left out")
+    if not known:
+        raise DataError(f"{name}: no instance of split {split!r} has a known {task}; label some, or choose another --task")
+    return known, own
+
+
+def class_layout(instances, names):
+    """What evaluation by class needs to know of `load_split`'s instances: class numbers (N,), captions per instance (N,), query (N,)."""
+    number = {name: c for c, name in enumerate(names)}
+    return (np.array([number[x.group] for x in instances], np.int64), np.array([len(x.captions) for x in instances]), np.array([x.query for x in instances]))
 
 
 # ---------------------------------------------------------------- published data sets
@@ -879,6 +927,96 @@ def primitives_oracle(instances):
             scores[row] = fits / fits.sum()
             row += 1
     return torch.from_numpy(scores)
+
+
+# ---------------------------------------------------------------- features in place of pictures and texts
+
+@dataclass
+class Features:
+    """What frozen encoders make of a split."""
+    images: np.ndarray  # float32 (A, Di): all views of all instances, in order
+    texts: np.ndarray  # float32 (C, Dt): all captions of all instances
+    views: np.ndarray  # (N,): how many rows of images each instance has
+    captions: np.ndarray  # (N,)
+    labels: np.ndarray  # int64 (N,)
+    query: np.ndarray  # bool (N,): False: only searched
+
+    @property
+    def layout(self):
+        return self.labels, self.captions, self.query
+
+
+def read_features(path):
+    """Features in place of pictures and texts: a .npz, or a pickle as CLIP4CMR's, of a dict with image (N, Di), text (N, Dt), label (N,)
+    and optional ids (N,; default: row numbers). -> the same dict, features float32. Raises DataError where they do not fit together."""
+    try:
+        if path.endswith((".pkl", ".p", ".pickle")):
+            found = read_pickle(path)
+            found = {key: found[key] for key in ("image", "text", "label", "ids") if key in found}
+        else:
+            with np.load(path, allow_pickle=False) as archive:
+                found = {key: archive[key] for key in ("image", "text", "label", "ids") if key in archive.files}
+        found = {key: np.asarray(value) for key, value in found.items()}
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror or e}); --features names files under --root") from None
+    except (ValueError, TypeError, AttributeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as e:
+        if isinstance(e, DataError):
+            raise
+        raise DataError(f"{path}: no features ({str(e)[:100]}); expected a .npz or .pkl with image, text, label and ids") from None
+    absent = [key for key in ("image", "text", "label") if key not in found]
+    if absent:
+        raise DataError(f"{path}: no {', '.join(absent)} in it; features need image (N, Di), text (N, Dt), label (N,) and optionally ids (N,)")
+    found.setdefault("ids", np.arange(len(found["label"])) if found["label"].ndim else None)
+    for key, dimensions, kinds in (("image", 2, "fiu"), ("text", 2, "fiu"), ("label", 1, "iuUSO"), ("ids", 1, "iuUSO")):
+        array = found[key]
+        if array.ndim != dimensions or array.dtype.kind not in kinds:
+            raise DataError(f"{path}: {key} is {array.dtype} of shape {array.shape}; expected {'numbers (N, width)' if dimensions == 2 else 'one class or id a row (N,)'}")
+        if len(array) != len(found["label"]):
+            raise DataError(f"{path}: {len(array)} rows of {key}, but {len(found['label'])} labels; every row needs all of them")
+        if dimensions == 2:
+            found[key] = array.astype(np.float32)
+            bad = ~np.isfinite(found[key]).all(1)
+            if bad.any():
+                raise DataError(f"{path}: {key} row {int(bad.argmax())} holds a NaN or an infinite number ({bad.sum()} such rows); remove them")
+        elif array.dtype.kind == "O":
+            found[key] = array.astype(str)
+    return found
+
+
+def feature_splits(paths, root):
+    """-> ({"train", "val", "test": Features}, class names) of two files of features; val is the last tenth of train by a hash of the id."""
+    train, test = (read_features(os.path.join(root or "", path)) for path in paths)
+    for key in ("image", "text"):
+        if train[key].shape[1] != test[key].shape[1]:
+            raise DataError(f"{paths[1]}: {key} has {test[key].shape[1]} columns, in {paths[0]} it has {train[key].shape[1]}; both files need the same features")
+    late = np.array([hash_tenth(id) == 9 for id in train["ids"]])
+    names, count = np.unique(train["label"][~late], return_counts=True)
+    check_classes(count, f"{paths[0]}: label")
+    out = {}
+    for split, source, rows in (("train", train, ~late), ("val", train, late), ("test", test, np.ones(len(test["label"]), bool))):
+        known = rows & np.isin(source["label"], names)
+        if known.sum() < rows.sum():
+            note(f"{split}: {rows.sum() - known.sum()} of {rows.sum()} rows have a label that train does not; they were left out")
+        if not known.any():
+            raise DataError(f"{paths[split == 'test']}: no row of split {split!r} has a label that train has")
+        ones = np.ones(known.sum(), dtype=np.int64)
+        out[split] = Features(source["image"][known], source["text"][known], ones, ones, np.searchsorted(names, source["label"][known]), ones > 0)
+    return out, [str(name) for name in names]
+
+
+def feature_batches(features, batch_size, seed, start, stop, rank, world):
+    """Batches as Loader's, of features: one view and one caption of each instance, drawn from (seed, step). Yields this process's
+    part of each: images (b, Di), texts (b, Dt), index (b,). The last batch of an epoch is smaller."""
+    n, per_epoch = len(features.labels), -(-len(features.labels) // batch_size)
+    first_view, first_caption = features.views.cumsum() - features.views, features.captions.cumsum() - features.captions
+    for step in range(start, stop):
+        epoch, at = divmod(step, per_epoch)
+        index = np.random.default_rng([seed, epoch]).permutation(n)[at * batch_size:(at + 1) * batch_size]
+        view, caption = np.random.default_rng([seed, epoch, at]).random((2, len(index)))
+        mine = np.array_split(np.arange(len(index)), world)[rank]
+        rows = (first_view[index] + (view * features.views[index]).astype(np.int64))[mine]
+        columns = (first_caption[index] + (caption * features.captions[index]).astype(np.int64))[mine]
+        yield {"images": torch.from_numpy(features.images[rows]), "texts": torch.from_numpy(features.texts[columns]), "index": torch.from_numpy(index[mine])}
 
 
 # ---------------------------------------------------------------- pictures

@@ -8,6 +8,7 @@ Knows nothing of how a model was trained: the checkpoint names its script, whose
 """
 import argparse
 import contextlib
+import hashlib
 import importlib
 import json
 import math
@@ -26,6 +27,7 @@ import data
 
 METHODS = ("train_clip4cmr", "train_user", "train_mxm", "train_adapter", "train_cmaclip")
 TIE = 1e-6  # scores closer than this are equal: rounding differs between rows of one matrix product
+LARGE = 1 << 28  # bytes: features larger than this stay on disk
 BLOCK = 1 << 22  # scores held at a time: larger is slower (memory is mapped anew for every block)
 
 
@@ -61,6 +63,19 @@ def positions(scores, relevant, k=None):
     return out
 
 
+def ranked(scores, query_group, gallery_group, k=None):
+    """Yield (begin, place, count) for blocks of queries: `positions` of the queries from `begin` on, (b, K), and how many relevant items
+    each has, (b,). Arguments as in `ranking_metrics`; memory grows with the block, not with queries x gallery."""
+    if isinstance(scores, torch.Tensor):
+        scores, matrix = (lambda begin, end: matrix[begin:end]), scores
+    step = max(1, BLOCK // max(1, len(gallery_group)))
+    total = torch.bincount(gallery_group, minlength=int(query_group.max()) + 1)[query_group]
+    for begin in range(0, len(query_group), step):
+        block = scores(begin, begin + step)
+        relevant = (query_group[begin:begin + step, None] == gallery_group[None, :]).to(block.device)
+        yield begin, positions(block, relevant, k), total[begin:begin + step]
+
+
 def ranking_metrics(scores, query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
     """Retrieval metrics, averaged over queries. An item is relevant to a query of the same group.
 
@@ -75,18 +90,10 @@ def ranking_metrics(scores, query_group, gallery_group, ks=(1, 5, 10), average_p
       mAP     mean over queries of the mean over relevant items of (how many relevant up to it) / (its position), if asked for
     Raises ValueError for NaN scores and for a query without a relevant item.
     """
-    if isinstance(scores, torch.Tensor):
-        scores, matrix = (lambda begin, end: matrix[begin:end]), scores
-    query_group, gallery_group = torch.as_tensor(query_group), torch.as_tensor(gallery_group)
-    step, found = max(1, BLOCK // max(1, len(gallery_group))), []
-    total = torch.bincount(gallery_group, minlength=int(query_group.max()) + 1)[query_group]
+    query_group, gallery_group, found = torch.as_tensor(query_group), torch.as_tensor(gallery_group), []
     discount = 1 / torch.log2(torch.arange(2, max(ks) + 2, dtype=torch.float64))
     sums = {name: 0.0 for name in [f"{m}@{k}" for m in ("R", "P", "NDCG") for k in ks] + ["MRR"] + ["mAP"] * average_precision}
-    for begin in range(0, len(query_group), step):
-        block = scores(begin, begin + step)
-        relevant = (query_group[begin:begin + step, None] == gallery_group[None, :]).to(block.device)
-        place = positions(block, relevant, None if average_precision else max(ks))  # (b, K)
-        count = total[begin:begin + step]
+    for _, place, count in ranked(scores, query_group, gallery_group, None if average_precision else max(ks)):
         found.append(place[:, 0])
         for k in ks:
             inside = place <= k
@@ -97,10 +104,109 @@ def ranking_metrics(scores, query_group, gallery_group, ks=(1, 5, 10), average_p
             sums[f"NDCG@{k}"] += (gain / ideal).sum().item()
         sums["MRR"] += (1 / place[:, 0]).sum().item()
         if average_precision:
-            sums["mAP"] += ((torch.arange(1, place.shape[1] + 1) / place).sum(1) / count).sum().item()
+            sums["mAP"] += average_precisions(place, count).sum().item()
     first = torch.cat(found)
     out = {name: 100 * value / len(query_group) for name, value in sums.items()}
     return out | {"MedR": float(np.median(first.numpy())), "MeanR": first.mean().item()}
+
+
+def average_precisions(place, count):
+    """(b,) in 0..1, from `positions` (b, K) and counts of relevant items (b,): mean over these of (how many up to it) / (its position)."""
+    return (torch.arange(1, place.shape[1] + 1) / place).sum(1) / count
+
+
+SCOPES = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+def class_metrics(scores, query_label, gallery_label, classes):
+    """Retrieval by class (supervised cross-modal retrieval): an item is relevant to a query of its class, and the whole ranking counts.
+
+    scores as in `ranking_metrics`; labels: int64 (Q,), (G,), 0 or more; classes: their names. Returns percentages in 0..100:
+      mAP, P@k             as in `ranking_metrics`, for k of SCOPES up to the size of the gallery
+      per_class            {class: mAP of its queries}; a class without queries is left out
+      precision_recall     {"recall": 0, 10, ..., 100, "precision": mean over queries of the best precision at that recall or a higher one}
+      precision_scope      {"scope": k, "precision": P@k}
+    Raises ValueError for NaN scores and for a query whose class the gallery lacks.
+    """
+    query_label, gallery_label = torch.as_tensor(query_label), torch.as_tensor(gallery_label)
+    scopes, levels = [k for k in SCOPES if k <= len(gallery_label)], torch.arange(11, dtype=torch.float64) / 10
+    found, at_scope, at_recall = [], torch.zeros(len(scopes), dtype=torch.float64), torch.zeros(11, dtype=torch.float64)
+    for _, place, count in ranked(scores, query_label, gallery_label):
+        found.append(average_precisions(place, count))
+        at_scope += torch.stack([(place <= k).sum() / k for k in scopes])
+        precision = torch.arange(1, place.shape[1] + 1) / place  # (b, K), after the k-th relevant item; 0 past the last
+        best = precision.flip(1).cummax(1).values.flip(1)
+        needed = (levels[None, :] * count[:, None] - 1e-9).ceil().long().clamp(min=1)  # relevant items that a recall asks for
+        at_recall += best.gather(1, needed - 1).sum(0)
+    found, Q = torch.cat(found), len(query_label)
+    per_class = {name: 100 * found[query_label == c].mean().item() for c, name in enumerate(classes) if (query_label == c).any()}
+    at_scope, at_recall = (100 * at_scope / Q).tolist(), (100 * at_recall / Q).tolist()
+    return {"mAP": 100 * found.mean().item(), **{f"P@{k}": p for k, p in zip(scopes, at_scope)}, "per_class": per_class,
+            "precision_recall": {"recall": (100 * levels).tolist(), "precision": at_recall}, "precision_scope": {"scope": scopes, "precision": at_scope}}
+
+
+def class_chance(query_label, gallery_label):
+    """{"mAP"}: the expected mAP of a random order, in closed form; labels as in `class_metrics`.
+
+    Of R relevant items among G, place p holds one with probability R / G, and then (R - 1) / (G - 1) of the places before it do."""
+    count, G = torch.bincount(gallery_label, minlength=int(query_label.max()) + 1)[query_label].double(), len(gallery_label)
+    place = torch.arange(1, G + 1, dtype=torch.float64)
+    inverse = (1 / place).mean()  # mean over places of 1 / p; of (p - 1) / p it is 1 - inverse
+    return {"mAP": 100 * (inverse + (1 - inverse) * (count - 1) / max(1, G - 1)).mean().item()}
+
+
+def class_retrieval(images, texts, labels, captions, query, classes):
+    """mAP and the rest of class_metrics; both ways. images (N, D), texts (C, D); labels (N,); captions (N,): texts per instance."""
+    labels, query = torch.as_tensor(labels), torch.as_tensor(query)
+    images, texts, owner = images.cpu(), texts.cpu(), torch.arange(len(labels)).repeat_interleave(torch.as_tensor(captions))
+    asked_images, asked_texts = images[query], texts[query[owner]]
+    out = {"image_to_text": class_metrics(lambda b, e: asked_images[b:e] @ texts.t(), labels[query], labels[owner], classes),
+           "text_to_image": class_metrics(lambda b, e: asked_texts[b:e] @ images.t(), labels[owner][query[owner]], labels, classes)}
+    chance = {"image_to_text": class_chance(labels[query], labels[owner]), "text_to_image": class_chance(labels[owner][query[owner]], labels)}
+    for result in (out, chance):
+        result["mAP"] = (result["image_to_text"]["mAP"] + result["text_to_image"]["mAP"]) / 2
+    return {"model": out, "chance": chance}
+
+
+def classification_metrics(probabilities, labels, thresholds=None):
+    """Of one task. probabilities (N, C), labels int64 (N,) in -1..C-1; rows of -1 are left out. Returns percentages in 0..100:
+      accuracy     the most probable class is right; of several equally probable classes the worst counts, so that a constant earns nothing
+      macro_f1     mean of F1 over the classes that occur among labels or predictions; F1 = 2 TP / (2 TP + FP + FN)
+      recall_at_precision  with thresholds (C,) from `precision_thresholds`: mean over the classes that occur among the labels of
+                   the share of their rows at or above the class's threshold; `precision` is what these thresholds reached here
+    None where no row is labelled. Raises CheckpointError for NaN.
+    """
+    if torch.isnan(probabilities).any():
+        raise clip.CheckpointError("NaN in the predictions; a model that gives NaN cannot be evaluated")
+    probabilities, labels = probabilities[labels >= 0], labels[labels >= 0]
+    if not len(labels):
+        return None
+    C, own = probabilities.shape[1], F.one_hot(labels, probabilities.shape[1]).bool()
+    wrong = probabilities.masked_fill(own, -math.inf).max(1)
+    right = probabilities.gather(1, labels[:, None])[:, 0] > wrong.values if C > 1 else torch.ones(len(labels), dtype=torch.bool)
+    predicted = F.one_hot(torch.where(right, labels, wrong.indices), C).bool()
+    hits, asked = (predicted & own).sum(0), predicted.sum(0) + own.sum(0)  # TP; 2 TP + FP + FN
+    out = {"accuracy": 100 * right.double().mean().item(), "macro_f1": 100 * (2 * hits / asked.clamp(min=1))[asked > 0].double().mean().item()}
+    if thresholds is not None:
+        kept, occurs = probabilities >= thresholds, own.any(0)
+        out["recall_at_precision"] = 100 * ((kept & own).sum(0) / own.sum(0).clamp(min=1))[occurs].double().mean().item()
+        out["precision"] = 100 * (kept & own).sum().item() / max(1, kept.sum().item())
+    return out
+
+
+def precision_thresholds(probabilities, labels, precision):
+    """(C,): for each class the lowest probability at which, of the rows at or above it, at least this share (0..1) is of the class;
+    inf where no probability reaches it. To be chosen on validation data and used on test data. Arguments as in
+    `classification_metrics`."""
+    probabilities, labels = probabilities[labels >= 0], labels[labels >= 0]
+    out = torch.full((probabilities.shape[1],), math.inf, dtype=probabilities.dtype)
+    for c in range(len(out)):
+        value, order = probabilities[:, c].sort(descending=True)
+        reached = (labels[order] == c).cumsum(0) >= precision * torch.arange(1, len(order) + 1) - 1e-9
+        last = torch.cat([value[1:] < value[:-1], torch.ones(min(1, len(value)), dtype=torch.bool)])  # of equal probabilities: all or none
+        if (reached & last).any():
+            out[c] = value[reached & last][-1]
+    return out
 
 
 def retrieval_metrics(images, texts, image_group, text_group, image_query=slice(None), text_query=slice(None)):
@@ -174,6 +280,50 @@ def evaluation_loader(model, instances, tokenizer, workers=0):
     return data.Loader(instances, tokenizer, model.config.context_length, model.config.image_resolution, max(1, 256 // most), workers=workers)
 
 
+@torch.no_grad()
+def frozen_features(model, instances, names, tokenizer, cache, amp="auto", workers=0):
+    """data.Features of a frozen CLIP, computed once: every view and caption by itself, kept under the folder `cache` by a hash of the
+    weights and of what is embedded. They are streamed to disk and memory-mapped where large: memory does not grow with the data.
+    instances, names: of data.load_split."""
+    seen = lambda image: (image, os.path.getsize(image), os.path.getmtime(image)) if isinstance(image, str) else image
+    what = [clip.identity(model), model.config, amp, tokenizer.merges, [(x.id, [seen(i) for i in x.images], x.captions) for x in instances]]
+    key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+    labels, captions, query = data.class_layout(instances, names)
+    views, device = np.array([len(x.images) for x in instances]), next(model.parameters()).device
+    loader = data.Loader(instances, tokenizer, model.config.context_length, model.config.image_resolution, max(1, 256 // views.max()),
+                         workers=workers, cache_bytes=0)  # every picture is read once
+    model.eval()
+
+    def images():
+        for batch in loader.batches():
+            batch = data.to_device(batch, device)
+            with clip.autocast(amp, model):
+                yield model.encode_image(batch["images"][batch["image_mask"]])
+
+    def texts():
+        for tokens in loader.tokens.split(256):
+            with clip.autocast(amp, model):
+                yield model.encode_text(tokens.to(device))
+
+    def write(f, rows, parts):
+        header = {"descr": "<f4", "fortran_order": False, "shape": (int(rows), model.config.embed_dim)}
+        np.lib.format.write_array_header_1_0(f, header)
+        for part in parts:
+            f.write(part.float().cpu().numpy().tobytes())
+
+    arrays = []
+    for kind, rows, parts in (("image", views.sum(), images), ("text", captions.sum(), texts)):
+        path = os.path.join(cache, f"{key}-{kind}.npy")
+        if not os.path.exists(path):
+            data.note(f"features of {rows:,} {kind}s are computed once and kept in {path}")
+            clip.write_file(path, lambda f: write(f, rows, parts()))
+        try:
+            arrays.append(np.load(path, mmap_mode="r" if os.path.getsize(path) > LARGE else None))
+        except (OSError, ValueError) as problem:
+            raise data.DataError(f"{path}: damaged ({str(problem)[:100]}); remove it, and it is computed again") from None
+    return data.Features(*arrays, views, captions, labels, query)
+
+
 def layout(instances):
     """What evaluation needs to know beside features: dict(image_group (N,), text_group (C,), image_query (N,), text_query (C,))."""
     numbers = {}
@@ -242,7 +392,7 @@ def table(results, shapes=False):
 
 # ---------------------------------------------------------------- pictures
 
-GREEN, RED, CELL = (30, 150, 60), (200, 40, 40), 128
+GREEN, RED, BLUE, ORANGE, CELL = (30, 150, 60), (200, 40, 40), (60, 100, 190), (230, 150, 40), 128
 
 
 def gallery_picture(path, rows):
@@ -287,6 +437,42 @@ def draw_gallery(path, instances, images, texts, seed=0, rows=6, top=5):
     gallery_picture(path, out)
 
 
+def attention_picture(path, rows):
+    """Write a picture of attention. rows: list of (RGB array (CELL, CELL, 3), caption, words, bars). words: [(word, weights (h, w), 0 or more)]:
+    where it looks; what exceeds an even share is drawn red over the picture, on one scale for all words of a row, and the largest weight
+    stands beside the word. bars: [(task, weight of the image in 0..1)], drawn as a chart of image against text."""
+    from PIL import Image, ImageDraw, ImageFont
+    font, pad, columns = ImageFont.load_default(13), 8, 8
+    line, cell = 22, CELL + 22
+    heights = [24 + (cell + pad) * max(1, -(-len(words) // (columns - 1))) + line * (len(bars) + bool(bars)) + 2 * pad for _, _, words, bars in rows]
+    canvas = Image.new("RGB", ((CELL + pad) * columns + pad, sum(heights) + pad), "white")
+    draw, y = ImageDraw.Draw(canvas), pad
+    for (picture, caption, words, bars), height in zip(rows, heights):
+        draw.text((pad, y), caption[:140], fill="black", font=font)
+        canvas.paste(Image.fromarray(picture), (pad, y + 24))
+        for k, (word, weights) in enumerate(words):
+            x, top = pad + (CELL + pad) * (1 + k % (columns - 1)), y + 24 + (cell + pad) * (k // (columns - 1))
+            even = 1 / weights.size
+            heat = Image.fromarray(np.float32(weights - even) / max(max(float(w.max()) for _, w in words) - even, 1e-9)).resize((CELL, CELL), Image.Resampling.BILINEAR)
+            heat = np.asarray(heat)[..., None].clip(0, 1)
+            grey = 0.35 * picture.mean(2, keepdims=True) + 0.65 * 255  # pale, so that the heat stands out
+            canvas.paste(Image.fromarray((grey * (1 - 0.85 * heat) + np.array(RED) * 0.85 * heat).astype(np.uint8)), (x, top))
+            draw.text((x, top + CELL + 2), f"{word[:12]}  {100 * float(weights.max()):.0f}%", fill="black", font=font)
+        below = y + 24 + (cell + pad) * max(1, -(-len(words) // (columns - 1)))
+        for k, (task, weight) in enumerate(bars):
+            if k == 0:
+                draw.text((pad + CELL + pad, below), "weight of the image", fill=BLUE, font=font)
+                draw.text((pad + CELL + pad + 300, below), "weight of the text", fill=ORANGE, font=font)
+            top, left, wide = below + line * (k + 1), pad + CELL + pad, 420
+            split = left + round(wide * weight)
+            draw.text((pad, top), task[:18], fill="black", font=font)
+            draw.rectangle((left, top + 2, split, top + line - 5), fill=BLUE)
+            draw.rectangle((split, top + 2, left + wide, top + line - 5), fill=ORANGE)
+            draw.text((left + wide + pad, top), f"{100 * weight:.0f}% / {100 * (1 - weight):.0f}%", fill="black", font=font)
+        y += height
+    clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
+
+
 # ---------------------------------------------------------------- around a training loop
 
 def number(kind, accept, name):
@@ -304,6 +490,7 @@ positive_int = number(int, lambda v: v >= 1, "a positive whole number")
 whole = number(int, lambda v: v >= 0, "a whole number of 0 or more")
 positive = number(float, lambda v: 0 < v < math.inf, "a positive number")
 not_negative = number(float, lambda v: 0 <= v < math.inf, "a number of 0 or more")
+fraction = number(float, lambda v: 0 < v <= 1, "a share over 0, up to 1")
 share = number(float, lambda v: 0 <= v <= 1, "a share from 0 to 1")
 vocabulary = number(int, lambda v: v >= 514, "514 or more (every byte, inside and at the end of a word, start and end)")
 
@@ -469,7 +656,7 @@ def restore(path, device=None):
         raise clip.CheckpointError(f"{path}: made by {checkpoint.get('method')!r}, which is none of {', '.join(METHODS)}")
     model = importlib.import_module(checkpoint["method"]).restore(checkpoint, path)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    return model, model.tokenizer or clip.default_tokenizer(), checkpoint
+    return model, model.tokenizer or (model.config and clip.default_tokenizer()), checkpoint  # no config: it reads features, not words
 
 
 def main(argv=None):
@@ -478,7 +665,8 @@ def main(argv=None):
     p.add_argument("--data", help="default: the data the model was trained on")
     p.add_argument("--root", help="folder of the data set")
     p.add_argument("--split", default="test")
-    p.add_argument("--gallery", metavar="PNG", help="write a picture of queries and their top results")
+    p.add_argument("--gallery", metavar="PNG", help="write a picture of queries and their top results, or of what is predicted")
+    p.add_argument("--attention", metavar="PNG", help="write a picture of what a model with attention between the modalities looks at")
     p.add_argument("--query", help="search the split's images with your own words")
     p.add_argument("--top", type=positive_int, default=5, help="results of --query")
     p.add_argument("--device", type=usable_device)
@@ -488,36 +676,55 @@ def main(argv=None):
     args = p.parse_args(argv)
 
     model, tokenizer, checkpoint = restore(args.checkpoint, args.device)
+    method = importlib.import_module(checkpoint["method"])
     if next(model.parameters()).device.type == "cpu":
         clip.fast_float32()
     settings = checkpoint["settings"]
     name = args.data or settings["data"]
     root = args.root or (settings["root"] if name == settings["data"] else None)
-    instances, _ = data.load(name, root, args.split)
-    images, texts = embed(model, instances, tokenizer, args.amp, args.workers)
-    if args.query is not None:
-        words = tokenizer([args.query], model.config.context_length, truncate=True).to(images.device)
-        with torch.no_grad():
-            query = F.normalize(model.encode_text(words).float(), dim=-1)
-        scores, found = search(query, images, min(args.top, len(instances)))
-        for s, i in zip(scores[0].tolist(), found[0].tolist()):
-            print(f"{s:6.3f}  {instances[i].id}  {instances[i].captions[0]}")
-        if args.gallery:
-            gallery_picture(args.gallery, [(args.query, [(data.pixels(instances[i].images[0], CELL), None) for i in found[0].tolist()])])
-        return
-    metrics = retrieval_metrics(images.cpu(), texts.cpu(), **layout(instances))
-    limits = bounds(name, instances)
-    print(table({f"{name} {args.split}": metrics, **limits}, shapes=name in ("primitives", "text2shape")))
+    if args.attention and not hasattr(method, "attention_picture"):
+        raise clip.CheckpointError(f"--attention: {checkpoint['method']} has no attention between the modalities; train_cmaclip has")
+    if args.query is not None and not (hasattr(model, "encode_text") and tokenizer):
+        raise clip.CheckpointError(f"--query: this model of {checkpoint['method']} reads no words to search with")
+    if hasattr(method, "evaluation") and args.query is None:  # a method with metrics of its own
+        found, text = method.evaluation(model, checkpoint, name, root, args.split, args.amp, args.workers)
+    else:
+        instances, _ = data.load(name, root, args.split)
+        images, texts = embed(model, instances, tokenizer, args.amp, args.workers)
+        if args.query is not None:
+            return answer(model, tokenizer, instances, images, args)
+        limits = bounds(name, instances)
+        found = {"model": retrieval_metrics(images.cpu(), texts.cpu(), **layout(instances)), **limits}
+        text = table({f"{name} {args.split}": found["model"], **limits}, shapes=name in ("primitives", "text2shape"))
+    print(text)
     path = os.path.join(args.out or os.path.dirname(args.checkpoint) or ".", "metrics.json")
     kept = {}
     if os.path.exists(path):
         with contextlib.suppress(ValueError), open(path) as f:
             kept = json.load(f)
-    write_json(path, kept | {args.split if name == settings["data"] else f"{name} {args.split}": {"model": metrics, **limits}})
+    write_json(path, kept | {args.split if name == settings["data"] else f"{name} {args.split}": found})
     print(f"written to {path}")
     if args.gallery:
-        draw_gallery(args.gallery, instances, images, texts)
+        if hasattr(method, "gallery"):
+            method.gallery(model, checkpoint, name, root, args.split, args.gallery)
+        else:
+            draw_gallery(args.gallery, instances, images, texts)
         print(f"written to {args.gallery}")
+    if args.attention:
+        method.attention_picture(model, checkpoint, name, root, args.split, args.attention)
+        print(f"written to {args.attention}")
+
+
+def answer(model, tokenizer, instances, images, args):
+    """Print what --query finds among the images, and draw it where --gallery asks for it."""
+    words = tokenizer([args.query], model.config.context_length, truncate=True).to(images.device)
+    with torch.no_grad():
+        query = F.normalize(model.encode_text(words).float(), dim=-1)
+    found_scores, found = search(query, images, min(args.top, len(instances)))
+    for s, i in zip(found_scores[0].tolist(), found[0].tolist()):
+        print(f"{s:6.3f}  {instances[i].id}  {instances[i].captions[0]}")
+    if args.gallery:
+        gallery_picture(args.gallery, [(args.query, [(data.pixels(instances[i].images[0], CELL), None) for i in found[0].tolist()])])
 
 
 if __name__ == "__main__":

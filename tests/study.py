@@ -1,7 +1,8 @@
 """The studies behind README.md's tables: runs what is missing under runs/study, then prints mean and spread over seeds.
 
     python tests/study.py losses                                  # every loss on the built-in shapes, three seeds
-    python tests/study.py losses-photos --root path/to/flickr8k
+    python tests/study.py losses-photos --root flickr8k=path/to/flickr8k
+    python tests/study.py cmr-wikipedia cmr-imbalance --root wikipedia=path/to/wikipedia
     python tests/study.py batch --jobs 2 --threads 1              # two runs at a time, one thread each
     python tests/study.py --list                                  # the commands, without running them
 
@@ -11,6 +12,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -30,40 +32,96 @@ def samples(loss, batch, views, captions, epochs, pairs=False):
 MXM = {"clip": "--loss clip", "clip, half the samples": "--loss clip", "clip, 2 pairs of each": "--loss clip", **{loss: f"--loss {loss}" for loss in ("mil-nce", "hard-uniform", "hard", "soft", "hybrid")},
        "hybrid, sharpness 1": "--loss hybrid --soft-sharpness 1", "hybrid, known groups": "--loss hybrid --soft-relation group"}
 
-# study -> {row: arguments of train_mxm.py}
+CMR_LOSSES = ("contrastive", "modality-invariant", "triplet", "lifted-structure", "n-pairs", "supervised-contrastive",
+              "label-regression", "cross-entropy", "proxy-nca", "proxy-anchor", "pcl")
+CMR = {loss: f"--loss {loss}" for loss in CMR_LOSSES} | {"proxy-anchor, alpha 1": "--loss proxy-anchor --proxy-alpha 1", "pcl, learned prototypes": "--loss pcl --prototypes learned",
+       "pcl + 0.1 modality-invariant": "--loss pcl+modality-invariant:0.1", "pcl + 0.1 triplet": "--loss pcl+triplet:0.1"}
+WIKIPEDIA = "--data wikipedia --features features_train.npz features_test.npz"
+FUSIONS = ("cma", "sequence", "modality", "concat", "image", "text")
+NOISY = "--train-noise-image 0.3 --train-noise-text 0.3"
+
+# study -> (script, {row: arguments}); {NAME} is the folder of one of the CLIPs below
 STUDIES = {
-    "losses": {row: samples(loss, 64, 2, 2, 8, "pairs" in row) for row, loss in MXM.items()} | {
-        "clip, half the samples": samples("--loss clip", 64, 1, 1, 8)},  # as many steps of as many instances, one pair of each
+    "losses": ("train_mxm.py", {row: samples(loss, 64, 2, 2, 8, "pairs" in row) for row, loss in MXM.items()} | {
+        "clip, half the samples": samples("--loss clip", 64, 1, 1, 8)}),  # as many steps of as many instances, one pair of each
     # photos: one image each. 64 images and 128 captions a step, or for CLIP's loss 96 pairs: as many observations
-    "losses-photos": {row: "--data flickr8k " + (
+    "losses-photos": ("train_mxm.py", {row: "--data flickr8k " + (
         f"{loss} --batch-size 96 --epochs 60 --eval-every 6" if row == "clip" else
-        f"{loss} --batch-size 64 --views 1 --captions 2 --epochs 40 --eval-every 4") for row, loss in list(MXM.items())[:8] if "," not in row},
-    "batch": {f"{row}, {2 * batch} images a step": samples(MXM[row], batch, 2, 2, 8) for row in ("clip", "hybrid") for batch in (32, 64, 128)},
-    "views": {"clip, 1 x 1": samples(MXM["clip"], 64, 2, 2, 8)} | {
-        f"hybrid, {m} x {m}": samples(MXM["hybrid"], 128 // m, m, m, 16 // m) for m in (2, 4)},
+        f"{loss} --batch-size 64 --views 1 --captions 2 --epochs 40 --eval-every 4") for row, loss in list(MXM.items())[:8] if "," not in row}),
+    "batch": ("train_mxm.py", {f"{row}, {2 * batch} images a step": samples(MXM[row], batch, 2, 2, 8) for row in ("clip", "hybrid") for batch in (32, 64, 128)}),
+    "views": ("train_mxm.py", {"clip, 1 x 1": samples(MXM["clip"], 64, 2, 2, 8)} | {
+        f"hybrid, {m} x {m}": samples(MXM["hybrid"], 128 // m, m, m, 16 // m) for m in (2, 4)}),
+    "cmr-wikipedia": ("train_clip4cmr.py", {row: f"{WIKIPEDIA} {loss}" for row, loss in CMR.items()}),
+    "cmr-primitives": ("train_clip4cmr.py", {row: f"--clip {{primitives}} --task shape --epochs 30 {loss}" for row, loss in CMR.items()}),
+    "cmr-products": ("train_clip4cmr.py", {row: f"--data products --clip {{products}} --task subCategory {loss}" for row, loss in CMR.items()}),
+    "cmr-imbalance": ("train_clip4cmr.py", {f"{loss}, {part} of the {side}s": f"{WIKIPEDIA} --loss {loss}" + (f" --{side}-fraction {part}" if part < 1 else "")
+                                            for loss in ("pcl", "triplet") for side in ("text", "image") for part in (1, 0.7, 0.5, 0.3, 0.1)}),
+    "cmr-dimension": ("train_clip4cmr.py", {f"D {dim}": f"{WIKIPEDIA} --loss pcl" + (f" --dim {dim}" if dim != 1024 else "") for dim in (16, 64, 256, 1024, 2048)}),
+    **{f"cma-{data}{'-noise' * noisy}": ("train_cmaclip.py", {fusion: " ".join([arguments, NOISY * noisy, f"--robustness --fusion {fusion}"]) for fusion in FUSIONS})
+       for data, arguments in (("primitives", "--epochs 4 --eval-every 4"), ("products", "--data products --clip {products} --epochs 15 --lr 1e-3 --clip-lr 2e-4"))
+       for noisy in (False, True)},
 }
+
+# CLIPs that a study starts from, trained on the train split of the same data
+CLIPS = {"primitives": "train_mxm.py", "products": "train_mxm.py --data products --loss clip --epochs 60"}
+
+WAYS = (("I2T", "image_to_text"), ("T2I", "text_to_image"))
+
+
+def columns(study, script, run):
+    """{heading: number} of one run's metrics.json."""
+    if script == "train_mxm.py":
+        photos = "photos" in study
+        return {f"{split} {way} {metric}": run[split]["model"][key][metric] for split in (("test",) if photos else ("test", "unseen"))
+                for way, key in WAYS[::-1] for metric in (("R@1", "R@10", "MRR") if photos else ("R@1", "NDCG@5"))}
+    if script == "train_clip4cmr.py":
+        return {f"{split} {name}": value for split, rows in run.items()
+                for name, value in [*((f"{way} mAP", rows["model"][key]["mAP"]) for way, key in WAYS), ("average", rows["model"]["mAP"])]}
+    if "-tasks" in study:  # every task by itself
+        return {f"{task} {short}": found[metric] for task, found in run["test"]["model"].items() for short, metric in
+                (("acc.", "accuracy"), ("F1", "macro_f1"), ("R@P90", "recall_at_precision"))}
+    mean, noise = run["test"]["model"]["mean"], run["test"]["noise"]
+    out = {"accuracy": mean["accuracy"], "macro F1": mean["macro_f1"], "R@P90": mean["recall_at_precision"]}
+    for kind, runs in noise.items():
+        for share, found in runs.items():
+            if share != "0.0":
+                out[f"{100 * float(share):.0f}% {kind} noise"] = found["mean"]["accuracy"]
+    if "image_weight" in mean:
+        for name, found in (("clean", noise["image"]["0.0"]), ("image noise", noise["image"]["1.0"]), ("text noise", noise["text"]["1.0"])):
+            out[f"image weight, {name}"] = found["mean"]["image_weight"]
+    return out
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", nargs="*", choices=[*STUDIES, []], help=", ".join(STUDIES))
     p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--root", help="folder of the data set, for the photos")
+    p.add_argument("--root", action="append", default=[], metavar="NAME=FOLDER", help="where the data set NAME lies; may be repeated")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time")
     p.add_argument("--threads", type=int, help="threads of each run")
     p.add_argument("--out", default=os.path.join("runs", "study"))
     p.add_argument("--list", action="store_true", help="print the commands only")
     args = p.parse_args()
 
-    commands = {}
+    roots, folder = dict(part.split("=", 1) for part in args.root), lambda name: os.path.join(args.out, f"clip-{name}")
+
+    def complete(command, out):  # with the data set's folder and the run's own
+        words = shlex.split(command)
+        name = words[words.index("--data") + 1] if "--data" in words else None
+        return command + (f" --root {shlex.quote(roots[name])}" if name in roots else "") + f" --out {out}"
+
+    commands, needed = {}, {}
     for study in args.study or STUDIES:
-        for row, arguments in STUDIES[study].items():
+        script, rows = STUDIES[study]
+        for row, arguments in rows.items():
+            needed |= {name: complete(CLIPS[name], folder(name)) for name in CLIPS if f"{{{name}}}" in arguments}
             for seed in range(args.seeds):
-                command = f"train_mxm.py {arguments} --seed {seed}" + (f" --root {shlex.quote(args.root)}" if args.root and "--data" in arguments else "")
-                out = os.path.join(args.out, arguments.replace("--", "").replace(" ", "-").replace("eval-every", "e") + f"-seed-{seed}")
-                commands[study, row, seed] = (f"{command} --out {out}", out)
+                prefix = {"train_mxm.py": ""}.get(script, script[6:-3] + "-")
+                out = os.path.join(args.out, prefix + re.sub(r"[^\w.+:=-]+", "-", arguments.replace("--", "")).replace("eval-every", "e") + f"-seed-{seed}")
+                arguments_now = arguments.format(**{name: os.path.join(folder(name), "best.pt") for name in CLIPS})
+                commands[study, row, seed] = (complete(f"{script} {' '.join(arguments_now.split())} --seed {seed}", out), out)
     if args.list:
-        print("\n".join(f"python {command}" for command, _ in commands.values()))
+        print("\n".join(f"python {command}" for command in [*needed.values(), *(command for command, _ in commands.values())]))
         return
 
     def run(command, out):
@@ -77,28 +135,28 @@ def main():
 
     seen = dict.fromkeys(commands.values())  # studies share rows: each command once
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda name: run(needed[name], folder(name)), needed))
         for done, _ in enumerate(pool.map(lambda c: run(*c), seen), 1):
             print(f"\r{done} of {len(seen)} runs", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
 
     for study in args.study or STUDIES:
-        photos = "photos" in study
-        columns = [(split, d, m) for split in (("test",) if photos else ("test", "unseen")) for d in ("text_to_image", "image_to_text")
-                   for m in (("R@1", "R@10", "MRR") if photos else ("R@1", "NDCG@5"))]
-        heads = [f"{s} {'T2I' if d[0] == 't' else 'I2T'} {m}" for s, d, m in columns] + ["T2I R@1 against hard, paired"] * ("hard" in STUDIES[study])
-        print(f"\n{study}\n| | " + " | ".join(heads) + " |\n|" + " --- |" * (1 + len(heads)))
-        values = {}  # row -> column -> a number per seed
-        for row in STUDIES[study]:
-            runs = []
-            for seed in range(args.seeds):
-                with open(os.path.join(commands[study, row, seed][1], "metrics.json")) as f:
-                    runs.append(json.load(f))
-            values[row] = [[run[split]["model"][direction][metric] for run in runs] for split, direction, metric in columns]
-        for row, found in values.items():
-            cells = [spread(x) for x in found]
-            if "hard" in values:  # seeds share initial weights and the order of the data, so differences vary less than values
-                cells.append("" if row == "hard" else spread([a - b for a, b in zip(found[0], values["hard"][0])], "+"))
-            print(f"| {row} | " + " | ".join(cells) + " |")
+        script, rows = STUDIES[study]
+        for name in (study, study + "-tasks") if script == "train_cmaclip.py" else (study,):
+            values = {}  # row -> heading -> a number per seed
+            for row in rows:
+                runs = []
+                for seed in range(args.seeds):
+                    with open(os.path.join(commands[study, row, seed][1], "metrics.json")) as f:
+                        runs.append(columns(name, script, json.load(f)))
+                values[row] = {heading: [run[heading] for run in runs] for heading in runs[0]}
+            heads = list(dict.fromkeys(heading for found in values.values() for heading in found))
+            print(f"\n{name}\n| | " + " | ".join(heads + ["T2I R@1 against hard, paired"] * ("hard" in values)) + " |\n|" + " --- |" * (1 + len(heads) + ("hard" in values)))
+            for row, found in values.items():
+                cells = [spread(found[heading]) if heading in found else "" for heading in heads]
+                if "hard" in values:  # seeds share initial weights and the order of the data, so differences vary less than values
+                    cells.append("" if row == "hard" else spread([a - b for a, b in zip(found[heads[0]], values["hard"][heads[0]])], "+"))
+                print(f"| {row} | " + " | ".join(cells) + " |")
 
 
 def spread(values, sign=""):
