@@ -126,10 +126,6 @@ class CLIP4CMR(nn.Module):
     def encode_text(self, tokens):
         return self.embed_text(self.clip.encode_text(tokens))
 
-    def own_state(self):
-        """The state dict without CLIP's part."""
-        return {k: v.detach().cpu().clone() for k, v in self.state_dict().items() if not k.startswith("clip.")}
-
 
 def total_loss(model, weights, images, image_labels, texts, text_labels, alpha=32.0):
     """Weighted sum of losses. images (N, D), texts (M, D): unit-norm, of one batch, of which imbalance may leave either side empty;
@@ -193,7 +189,7 @@ def restore(checkpoint, path):
                                        "put the weights back that it was trained on")
     state = checkpoint["heads"]
     model = CLIP4CMR(inner, (len(state["image_mean"]), len(state["text_mean"])), len(checkpoint["classes"]), s["dim"], s["hidden"], s["dropout"])
-    model.load_state_dict(state, strict=False)
+    clip.load_heads(model, state)
     return model
 
 
@@ -246,6 +242,9 @@ def main(argv=None):
         train, val = splits["train"], splits["val"]
         widths, labels = (train.images.shape[1], train.texts.shape[1]), train.labels
     else:
+        if args.download and first:
+            data.load(args.data, args.root, "train", download=True)
+        losses.any_process(False, device)  # the others wait for what the first fetches
         instances, tasks = data.load(args.data, args.root, "train")
         args.task = data.choose_task(tasks, args.task, args.data, instances)
         train, classes = data.load_split(args.data, args.root, "train", args.task)
@@ -291,16 +290,18 @@ def main(argv=None):
     state = {"step": 0, "best": -1.0, "waited": 0, "loss_sum": 0.0}
     checkpoint = eval.open_run(args.out, vars(args), args.resume, first) if first or args.resume else None
     if checkpoint:
-        model.load_state_dict(checkpoint["heads"], strict=False)
+        clip.load_heads(model, checkpoint["heads"])
         if args.finetune:
             inner.load_state_dict(checkpoint["clip"]["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         state = checkpoint["state"]
 
-    def save(name):  # a frozen CLIP is not written again and again: its identity is
-        own = {} if inner is None else {"clip": clip.describe(inner)} if args.finetune else {"clip_identity": clip.identity(inner)}
+    frozen = {} if args.finetune or args.features else {"clip_identity": clip.identity(inner)}  # instead of its weights, again and again
+
+    def save(name):
+        own = {"clip": clip.describe(inner)} if args.finetune else frozen
         clip.save_checkpoint(os.path.join(args.out, name), {
-            "method": "train_clip4cmr", "settings": vars(args), "classes": classes, "heads": model.own_state(), **own,
+            "method": "train_clip4cmr", "settings": vars(args), "classes": classes, "heads": clip.describe_heads(model), **own,
             "optimizer": optimizer.state_dict(), "state": state, "step": state["step"]})
 
     def rate(step):  # frozen features: constant, as in the paper; a CLIP that is trained: linear warm-up, then half a cosine down to zero
@@ -320,7 +321,7 @@ def main(argv=None):
     for batch in batches if state["waited"] < args.patience else ():
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate(state["step"])
-        torch.manual_seed(hash((args.seed, state["step"], rank)) % 2 ** 63)  # dropout depends on these alone, so a resumed run repeats it
+        data.seed_step(args.seed, state["step"], rank)  # dropout
         if args.finetune:
             batch = data.to_device(batch, device)
             with clip.autocast(args.amp, inner):
@@ -359,7 +360,7 @@ def main(argv=None):
             state["loss_sum"] = 0.0
             if first:
                 eval.log_line(args.out, **record)
-        done = inside == 0 and state["waited"] >= args.patience
+        done = inside == 0 and losses.any_process(state["waited"] >= args.patience, device)
         stopping = losses.any_process(stop.requested, device)  # asked once: a signal after this waits for the next step
         if first and (inside == 0 or time.time() - saved > SAVE_SECONDS or stopping):
             save("last.pt")

@@ -214,13 +214,13 @@ def corrupted(pairs, noise=(0.0, 0.0), missing=(0.0, 0.0), seed=0):
     return out, present
 
 
-def corrupt_batch(images, tokens, noise, missing, generator):
-    """The same of a training batch, anew at each step: the replacement comes from the batch. -> images, tokens, present (B, 2)."""
+def corrupt_batch(images, tokens, noise, missing):
+    """The same of a training batch, drawn from torch's generator: the replacement comes from the batch. -> images, tokens, present (B, 2)."""
     B, device = len(images), images.device
-    chance = torch.rand(4, B, generator=generator).to(device)
+    chance = torch.rand(4, B).to(device)
     rows = torch.arange(B, device=device)
     if B > 1:
-        other = (rows + torch.randint(1, B, (2, B), generator=generator).to(device)) % B  # never the row itself
+        other = (rows + torch.randint(1, B, (2, B)).to(device)) % B  # never the row itself
         images = images[torch.where(chance[0] < noise[0], other[0], rows)]
         tokens = tokens[torch.where(chance[1] < noise[1], other[1], rows)]
     present = torch.stack([chance[2] >= missing[0], chance[3] >= missing[1]], dim=1)
@@ -268,12 +268,13 @@ def restore(checkpoint, path):
     """The model of a checkpoint of this script, for eval.py."""
     s = checkpoint["settings"]
     model = CMACLIP(clip.load(path, "cpu")[0], checkpoint["classes"], s["fusion"], s["width"], s["layers"], s["heads"], s["dropout"])
-    model.load_state_dict(checkpoint["heads"], strict=False)
+    clip.load_heads(model, checkpoint["heads"])
     return model
 
 
 def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0):
-    """-> ({"model", "majority": {task: metrics}, with --robustness "noise"}, table) of a split, under the run's test-time noise."""
+    """-> ({"model", "majority": {task: metrics}, with --robustness "noise"}, table) of a split, under the run's test-time noise.
+    majority: the share of the split's commonest class."""
     s, classes = checkpoint["settings"], checkpoint["classes"]
     tokenizer = model.tokenizer or clip.default_tokenizer()
     instances, own = data.load(name, root, split)
@@ -400,14 +401,13 @@ def main(argv=None):
     checkpoint = eval.open_run(args.out, vars(args), args.resume, first) if first or args.resume else None
     if checkpoint:
         inner.load_state_dict(checkpoint["clip"]["state_dict"])
-        model.load_state_dict(checkpoint["heads"], strict=False)
+        clip.load_heads(model, checkpoint["heads"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         state, thresholds = checkpoint["state"], checkpoint["thresholds"]
 
     def save(name):
-        heads = {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if not k.startswith("clip.")}
         clip.save_checkpoint(os.path.join(args.out, name), {
-            "method": "train_cmaclip", "settings": vars(args), "classes": classes, "thresholds": thresholds, "heads": heads,
+            "method": "train_cmaclip", "settings": vars(args), "classes": classes, "thresholds": thresholds, "heads": clip.describe_heads(model),
             "clip": clip.describe(inner), "optimizer": optimizer.state_dict(), "state": state, "step": state["step"]})
 
     def rate(step):  # linear warm-up, then half a cosine down to zero
@@ -425,11 +425,10 @@ def main(argv=None):
     for batch in loader.batches(state["step"], steps):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate(state["step"])
-        seed = hash((args.seed, state["step"], rank)) % 2 ** 63  # noise and dropout depend on these alone, so a resumed run repeats them
-        torch.manual_seed(seed)
+        data.seed_step(args.seed, state["step"], rank)  # noise and dropout
         batch = data.to_device(batch, device)
         images, tokens, present = corrupt_batch(batch["images"][:, 0], batch["tokens"][:, 0], (args.train_noise_image, args.train_noise_text),
-                                                (args.train_missing_image, args.train_missing_text), torch.Generator().manual_seed(seed))
+                                                (args.train_missing_image, args.train_missing_text))
         with clip.autocast(args.amp, inner):
             logits, weights = model(images, tokens, present)
         logits = {task: losses.gather(scores.float()) for task, scores in logits.items()}
