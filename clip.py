@@ -829,7 +829,7 @@ def write_file(path, write):
             os.unlink(temporary)
 
 
-def _cpu(model):
+def weights(model):
     """The model's state dict, copied to the CPU: what is saved later is the model as it is now."""
     state = model.state_dict()
     for key, value in state.items():
@@ -840,7 +840,7 @@ def _cpu(model):
 def identity(model):
     """A hash of the names, shapes and values of all weights (64 hex digits): equal for equal models, wherever they came from."""
     digest = hashlib.sha256()
-    for name, value in sorted(_cpu(model).items()):
+    for name, value in sorted(weights(model).items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
         digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -851,14 +851,27 @@ def save(model, path):
 
     What shapes do not tell (the activation, the heads) goes into the state dict's metadata, where only `load` looks.
     """
-    state = _cpu(model)
+    state = weights(model)
     state._metadata[""].update({k: getattr(model.config, k) for k in HINTS})
     write_file(path, partial(torch.save, state))
 
 
 def describe(model):
     """The part of a checkpoint that rebuilds this CLIP: configuration, weights, and its own tokenizer's merges if it has one."""
-    return {"config": asdict(model.config), "state_dict": _cpu(model), "merges": model.tokenizer.merges if model.tokenizer else None}
+    return {"config": asdict(model.config), "state_dict": weights(model), "merges": model.tokenizer.merges if model.tokenizer else None}
+
+
+def describe_heads(model):
+    """The weights of a module that has a CLIP as its `clip`, without the CLIP's: a state dict on the CPU."""
+    return {name: value for name, value in weights(model).items() if not name.startswith("clip.")}
+
+
+def load_heads(model, heads):
+    """The inverse of `describe_heads`, in place. Raises CheckpointError where names or shapes are not the model's."""
+    try:
+        model.load_state_dict(heads | {name: value for name, value in model.state_dict().items() if name.startswith("clip.")})
+    except RuntimeError as e:
+        raise CheckpointError(f"the checkpoint's weights are not this model's ({_line(e)})") from None
 
 
 def save_checkpoint(path, checkpoint):

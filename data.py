@@ -78,6 +78,11 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
+def seed_step(seed, step, rank=0):
+    """Seed torch's global generator for one step: dropout and what else is drawn in it depend on these alone, so a resumed run repeats it."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
 # ---------------------------------------------------------------- loading by name
 
 def load(name_or_path, root=None, split="train", download=False):
@@ -542,6 +547,106 @@ def fashiongen(root, split):
         rows += [(id, where, [H5View(path, k) for k in found], [f"{name[found[0]]}. {description[found[0]]}"], {"category": category[found[0]]})
                  for id, found in views.items()]
     return _labelled(root, split, rows, ["category"], "category")
+
+
+def _json(path):
+    try:
+        return json.loads(_read_text(path))
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise DataError(f"{path}: no valid JSON ({str(e)[:100]}); get it again") from None
+
+
+def _videos(root, split, rows, paragraph=False):
+    """-> (instances of the split, {}). rows: (video, split, captions). A video's images are frames/<video>/*.jpg (or .png) in name order;
+    paragraph: its captions are joined into one. Videos without frames or captions are left out, counted and named."""
+    found, missing, known = [], [], {where for _, where, _ in rows}
+    for video, where, captions in rows:
+        if _split_of(video, where, known) != split:
+            continue
+        folder = os.path.join(root, "frames", video)
+        frames = sorted(f for f in os.listdir(folder) if f.lower().endswith((".jpg", ".jpeg", ".png"))) if os.path.isdir(folder) else []
+        captions = [" ".join(c.split()) for c in captions if c.strip()]
+        if not frames or not captions:
+            missing.append(video)
+            continue
+        found.append(Instance(video, [os.path.join(folder, f) for f in frames], [" ".join(captions)] if paragraph else captions))
+    if missing:
+        note(f"{root}: {len(missing)} videos of split {split} have no frames under frames/<video>/ or no caption, and were left out: "
+             f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}")
+    if not found:
+        raise DataError(f"{root}: no video of split {split!r} has frames ({len(missing)} lack them); make them with ffmpeg, as README.md shows")
+    return found, {}
+
+
+def _wanted(path, kind, ok):
+    """The content of a JSON file, checked."""
+    content = _json(path)
+    if not ok(content):
+        raise DataError(f"{path}: not {kind}; get it again")
+    return content
+
+
+def msrvtt(root, split):
+    """MSR-VTT (Xu et al. 2016), the 1k-A split: MSRVTT_data.json (sentences[]: video_id, caption), MSRVTT_train.9k.csv, MSRVTT_JSFUSION_test.csv
+    (video_id, sentence). 9,000 training videos of 20 captions, val out of them; 1,000 test videos of one sentence each."""
+    path = os.path.join(root, "MSRVTT_data.json")
+    strings = lambda x, *keys: isinstance(x, dict) and all(isinstance(x.get(k), str) for k in keys)
+    content = _wanted(path, "MSR-VTT's {sentences: [{video_id, caption}]}", lambda c: isinstance(c, dict) and isinstance(c.get("sentences"), list)
+                      and all(strings(s, "video_id", "caption") for s in c["sentences"]))
+    captions, rows = defaultdict(list), []
+    for sentence in content["sentences"]:
+        captions[sentence["video_id"]].append(sentence["caption"])
+    for where, file, columns in (("train", "MSRVTT_train.9k.csv", ["video_id"]), ("test", "MSRVTT_JSFUSION_test.csv", ["video_id", "sentence"])):
+        path = os.path.join(root, file)
+        lines = _csv_rows(path, strict=False)
+        header = next(lines, (1, []))[1]
+        if not set(columns) <= set(header):
+            raise DataError(f"{path} line 1: expected columns {', '.join(columns)}; it has {', '.join(header)[:200] or 'nothing'}")
+        for number, cells in lines:
+            if len(cells) < len(header):
+                raise DataError(f"{path} line {number}: {len(cells)} cells under {len(header)} columns")
+            cell = dict(zip(header, cells))
+            rows.append((cell["video_id"], where, [cell["sentence"]] if where == "test" else captions[cell["video_id"]]))
+    return _videos(root, split, rows)
+
+
+def msvd(root, split):
+    """MSVD (Chen and Dolan 2011): {train,val,test}_list.txt, raw-captions.pkl ({video: [[word, ...], ...]}); about 40 captions to a video."""
+    path = os.path.join(root, "raw-captions.pkl")
+    content = read_pickle(path)
+    text = lambda c: " ".join(map(str, c)) if isinstance(c, (list, tuple)) else str(c)
+    if not isinstance(content, dict) or not all(isinstance(c, (list, tuple)) for c in content.values()):
+        raise DataError(f"{path}: not a dict of lists of captions; get it again")
+    return _videos(root, split, [(line[0], where, list(map(text, content.get(line[0], ())))) for where in ("train", "val", "test")
+                                 for line in _lines(os.path.join(root, where + "_list.txt"), 1, "\t")])
+
+
+def didemo(root, split):
+    """DiDeMo (Hendricks et al. 2017): {train,val,test}_data.json ([{video, description}]), {..}_list.txt. A video's descriptions are one
+    paragraph."""
+    rows = []
+    for where in ("train", "val", "test"):
+        content, captions = _wanted(os.path.join(root, where + "_data.json"), "DiDeMo's [{video, description}]", lambda c: isinstance(c, list) and all(
+            isinstance(s, dict) and isinstance(s.get("video"), str) and isinstance(s.get("description"), str) for s in c)), defaultdict(list)
+        for sentence in content:
+            captions[os.path.splitext(sentence["video"])[0]].append(sentence["description"])
+        rows += [(name, where, captions[name]) for name in (os.path.splitext(line[0])[0] for line in _lines(os.path.join(root, where + "_list.txt"), 1, "\t"))]
+    return _videos(root, split, rows, paragraph=True)
+
+
+def activitynet(root, split):
+    """ActivityNet Captions (Krishna et al. 2017): train.json, val_1.json ({id: {sentences, timestamps}}), train_ids.json, val_ids.json. Test
+    is val_1, val is out of train. A video's sentences are one paragraph; ids carry the prefix v_, with or without which frames are found."""
+    rows = []
+    for where, file, ids in (("train", "train.json", "train_ids.json"), ("test", "val_1.json", "val_ids.json")):
+        content = _wanted(os.path.join(root, file), "ActivityNet's {id: {sentences: [...]}}", lambda c: isinstance(c, dict) and all(
+            isinstance(v, dict) and isinstance(v.get("sentences"), list) and all(isinstance(s, str) for s in v["sentences"]) for v in c.values()))
+        for id in _wanted(os.path.join(root, ids), "a list of ids", lambda c: isinstance(c, list) and all(isinstance(i, str) for i in c)):
+            bare = id[2:] if id.startswith("v_") else id
+            sentences = content.get(id) or content.get("v_" + bare) or content.get(bare) or {"sentences": []}
+            name = next((n for n in (id, "v_" + bare, bare) if os.path.isdir(os.path.join(root, "frames", n))), id)
+            rows.append((name, where, sentences["sentences"]))
+    return _videos(root, split, rows, paragraph=True)
 
 
 @lru_cache(maxsize=4)
@@ -1019,6 +1124,45 @@ def feature_batches(features, batch_size, seed, start, stop, rank, world):
         yield {"images": torch.from_numpy(features.images[rows]), "texts": torch.from_numpy(features.texts[columns]), "index": torch.from_numpy(index[mine])}
 
 
+@dataclass(frozen=True)
+class RegionView:
+    """Row `row` of a file of region features: float32 (regions, width), such as 36 x 2,048 of a detector."""
+    path: str
+    row: int
+
+    def features(self):
+        return np.array(_regions(self.path)[self.row], dtype=np.float32)
+
+    def __call__(self, size):
+        raise DataError(f"{self.path}: region features have no picture to show")
+
+
+@lru_cache(maxsize=8)
+def _regions(path):
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise DataError(f"{path}: no region features ({str(e)[:100]}); expected a .npy file (images, regions, width)") from None
+    if found.ndim != 3 or found.dtype.kind != "f" or not found.size:
+        raise DataError(f"{path}: {found.dtype} of shape {found.shape}; region features are floats (images, regions, width)")
+    return found
+
+
+def load_regions(name, root, split):
+    """As `load`, of region features in place of pictures: <root>/precomp/{train,dev,test}_ims.npy (images, 36, 2048), memory-mapped, and
+    _caps.txt, five captions to an image, in order (SCAN's files; with one row of features per caption each fifth is read)."""
+    files = {"train": "train", "val": "dev", "test": "test"}
+    if split not in files:
+        raise DataError(f"--regions has no split {split!r}; it has {', '.join(files)}")
+    base = os.path.join(root or os.path.join("data", name), "precomp", files[split])
+    captions = [line.strip() for line in _read_text(base + "_caps.txt").splitlines() if line.strip()]
+    rows = len(_regions(base + "_ims.npy"))
+    if len(captions) not in (rows, 5 * rows) or len(captions) % 5:
+        raise DataError(f"{base}_ims.npy has {rows} rows and {base}_caps.txt {len(captions)} captions; expected five captions to a row, or one")
+    every = 5 * rows // len(captions)
+    return [Instance(f"{files[split]}-{i}", [RegionView(base + "_ims.npy", i * every)], captions[5 * i:5 * i + 5]) for i in range(len(captions) // 5)], {}
+
+
 # ---------------------------------------------------------------- pictures
 
 def open_image(path):
@@ -1092,7 +1236,7 @@ class Loader:
     train: shuffled and without the last incomplete batch. rank, world: this process takes its contiguous part of every batch.
     cache_bytes: decoded pictures are kept, shared by all workers, where they all fit.
 
-    A batch: images uint8 (B, V, 3, S, S), image_mask bool (B, V), tokens int32 (B, L, context_length), caption_mask bool (B, L),
+    A batch: images uint8 (B, V, 3, S, S), of `load_regions` float32 (B, V, regions, width), image_mask bool (B, V), tokens int32 (B, L, context_length), caption_mask bool (B, L),
     labels {task: int64 (B,)}, index int64 (B,). An instance with fewer views or captions than asked for has its rest masked.
     """
 
@@ -1115,7 +1259,8 @@ class Loader:
         self.first_image = np.cumsum([0] + [len(x.images) for x in instances])
         self.first_caption = np.cumsum([0] + [len(x.captions) for x in instances])
         self.tasks = sorted({t for x in instances for t in x.labels})
-        self.cached = self.first_image[-1] * image_size ** 2 * 3 <= cache_bytes
+        self.regions = isinstance(instances[0].images[0], RegionView) if n else False  # float features in place of pixels
+        self.cached = not self.regions and self.first_image[-1] * image_size ** 2 * 3 <= cache_bytes
         self.cache = None
         self._plan = (-1, None)
         if self.cached:
@@ -1163,15 +1308,17 @@ class Loader:
             captions.append(rng.permutation(len(x.captions))[:self.captions] if self.captions else np.arange(len(x.captions)))
         V = self.views or max(map(len, views), default=1)
         L = self.captions or max(map(len, captions), default=1)
-        images = np.zeros((len(chosen), V, self.size, self.size, 3), np.uint8)
+        shape = self.instances[0].images[0].features().shape if self.regions else (self.size, self.size, 3)
+        images = np.zeros((len(chosen), V, *shape), np.float32 if self.regions else np.uint8)
         tokens = torch.zeros(len(chosen), L, self.tokens.shape[1], dtype=torch.int32)
         image_mask, caption_mask = torch.zeros(len(chosen), V, dtype=torch.bool), torch.zeros(len(chosen), L, dtype=torch.bool)
         for b, i in enumerate(chosen):
             for v, k in enumerate(views[b]):
-                images[b, v] = self._pixels(i, k)
+                images[b, v] = self.instances[i].images[k].features() if self.regions else self._pixels(i, k)
             tokens[b, :len(captions[b])] = self.tokens[self.first_caption[i] + captions[b]]
             image_mask[b, :len(views[b])], caption_mask[b, :len(captions[b])] = True, True
-        return {"images": torch.from_numpy(images).permute(0, 1, 4, 2, 3), "image_mask": image_mask, "tokens": tokens, "caption_mask": caption_mask,
+        images = torch.from_numpy(images)
+        return {"images": images if self.regions else images.permute(0, 1, 4, 2, 3), "image_mask": image_mask, "tokens": tokens, "caption_mask": caption_mask,
                 "labels": {t: torch.tensor([self.instances[i].labels.get(t, -1) for i in chosen], dtype=torch.int64) for t in self.tasks},
                 "index": torch.from_numpy(np.asarray(chosen, dtype=np.int64))}
 
@@ -1192,8 +1339,9 @@ def to_device(batch, device):
     """The batch on a device, pixels as normalised float32: bytes travel (a quarter of the size), arithmetic is done there."""
     moved = {k: v if k == "labels" else v.to(device, non_blocking=True) for k, v in batch.items()}
     moved["labels"] = {t: v.to(device, non_blocking=True) for t, v in batch["labels"].items()}
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) * 255 for x in (IMAGE_MEAN, IMAGE_STD))
-    moved["images"] = (moved["images"].float() - mean) / std
+    if moved["images"].dtype == torch.uint8:
+        mean, std = (torch.tensor(x, device=device).view(3, 1, 1) * 255 for x in (IMAGE_MEAN, IMAGE_STD))
+        moved["images"] = (moved["images"].float() - mean) / std
     return moved
 
 
@@ -1210,4 +1358,8 @@ DATA_SETS = {
     "xmedianet": id_label_lists,
     "food101": food101,
     "fashiongen": fashiongen,
+    "msrvtt": msrvtt,
+    "msvd": msvd,
+    "didemo": didemo,
+    "activitynet": activitynet,
 }

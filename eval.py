@@ -689,7 +689,7 @@ def main(argv=None):
     if hasattr(method, "evaluation") and args.query is None:  # a method with metrics of its own
         found, text = method.evaluation(model, checkpoint, name, root, args.split, args.amp, args.workers)
     else:
-        instances, _ = data.load(name, root, args.split)
+        instances, _ = (data.load_regions if settings.get("regions") else data.load)(name, root, args.split)
         images, texts = embed(model, instances, tokenizer, args.amp, args.workers)
         if args.query is not None:
             return answer(model, tokenizer, instances, images, args)

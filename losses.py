@@ -63,6 +63,26 @@ def gather_rows(x, owner):
     return x[owner >= 0], owner[owner >= 0]
 
 
+class BatchNorm(torch.nn.BatchNorm1d):
+    """BatchNorm1d of rows (A, D) whose statistics in training are those of all processes' rows, so that several equal one (torch's
+    SyncBatchNorm does this on GPUs only). A may differ between processes."""
+
+    def forward(self, x):
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            count = torch.full((1, x.shape[1]), float(len(x)), device=x.device)
+            total, squares, count = gather(torch.cat([x.sum(0, keepdim=True), x.square().sum(0, keepdim=True), count])[None]).sum(0)  # each (D,)
+            mean = total / count
+            variance = (squares / count - mean.square()).clamp(min=0)
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            return (x - mean) / (variance + self.eps).sqrt() * self.weight + self.bias
+
+
 def average_gradients(parameters):
     """Replace every gradient by its mean over the processes (one message); does nothing in a single process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -283,3 +303,52 @@ def proxy_anchor_loss(x, prototypes, labels, margin=0.1, alpha=32.0):
     pull = (-alpha * (similarity - margin)).masked_fill(~own, -math.inf).logsumexp(0)
     push = (alpha * (similarity + margin)).masked_fill(own, -math.inf).logsumexp(0)
     return F.softplus(pull)[own.any(0)].mean() + F.softplus(push).mean()
+
+
+# ---------------------------------------------------------------- retrieval with queues (USER, section 5.3)
+# images (N, D), texts (N, D): unit-norm, row j of both is one pair. A queue (K, D) holds unit-norm momentum embeddings of the other
+# modality; own (N, K), bool, marks a query's own instance among them, which is no negative of it. Both terms are finite for every
+# cosine: exponents go into logsumexp, never into exp.
+
+def _diagonal(similarity):
+    return torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+
+
+def _one_plus(exponents):
+    """log(1 + sum over the last dimension of e^x), with a finite gradient where all x are -inf."""
+    return F.pad(exponents, (1, 0)).logsumexp(-1)
+
+
+def uto_loss(images, texts, mu=90.0, gamma=0.5):
+    """USER's unified training objective on a batch: with S_ij = v_i . t_j, the mean over j of log(1 + sum over i != j of
+    e^(mu (S_ij - gamma))) / mu + the same of S_ji - log(1 + max(0, S_jj))."""
+    similarity = images.float() @ texts.float().t()
+    pushed = (mu * (similarity - gamma)).masked_fill(_diagonal(similarity), -math.inf)
+    return (_one_plus(pushed.t()) / mu + _one_plus(pushed) / mu - torch.log1p(similarity.diagonal().clamp(min=0))).mean()
+
+
+def uto_queue_loss(queries, keys, queue, own, mu=90.0, gamma=0.5):
+    """The objective's queue term, one direction: queries (N, D) of one modality, keys (N, D) the momentum embeddings of their
+    counterparts, queue (K, D) of older such keys: the negatives."""
+    pushed = (mu * (queries.float() @ queue.float().t() - gamma)).masked_fill(own, -math.inf)
+    return (_one_plus(pushed) / mu - torch.log1p((queries.float() * keys.float()).sum(1).clamp(min=0))).mean()
+
+
+def info_nce_queue_loss(queries, keys, queue, own, temperature=0.05):
+    """MoCo's loss (He et al. 2020, equation 1): cross-entropy of the own key against the queue; a baseline."""
+    negatives = (queries.float() @ queue.float().t() / temperature).masked_fill(own, -math.inf)
+    positive = (queries.float() * keys.float()).sum(1, keepdim=True) / temperature
+    return (torch.cat([positive, negatives], 1).logsumexp(1) - positive[:, 0]).mean()
+
+
+def hardest_triplet_loss(images, texts, margin=0.2):
+    """VSE++ (Faghri et al. 2018, equation 6): hinge against the hardest negative of the batch, sum of both directions; a baseline."""
+    similarity = images.float() @ texts.float().t()
+    others, own = similarity.masked_fill(_diagonal(similarity), -math.inf), similarity.diagonal()
+    return (F.relu(margin + others.amax(1) - own) + F.relu(margin + others.amax(0) - own)).mean()
+
+
+def hardest_triplet_queue_loss(queries, keys, queue, own, margin=0.2):
+    """The same against the hardest key of a queue, one direction."""
+    hardest = (queries.float() @ queue.float().t()).masked_fill(own, -math.inf).amax(1)
+    return F.relu(margin + hardest - (queries.float() * keys.float()).sum(1)).mean()
