@@ -101,8 +101,8 @@ def load(name_or_path, root=None, split="train", download=False):
                         f"Known: {', '.join(DATA_SETS)}; or the path of a .jsonl or .csv file")
     if download and name != "text2shape":
         raise DataError(f"--download: {name} cannot be fetched automatically; README.md says where to get it and how to lay it out")
-    if name == "primitives":
-        return primitives(split)
+    if name.startswith("primitives"):
+        return primitives(split) if name == "primitives" else primitives_part(name, split)
     root = root or os.path.join("data", name)
     if download:
         download_text2shape(root)
@@ -1008,11 +1008,28 @@ def primitives(split):
     instances = []
     for number in range(756):
         if split == "unseen" or not _held_out(number):
-            for s in samples[split]:
-                instances.append(Instance(f"{number:03d}-{s}", [PrimitiveView(number, s, k) for k in range(VIEWS)],
-                                          [primitive_caption(number, s, k)[0] for k in range(CAPTIONS)],
-                                          dict(zip(TASKS, _configuration(number))), f"{number:03d}", split != "unseen" or _held_out(number)))
+            instances += [_primitive(number, s, split != "unseen" or _held_out(number)) for s in samples[split]]
     return instances, {task: list(values) for task, values in TASKS.items()}
+
+
+def primitives_part(part, split):
+    """The built-in shapes cut in two, to carry a model from one part to the other. primitives-source: 4 solids in 10 colours, 360
+    configurations, samples 0-7 / 8 / 9 as train / val / test. primitives-target: the 396 configurations of the other two solids or the
+    other four colours, with sample 0 alone to learn from."""
+    samples = {"train": range(8) if part == "primitives-source" else (0,), "val": (8,), "test": (9,)}
+    if split not in samples:
+        raise DataError(f"{part} has no split {split!r}; it has {', '.join(samples)}")
+    instances = []
+    for number in range(756):
+        shape, colour = _configuration(number)[:2]
+        if (shape < 4 and colour < 10) == (part == "primitives-source"):
+            instances += [_primitive(number, s) for s in samples[split]]
+    return instances, {task: list(values) for task, values in TASKS.items()}
+
+
+def _primitive(number, sample, query=True):
+    return Instance(f"{number:03d}-{sample}", [PrimitiveView(number, sample, k) for k in range(VIEWS)],
+                    [primitive_caption(number, sample, k)[0] for k in range(CAPTIONS)], dict(zip(TASKS, _configuration(number))), f"{number:03d}", query)
 
 
 def primitives_oracle(instances):
@@ -1233,6 +1250,7 @@ class Loader:
     instances: list of Instance. tokenizer, context_length: captions become int32 rows (longer ones are cut, counted and said
     once). image_size: pictures become (3, image_size, image_size). batch_size: instances per batch over all processes.
     views, captions: how many of each are drawn per instance, without replacement; None: all of them, in order (evaluation).
+    frames: instead of views, at most this many images, taken evenly and in order (video).
     train: shuffled and without the last incomplete batch. rank, world: this process takes its contiguous part of every batch.
     cache_bytes: decoded pictures are kept, shared by all workers, where they all fit.
 
@@ -1241,14 +1259,14 @@ class Loader:
     """
 
     def __init__(self, instances, tokenizer, context_length, image_size, batch_size, views=None, captions=None, train=False,
-                 seed=0, workers=0, rank=0, world=1, cache_bytes=2 << 30):
+                 seed=0, workers=0, rank=0, world=1, cache_bytes=2 << 30, frames=None):
         n = len(instances)
         if batch_size % world:
             raise DataError(f"--batch-size {batch_size} is no multiple of the {world} processes; choose one that is")
         if train and batch_size > n:
             raise DataError(f"--batch-size {batch_size} is larger than the data set: {n} training instances; choose {n} or less")
         self.instances, self.size, self.batch_size, self.views, self.captions = instances, image_size, batch_size, views, captions
-        self.train, self.seed, self.workers, self.rank, self.world = train, seed, workers, rank, world
+        self.train, self.seed, self.workers, self.rank, self.world, self.frames = train, seed, workers, rank, world, frames
         self.tokens, cut = tokenizer.rows([c for x in instances for c in x.captions], context_length)
         if cut:
             note(f"{cut} of {len(self.tokens)} captions are longer than {context_length} tokens and were cut")
@@ -1304,7 +1322,10 @@ class Loader:
         views, captions = [], []
         for i in chosen:
             rng, x = np.random.default_rng([self.seed, epoch, i]), self.instances[i]
-            views.append(rng.permutation(len(x.images))[:self.views] if self.views else np.arange(len(x.images)))
+            if self.frames:
+                views.append(np.linspace(0, len(x.images) - 1, min(self.frames, len(x.images))).round().astype(int))
+            else:
+                views.append(rng.permutation(len(x.images))[:self.views] if self.views else np.arange(len(x.images)))
             captions.append(rng.permutation(len(x.captions))[:self.captions] if self.captions else np.arange(len(x.captions)))
         V = self.views or max(map(len, views), default=1)
         L = self.captions or max(map(len, captions), default=1)
@@ -1347,6 +1368,8 @@ def to_device(batch, device):
 
 DATA_SETS = {
     "primitives": None,
+    "primitives-source": None,
+    "primitives-target": None,
     "text2shape": text2shape,
     "flickr30k": lambda root, split: karpathy(root, split, "flickr30k", "flickr30k-images"),
     "flickr8k": lambda root, split: karpathy(root, split, "flickr8k", "Images"),
