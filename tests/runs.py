@@ -1,10 +1,17 @@
-"""What tests of whole runs share: a small data set, commands, comparisons bit for bit, and a program that interrupts runs at bad moments."""
+"""What tests of whole runs share: a small data set, commands, comparisons bit for bit, and processes that are interrupted at bad moments."""
 import contextlib
+import importlib
+import io
 import json
 import os
+import resource
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import traceback
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,12 +20,15 @@ from PIL import Image
 
 import clip
 import eval
+import losses
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ENV = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 50), "white": (245, 245, 245),
            "black": (10, 10, 10), "pink": (250, 150, 190), "brown": (120, 70, 30)}
 FILES = ["best.pt", "config.json", "last.pt", "log.jsonl", "metrics.json"]  # of a finished run
+TINY = clip.MODELS["tiny"]
+SMALL = (replace(TINY[0], embed_dim=32, vision_width=32, vision_layers=1, vision_heads=1, transformer_width=32, transformer_layers=1, transformer_heads=1), None)
 
 
 @contextlib.contextmanager
@@ -56,6 +66,22 @@ def make_squares(folder):
     with open(path, "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
     return path
+
+
+def make_features(folder):
+    """train.npz and test.npz: 19 / 5 / 12 noisy features of four classes (5: the ids that a hash makes validation data)."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(4, 22))
+    for name, rows in (("train", 24), ("test", 12)):
+        label = np.arange(rows) % 4
+        noisy = centres[label] + 0.5 * rng.normal(size=(rows, 22))
+        np.savez(os.path.join(folder, f"{name}.npz"), image=noisy[:, :12], text=noisy[:, 12:], label=label, ids=[f"row{i}" for i in range(rows)])
+
+
+def arguments(squares, *more):
+    """Three epochs of three steps, in this process alone."""
+    return ["--data", str(squares), "--batch-size", "8", "--epochs", "3", "--eval-every", "1", "--vocab-size", "600", "--image-size", "16",
+            "--workers", "0", "--device", "cpu", "--amp", "off", *map(str, more)]
 
 
 def command(*words, **more):
@@ -110,3 +136,142 @@ def wait_for(process, condition):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.01)
         assert process.poll() is None, process.communicate()
+
+
+# ---------------------------------------------------------------- processes that are interrupted, and several of one run
+
+def die(number=signal.SIGKILL):
+    os.kill(os.getpid(), number)
+
+
+def half_a_file(plain, a, k):
+    whole = io.BytesIO()
+    plain(a[0], whole)
+    a[1].write(whole.getvalue()[:len(whole.getvalue()) // 2])
+    a[1].flush()
+    die()
+
+
+def half_a_line(plain, a, k):
+    with open(os.path.join(a[0], "log.jsonl"), "a") as f:
+        f.write('{"step": 6, "lo')
+        f.flush()
+        die()
+
+
+def full_at(size):
+    """From here on no file can grow beyond so many bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def before(act):
+    return lambda plain, a, k: (act(a), plain(*a, **k))[1]
+
+
+def after(act):
+    return lambda plain, a, k: (plain(*a, **k), act(a))[0]
+
+
+# case -> the step that last.pt must be at after it, with three steps an epoch and three epochs
+KILLED = {"at the first step": 0, "in the middle of an epoch without a save": 3, "in the middle of an epoch": 4, "while writing last.pt": 3,
+          "while writing best.pt": 2, "between best.pt and the log": 2, "while writing the log": 5, "between the log and last.pt": 5, "before the report": 9}
+STOPPED = {"Ctrl-C": 5, "SIGTERM": 5, "Ctrl-C while logging": 3, "SIGTERM to its workers too": 5}
+FULL = {"a disk that fills up": 4, "a disk full for the log": 5}
+SELDOM = ("at the first step", "in the middle of an epoch without a save", *STOPPED, "SIGTERM to the second process")  # the others save at every step
+
+
+def interrupt(case, script):
+    """Let this process meet its case: at call `count` of a function something happens before, after or instead of it."""
+    kill, step = lambda *a: die(), (losses, "average_gradients")
+    (module, name), count, act = {
+        "at the first step": (step, 1, kill),
+        "in the middle of an epoch without a save": (step, 5, kill),
+        "in the middle of an epoch": (step, 5, kill),
+        "while writing last.pt": ((torch, "save"), 6, half_a_file),
+        "while writing best.pt": ((torch, "save"), 4, half_a_file),
+        "between best.pt and the log": ((eval, "log_line"), 1, kill),
+        "while writing the log": ((eval, "log_line"), 2, half_a_line),
+        "between the log and last.pt": ((eval, "log_line"), 2, after(kill)),
+        "before the report": ((script, "report"), 1, kill),
+        "Ctrl-C": (step, 5, before(lambda a: die(signal.SIGINT))),
+        "SIGTERM": (step, 5, before(lambda a: die(signal.SIGTERM))),
+        "SIGTERM to its workers too": (step, 5, before(lambda a: os.killpg(os.getpid(), signal.SIGTERM))),  # as a scheduler, or a terminal's Ctrl-C
+        "SIGTERM to the second process": (step, 5, before(lambda a: os.environ["RANK"] == "1" and die(signal.SIGTERM))),
+        "Ctrl-C while logging": ((eval, "log_line"), 1, after(lambda a: die(signal.SIGINT))),
+        "a disk that fills up": (step, 5, before(lambda a: full_at(1 << 13))),
+        "a disk full for the log": ((eval, "log_line"), 2, before(lambda a: full_at(os.path.getsize(os.path.join(a[0], "log.jsonl")) + 9))),
+    }[case]
+    plain, calls = getattr(module, name), [0]
+
+    def function(*a, **k):
+        calls[0] += 1
+        return act(plain, a, k) if calls[0] == count else plain(*a, **k)
+    setattr(module, name, function)
+    script.SAVE_SECONDS = 300 if case in SELDOM else 0
+
+
+def become(script, argv, case):
+    """Be the command `python <script>.py <argv>`, with its `case` where there is one."""
+    code = 1
+    try:
+        os.setpgid(0, 0)  # a group with its workers
+        signal.alarm(300)  # a run that waits for ever is killed
+        sys.argv = [f"{script}.py", *argv]
+        if case:  # in a module that can be reached, with the script's last lines
+            module = importlib.import_module(script)
+            interrupt(case, module)
+            with eval.one_line_errors():
+                module.main()
+        else:
+            runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")
+        code = 0
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else print(e.code, file=sys.stderr) or 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def serve():
+    """Importing takes seconds, a short run does not: import once, then fork the process or the processes of a run for every line of stdin.
+    Each really ends by its signal; the answer is how, and what it said. Their tiny CLIP is SMALL, and a kill needs no waiting for the disk."""
+    torch.set_num_threads(1)
+    clip.MODELS["tiny"], os.fsync = SMALL, lambda file: None
+    for line in sys.stdin:
+        asked, children = json.loads(line), []
+        count = asked.pop("processes")
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        for rank in range(count):
+            pipes = os.pipe(), os.pipe()  # no files: these may be full
+            pid = os.fork()
+            if not pid:
+                os.dup2(pipes[0][1], 1), os.dup2(pipes[1][1], 2)
+                os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": port} if count > 1 else {})
+                become(**asked)
+            for _, write in pipes:
+                os.close(write)
+            children.append((pid, *(open(read) for read, _ in pipes)))
+        print(json.dumps([(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), out.read(), err.read()) for pid, out, err in children]), flush=True)
+
+
+@pytest.fixture(scope="module")
+def forked():
+    """forked(script, argv, case, processes) -> for each process of the run (how it ended, its stdout, its stderr)."""
+    server = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(script, argv, case=None, processes=1):
+        print(json.dumps(dict(script=script, argv=argv, case=case, processes=processes)), file=server.stdin, flush=True)
+        return [tuple(process) for process in json.loads(server.stdout.readline())]
+    yield run
+    server.kill()
+    server.communicate()
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,440 @@
+"""Tests of whole runs of every script on a small data set: the same bits again, killed and resumed, on two processes, with bad input.
+
+    python -m pytest tests/test_runs.py -k cmaclip
+
+What is particular to a method is tested in the file of its name.
+"""
+import ast
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import clip
+import eval
+from runs import (COLOURS, ENV, FILES, FULL, KILLED, ROOT, SMALL, STOPPED, TINY, arguments, assert_same_run, command, forked, in_process, kept_signals, log,
+                  make_features, make_squares, refused, wait_for)
+
+HEADS = ["--dim", "32", "--hidden", "16", "--lr", "0.01"]
+FEATURES, FROZEN = ["--features", "train.npz", "test.npz", *HEADS], ["--clip", "{folder}/frozen.pt", "--cache", "{folder}/cache", *HEADS]
+# name -> (script, its arguments, those where several processes must do what one does: nothing is drawn in a step, since each would draw its own)
+RUNS = {
+    "mxm": ("train_mxm", [], ["--captions", "3", "--soft-warmup", "0"]),
+    "clip4cmr": ("train_clip4cmr", HEADS[:4], [*HEADS[:4], "--dropout", "0", "--text-fraction", "0.6", "--prototypes", "learned", "--loss", "pcl+triplet:0.1+cross-entropy"]),
+    "clip4cmr-features": ("train_clip4cmr", FEATURES, [*FEATURES, "--dropout", "0"]),
+    "clip4cmr-frozen": ("train_clip4cmr", FROZEN, [*FROZEN, "--dropout", "0"]),
+    "cmaclip": ("train_cmaclip", ["--train-noise-image", "0.3", "--dropout", "0.1", "--layers", "1"], ["--dropout", "0"]),
+}
+PICTURES = ["mxm", "clip4cmr", "cmaclip"]  # these read pictures at every step
+CHOSEN = {"train_mxm": ["rSum"], "train_clip4cmr": ["mAP"], "train_cmaclip": ["mean", "accuracy"]}  # the metric on val that best.pt is chosen by
+SHARP = ["at the first step", "in the middle of an epoch", "while writing last.pt", "while writing best.pt", "between the log and last.pt", "before the report",
+         "Ctrl-C", "SIGTERM", "SIGTERM to its workers too", "a disk that fills up"]
+CASES = KILLED | STOPPED | FULL
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The data: pictures, features, and a CLIP with its tokenizer."""
+    folder = tmp_path_factory.mktemp("data")
+    make_squares(folder), make_features(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(clip.MODELS, "tiny", SMALL)
+        model = clip.build("tiny", clip.Tokenizer.train([f"the frame is {colour} and the middle a {colour} square on around" for colour in COLOURS], 600))
+    clip.save_checkpoint(folder / "frozen.pt", {"clip": clip.describe(model)})
+    return folder
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """A smaller tiny CLIP, as the forked processes have: most of a short run's time goes into writing it."""
+    monkeypatch.setitem(clip.MODELS, "tiny", SMALL)
+
+
+def words(name, folder, *more, still=False):
+    """The arguments of a run."""
+    return arguments(folder / "squares.jsonl", "--root", folder, *(x.format(folder=folder) for x in RUNS[name][1 + still]), *more)
+
+
+def script(name):
+    return importlib.import_module(RUNS[name][0])
+
+
+def chosen(name, val):
+    for key in CHOSEN[RUNS[name][0]]:
+        val = val[key]
+    return val
+
+
+def pretend(patch, name, *values):
+    """The metric on val has these values, in order."""
+    values, keys = iter(values), CHOSEN[RUNS[name][0]]
+    module, function = {"train_mxm": (eval, "evaluate"), "train_clip4cmr": (eval, "class_retrieval"), "train_cmaclip": (script(name), "scores")}[RUNS[name][0]]
+    plain = getattr(module, function)
+
+    def changed(*a, **k):
+        found = plain(*a, **k)
+        inner = found["model"] if function == "class_retrieval" else found
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = next(values)
+        return found
+    patch.setattr(module, function, changed)
+
+
+def evaluated(out, folder):
+    """What eval.py finds on the test split with best.pt."""
+    eval.main(["--checkpoint", str(out / "best.pt"), "--root", str(folder), "--out", str(folder / "evaluated"), "--device", "cpu", "--amp", "off"])
+    return json.loads((folder / "evaluated" / "metrics.json").read_text())["test"]
+
+
+def weights(checkpoint):
+    return checkpoint.get("clip", {"state_dict": {}})["state_dict"] | checkpoint.get("heads", {})
+
+
+@pytest.fixture(scope="module")
+def whole(name, folder, tmp_path_factory):
+    """The run that others are compared with, never interrupted; returns its folder."""
+    out = tmp_path_factory.mktemp("runs") / name
+    with pytest.MonkeyPatch.context() as patch, kept_signals():
+        patch.setitem(clip.MODELS, "tiny", SMALL)
+        script(name).main(words(name, folder, "--out", out))
+    return out
+
+
+# ---------------------------------------------------------------- a run
+
+def test_the_command_trains_reports_and_is_deterministic(name, folder, forked, tmp_path, monkeypatch, capsys):
+    """In a process of its own, with a worker process: the same bits as the run in this process, and a table at the end. Of MXM-CLR with
+    the command as a user types it, as further down of the others; it takes seconds to start."""
+    argv = words(name, folder, "--out", tmp_path / "run", "--workers", 1)
+    if name == "mxm":
+        monkeypatch.setitem(clip.MODELS, "tiny", TINY)
+        done = command(RUNS[name][0] + ".py", *argv)
+        ended, table, said = done.returncode, done.stdout, done.stderr
+    else:
+        [(ended, table, said)] = forked(RUNS[name][0], argv)
+    assert ended == 0, said
+    script(name).main(words(name, folder, "--out", tmp_path / "whole"))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert table == capsys.readouterr().out.replace(f"{tmp_path}/whole", f"{tmp_path}/run") and "test" in table
+    assert table.splitlines()[-1] == f"written to {tmp_path}/run/metrics.json"
+    assert "step 9/9  loss " in said and "\x1b" not in said
+    assert all(line.startswith(("note: ", f"{folder}", "epoch ", "step ")) for line in said.splitlines()), said  # no warning, of any library
+    lines, config = log(tmp_path / "run"), json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [(r["step"], r["epoch"]) for r in lines] == [(3, 1), (6, 2), (9, 3)] and lines[2]["loss"] < lines[0]["loss"]
+    assert config["epochs"] == 3 and config["workers"] == 1 and config["out"] == str(tmp_path / "run")
+    assert config["lr"] == (0.01 if "--lr" in RUNS[name][1] else script(name).SCRATCH["lr"])
+    best, metrics = clip.load_checkpoint(tmp_path / "run" / "best.pt"), json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert best["state"]["best"] == max(chosen(name, r["val"]) for r in lines) and best["method"] == RUNS[name][0]
+    assert metrics == {"test": evaluated(tmp_path / "run", folder)}
+
+
+def test_another_seed_is_another_run(name, folder, whole, tmp_path):
+    script(name).main(words(name, folder, "--out", tmp_path, "--seed", 1, "--epochs", 1))
+    a, b = (weights(clip.load_checkpoint(out / "last.pt")) for out in (whole, tmp_path))
+    assert a.keys() == b.keys() and all(not torch.equal(a[key], b[key]) for key in a if key in ("visual.conv1.weight", "image_head.0.weight", "project.0.weight"))
+
+
+def test_best_is_the_best_on_val_and_is_what_the_report_is_about(name, folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        pretend(patch, name, 90.0, 300.0, 200.0)
+        patch.setattr(script(name), "report", lambda *a: None)
+        script(name).main(words(name, folder, "--out", tmp_path))
+    best, last = clip.load_checkpoint(tmp_path / "best.pt"), clip.load_checkpoint(tmp_path / "last.pt")
+    assert best["step"] == 6 and last["step"] == 9 and last["state"]["best"] == best["state"]["best"] == 300
+    script(name).main(words(name, folder, "--out", tmp_path, "--resume"))  # nothing left but the report
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"test": evaluated(tmp_path, folder)}
+
+
+# ---------------------------------------------------------------- killed, stopped, full
+
+@pytest.mark.parametrize("name, case", [
+    *((name, case) for name in ("mxm", "clip4cmr-features") for case in CASES), *((name, case) for name in ("clip4cmr", "cmaclip") for case in SHARP),
+    *(("clip4cmr-frozen", case) for case in ("in the middle of an epoch", "while writing best.pt", "before the report"))], indirect=["name"])
+def test_interrupted_then_resumed_equals_never_interrupted(name, case, folder, whole, forked, tmp_path):
+    out = tmp_path / "run"
+    argv = words(name, folder, "--out", out, *["--workers", 1] * ("workers" in case))
+    [(ended, _, said)] = forked(RUNS[name][0], argv, case)
+    step = clip.load_checkpoint(out / "last.pt")["step"]  # it can be loaded, and is as new as was promised
+    assert step == CASES[case]
+    if case in KILLED:
+        assert ended == -signal.SIGKILL
+    elif case in STOPPED:
+        assert ended == 130 and said.splitlines()[-1] == f"stopped at step {step}; the same command with --resume goes on"
+    else:
+        last = said.splitlines()[-1]
+        assert ended == 2 and last.startswith("error: ") and "cannot be written" in last and "Traceback" not in said
+        assert not [file for file in os.listdir(out) if file.startswith(".writing")]
+    [(ended, _, said)] = forked(RUNS[name][0], [*argv, "--resume"])
+    assert ended == 0, said
+    assert_same_run(whole, out)
+
+
+def test_the_command_killed_from_outside_then_resumed_then_ended_by_a_scheduler(folder, tmp_path):
+    argv = words("clip4cmr", folder, "--out", tmp_path, "--epochs", 2000, "--eval-every", 2000, "--workers", 1)
+    start = lambda *more: subprocess.Popen([sys.executable, "train_clip4cmr.py", *argv, *more], cwd=ROOT, env=ENV, stderr=subprocess.PIPE,
+                                            stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    lines = lambda: len((tmp_path / "log.jsonl").read_text().splitlines()) if (tmp_path / "log.jsonl").exists() else 0
+    process = start()
+    wait_for(process, lambda: lines() >= 2)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    step = clip.load_checkpoint(tmp_path / "last.pt")["step"]
+    assert 3 <= step < 6000
+    process = start("--resume")
+    wait_for(process, lambda: lines() >= step // 3 + 2)
+    os.killpg(process.pid, signal.SIGTERM)  # the worker gets it too
+    _, said = process.communicate()
+    assert process.returncode == 130 and "--resume goes on" in said.splitlines()[-1] and "Traceback" not in said
+    after = clip.load_checkpoint(tmp_path / "last.pt")["step"]
+    assert after >= step + 6 and f"stopped at step {after};" in said
+    assert [r["step"] for r in log(tmp_path)] == list(range(3, after + 1, 3))  # nothing twice, nothing missing
+
+
+OTHERS = {
+    "mxm": (("loss", "hard"), ("captions", 1), ("soft-weight", 0.1)),
+    "clip4cmr": (("loss", "triplet"), ("task", "outer"), ("dim", 8), ("patience", 3), ("image-fraction", 0.5), ("clip-lr", 0.1)),
+    "clip4cmr-features": (("dropout", 0.5), ("prototypes", "learned")),
+    "clip4cmr-frozen": (("hidden", 8), ("finetune", None)),
+    "cmaclip": (("fusion", "concat"), ("tasks", "outer"), ("dropout", 0.5), ("train-noise-image", 0.1), ("layers", 2), ("precision", 0.5)),
+}
+
+
+def test_resume_refuses_what_is_no_continuation(name, folder, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    resume, main = words(name, folder, "--out", tmp_path / "run", "--resume"), script(name).main
+    for option, value in (("lr", 0.5), ("epochs", 4), ("seed", 3), *OTHERS[name]):
+        line = refused(capsys, [*resume, f"--{option}"] + [value] * (value is not None), main)
+        assert f"--{option} was" in line and f"is {True if value is None else value} now" in line
+    another = script("cmaclip" if name == "mxm" else "mxm")
+    assert "--resume: --" in refused(capsys, arguments(folder / "squares.jsonl", "--out", tmp_path / "run", "--resume"), another.main)  # another method's run
+    assert "there is no" in refused(capsys, words(name, folder, "--out", tmp_path / "nothing", "--resume"), main)
+    (tmp_path / "run" / "last.pt").write_bytes((whole / "last.pt").read_bytes()[:5000])
+    assert "last.pt: is damaged" in refused(capsys, resume, main)
+    for file in ("log.jsonl", "best.pt", "metrics.json", "config.json"):  # what was refused has touched nothing
+        assert (tmp_path / "run" / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_finished_run_is_moved_aside_and_resumes_to_its_report(name, folder, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    os.unlink(tmp_path / "run" / "metrics.json")
+    script(name).main(words(name, folder, "--out", tmp_path / "run", "--resume"))
+    assert_same_run(whole, tmp_path / "run")
+    script(name).main(words(name, folder, "--out", tmp_path / "run", "--epochs", 1))
+    assert_same_run(whole, tmp_path / "run.1")
+    assert "moved to" in capsys.readouterr().err and len(log(tmp_path / "run")) == 1
+
+
+class InfiniteGradient(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: x.clone())
+    backward = staticmethod(lambda ctx, grad: grad * math.inf)
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x * math.nan, InfiniteGradient.apply], ids=["loss", "gradient"])
+def test_a_loss_that_is_nan_stops_before_the_weights_take_it_up(name, spoil, folder, tmp_path, monkeypatch):
+    module, function = {"train_mxm": (script("mxm").losses, "mxm_loss"), "train_clip4cmr": (script("clip4cmr"), "total_loss"),
+                        "train_cmaclip": (script("cmaclip"), "multitask_loss")}[RUNS[name][0]]
+    plain, calls = getattr(module, function), []
+    monkeypatch.setattr(module, function, lambda *a: (calls.append(0), spoil(plain(*a)) if len(calls) == 6 else plain(*a))[1])
+    with pytest.raises(SystemExit, match="at step 5; try a lower --lr"):
+        script(name).main(words(name, folder, "--out", tmp_path))
+    checkpoint = clip.load_checkpoint(tmp_path / "last.pt")
+    assert checkpoint["step"] == 3 and all(v.isfinite().all() for v in weights(checkpoint).values())
+
+
+# ---------------------------------------------------------------- an early stop (CLIP4CMR)
+
+STOPS_EARLY = pytest.mark.parametrize("name", ["clip4cmr", "clip4cmr-features"], indirect=True)
+
+
+@STOPS_EARLY
+def test_patience_stops_early(name, folder, tmp_path, monkeypatch, capsys):
+    """After as many evaluations without a better one, an equal one is not better; a resumed run goes on counting where it was."""
+    train, argv = script(name), words(name, folder, "--epochs", 20, "--patience", 3)
+    with monkeypatch.context() as patch:
+        pretend(patch, name, 50.0, 60.0, 60.0, 70.0, 70.0, 40.0, 60.0, 90.0)
+        patch.setattr(train, "report", lambda *a: None)
+        train.main([*argv, "--out", str(tmp_path / "a")])
+    assert [r["val"]["mAP"] for r in log(tmp_path / "a")] == [50, 60, 60, 70, 70, 40, 60]
+    assert clip.load_checkpoint(tmp_path / "a" / "best.pt")["step"] == 12 and clip.load_checkpoint(tmp_path / "a" / "last.pt")["state"]["waited"] == 3
+    assert capsys.readouterr().err.splitlines()[-1] == "epoch 7: no better val mAP than 70.0 in 3 evaluations; stopped"
+
+    class Cut(BaseException):
+        pass
+
+    def cut(plain, calls=[]):
+        calls.append(0)
+        if len(calls) == 17:  # in the sixth epoch, after one evaluation in vain
+            raise Cut
+    with monkeypatch.context() as patch:
+        patch.setattr(train.losses, "average_gradients", cut)
+        patch.setattr(train, "report", lambda *a: None)
+        pretend(patch, name, 50.0, 60.0, 60.0, 70.0, 70.0)
+        with pytest.raises(Cut):
+            train.main([*argv, "--out", str(tmp_path / "b")])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "report", lambda *a: None)
+        pretend(patch, name, 40.0, 60.0, 90.0)
+        train.main([*argv, "--out", str(tmp_path / "b"), "--resume"])
+    assert (tmp_path / "b" / "log.jsonl").read_text() == (tmp_path / "a" / "log.jsonl").read_text()
+
+
+@STOPS_EARLY
+def test_killed_after_an_early_stop_resumes_to_only_the_report(name, folder, forked, tmp_path):
+    argv = words(name, folder, "--epochs", 100, "--patience", 2)
+    [(ended, _, said)] = forked(RUNS[name][0], [*argv, "--out", str(tmp_path / "whole")])
+    assert ended == 0, said
+    found = [r["val"]["mAP"] for r in log(tmp_path / "whole")]
+    best = found.index(max(found))
+    assert len(found) == best + 3 < 100 and clip.load_checkpoint(tmp_path / "whole" / "best.pt")["step"] == 3 * (best + 1)
+    [(ended, _, said)] = forked(RUNS[name][0], [*argv, "--out", str(tmp_path / "run")], "before the report")
+    assert ended == -signal.SIGKILL and "in 2 evaluations; stopped" in said.splitlines()[-1] and not (tmp_path / "run" / "metrics.json").exists()
+    before = {file: (tmp_path / "run" / file).read_bytes() for file in ("last.pt", "best.pt", "log.jsonl")}
+    [(ended, _, said)] = forked(RUNS[name][0], [*argv, "--out", str(tmp_path / "run"), "--resume"])
+    assert ended == 0 and "stopped" not in said and not any(line.startswith(("step", "epoch")) for line in said.splitlines()), said
+    assert all((tmp_path / "run" / file).read_bytes() == content for file, content in before.items())
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@STOPS_EARLY
+def test_two_processes_stop_early_together(name, folder, forked, tmp_path):
+    ended = forked(RUNS[name][0], words(name, folder, "--epochs", 100, "--patience", 1, "--out", tmp_path), processes=2)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    found = [r["val"]["mAP"] for r in log(tmp_path)]
+    assert len(found) == found.index(max(found)) + 2 < 100 and ended[0][2].count("stopped") == 1
+
+
+# ---------------------------------------------------------------- several processes
+
+def assert_equal_runs(a, b):
+    """Gradients (Adam's first moment holds a share of each step's) and weights are the same to 1e-5."""
+    one, two = clip.load_checkpoint(a / "last.pt"), clip.load_checkpoint(b / "last.pt")
+    assert sorted(os.listdir(b)) == FILES and one["step"] == two["step"] == 2
+    for x, y in zip(log(a), log(b)):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
+    for i, x in one["optimizer"]["state"].items():
+        x, y = x["exp_avg"], two["optimizer"]["state"][i]["exp_avg"]
+        assert (x - y).abs().max() <= 1e-5 * max(x.abs().max(), 1e-5)
+    one, two = weights(one), weights(two)
+    for key, x in one.items():
+        difference = (x - two[key]).abs()
+        if key.endswith("in_proj_bias"):  # a key's bias has no gradient but what rounding leaves, and Adam makes every gradient large
+            difference = difference.view(3, -1)[[0, 2]]
+        assert difference.max() <= 1e-5 * max(1, x.abs().max()), key
+
+
+def test_torchrun_equals_one_process(folder, tmp_path, monkeypatch):
+    """The command as a user types it: one set of files, one table."""
+    monkeypatch.setitem(clip.MODELS, "tiny", TINY)
+    argv = words("cmaclip", folder, "--batch-size", 12, "--epochs", 1, still=True)
+    script("cmaclip").main([*argv, "--out", str(tmp_path / "1")])
+    done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_cmaclip.py", *argv, "--out", tmp_path / "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("macro F1") == 1 and done.stderr.count("M trained parameters") == 1
+    assert_equal_runs(tmp_path / "1", tmp_path / "2")
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "cmaclip"], indirect=True)
+def test_two_processes_equal_one(name, folder, forked, tmp_path):
+    """With half the batch each. MXM-CLR's instances have two and three captions, some of CLIP4CMR's no text."""
+    argv = words(name, folder, "--batch-size", 12, "--epochs", 1, still=True)
+    script(name).main([*argv, "--out", str(tmp_path / "1")])
+    ended = forked(RUNS[name][0], [*argv, "--out", str(tmp_path / "2")], processes=2)
+    assert [code for code, _, _ in ended] == [0, 0] and ended[1][1:] == ("", ""), ended  # the second says nothing
+    assert ended[0][1].count("written to") == 1
+    assert_equal_runs(tmp_path / "1", tmp_path / "2")
+
+
+def test_two_processes_stopped_then_resumed_equal_two_never_stopped(name, folder, forked, tmp_path):
+    """SIGTERM reaches one of them only. With what each process draws in its steps."""
+    run = lambda out, *more: forked(RUNS[name][0], words(name, folder, "--out", tmp_path / out), *more, processes=2)
+    assert [code for code, _, _ in run("whole")] == [0, 0]
+    ended = run("run", "SIGTERM to the second process")
+    assert [code for code, _, _ in ended] == [130, 130] and ended[0][2].splitlines()[-1].startswith("stopped at step 5;") and ended[1][2] == "", ended
+    ended = forked(RUNS[name][0], words(name, folder, "--out", tmp_path / "run", "--resume"), processes=2)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+# ---------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("option, value, says", [
+    ("--epochs", 0, "not a positive whole number"), ("--batch-size", -8, "not a positive whole number"), ("--lr", 0, "not a positive number"),
+    ("--lr", "nan", "not a positive number"), ("--lr", "fast", "--lr"), ("--weight-decay", -0.1, "0 or more"), ("--seed", -1, "0 or more"), ("--workers", -1, "0 or more"),
+    ("--image-size", 0, "positive"), ("--vocab-size", 100, "514 or more"), ("--eval-every", 0, "positive"), ("--device", "gpu", "no device"),
+    ("--batch-size", 25, "larger than the data set: 24"), ("--image-size", 33, "multiple of 8"), ("--clip", "ViT-B-32", "did you mean 'ViT-B/32'"),
+    ("--clip", "tyni", "did you mean 'tiny'"), ("--data", "flikr8k", "did you mean 'flickr8k'"), ("--data", "no.jsonl", "no.jsonl"), ("--bacth", 3, "--bacth")])
+@pytest.mark.parametrize("name", PICTURES, indirect=True)
+def test_bad_settings(name, option, value, says, folder, tmp_path, capsys):
+    line = refused(capsys, words(name, folder, "--out", tmp_path / "run", option, value), script(name).main)
+    assert says in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", PICTURES, indirect=True)
+def test_bad_input_of_other_kinds(name, folder, tmp_path, capsys):
+    main, out = script(name).main, ["--out", tmp_path / "run"]
+    assert "flickr8k" in refused(capsys, ["--data", "flickr8k", "--root", tmp_path / "nowhere", *out], main)
+    (tmp_path / "file").write_text("no folder, no weights")
+    line = refused(capsys, words(name, folder, "--out", tmp_path / "file" / "run"), main)
+    assert "file/run" in line and "cannot be written" in line
+    assert "file: " in refused(capsys, words(name, folder, *out, "--clip", tmp_path / "file"), main)
+    rows = [json.loads(line) for line in open(folder / "squares.jsonl")]
+    for row in rows:
+        row["images"] = [str(folder / x) for x in row["images"]]
+    (tmp_path / "untested.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows if r["split"] != "test"))
+    assert "no rows in split 'test'" in refused(capsys, [*arguments(tmp_path / "untested.jsonl"), *out], main)  # said before training
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", [*PICTURES, "clip4cmr-features"], indirect=True)
+def test_the_commands_say_it_in_one_line(name, folder, forked, tmp_path):
+    """As a user sees it: one line, nothing else, exit code 2 (other tests call main in this process)."""
+    [(ended, out, said)] = forked(RUNS[name][0], words(name, folder, "--out", tmp_path / "run", "--resume"))
+    assert ended == 2 and out == "" and said.startswith("error: ") and said.count("\n") == 1, said
+
+
+def test_the_evaluation_command_says_it_in_one_line(folder, forked):
+    [(ended, out, said)] = forked("eval", ["--checkpoint", str(folder / "squares.jsonl")])
+    assert ended == 2 and out == "" and said.startswith("error: ") and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("name", PICTURES, indirect=True)
+def test_a_damaged_picture_in_the_middle_of_training(name, workers, folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "data")
+    order = np.random.default_rng([0, 0]).permutation(24)  # of the first epoch: this one is met at its last step
+    damaged = [tmp_path / "data" / f"{order[-1]}-{view}.png" for view in range(2)]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:60])
+    argv = words(name, tmp_path / "data", "--out", tmp_path / "run", "--workers", workers)
+    line = refused(capsys, argv, script(name).main)
+    assert any(str(path) in line for path in damaged) and "damaged" in line and clip.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 0
+    for path in damaged:
+        shutil.copy(folder / path.name, path)  # repaired: it goes on
+    script(name).main([*argv, "--resume"])
+    assert len(log(tmp_path / "run")) == 3
+
+
+def test_scripts_import_nothing_of_each_other():
+    """Import arrows: losses knows nothing of the project, eval nothing of losses, no method another."""
+    scripts = {name: {"clip", "losses", "data", "eval"} for name in eval.METHODS if os.path.exists(os.path.join(ROOT, f"{name}.py"))}
+    assert scripts.keys() >= {run[0] for run in RUNS.values()}
+    for name, known in ({"losses": set(), "eval": {"clip", "data"}} | scripts).items():
+        tree = ast.parse(open(os.path.join(ROOT, name + ".py")).read())
+        imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert {m for m in imported if os.path.exists(os.path.join(ROOT, f"{m}.py"))} == known
