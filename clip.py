@@ -821,7 +821,9 @@ def write_file(path, write):
         os.chmod(temporary, 0o666 & ~umask)  # a temporary file is private; the result is an ordinary file
         os.replace(temporary, path)
         temporary = None
-    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError of its inline_container.cc
+        if isinstance(e, RuntimeError) and "inline_container" not in str(e):
+            raise  # not of writing, but of what is written: a model that ran out of memory, say
         reason = getattr(e, "strerror", None) or _line(e)
         raise CheckpointError(f"{path}: cannot be written ({reason}); the old file stays. Free space or choose another folder") from None
     finally:

@@ -1081,7 +1081,7 @@ def read_features(path):
         found = {key: np.asarray(value) for key, value in found.items()}
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror or e}); --features names files under --root") from None
-    except (ValueError, TypeError, AttributeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as e:
+    except (ValueError, TypeError, AttributeError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
         if isinstance(e, DataError):
             raise
         raise DataError(f"{path}: no features ({str(e)[:100]}); expected a .npz or .pkl with image, text, label and ids") from None
@@ -1089,19 +1089,20 @@ def read_features(path):
     if absent:
         raise DataError(f"{path}: no {', '.join(absent)} in it; features need image (N, Di), text (N, Dt), label (N,) and optionally ids (N,)")
     found.setdefault("ids", np.arange(len(found["label"])) if found["label"].ndim else None)
-    for key, dimensions, kinds in (("image", 2, "fiu"), ("text", 2, "fiu"), ("label", 1, "iuUSO"), ("ids", 1, "iuUSO")):
+    for key, dimensions, kinds in (("label", 1, "iuUSO"), ("image", 2, "fiu"), ("text", 2, "fiu"), ("ids", 1, "iuUSO")):
         array = found[key]
-        if array.ndim != dimensions or array.dtype.kind not in kinds:
+        if array.ndim != dimensions or array.dtype.kind not in kinds or not array.size:
             raise DataError(f"{path}: {key} is {array.dtype} of shape {array.shape}; expected {'numbers (N, width)' if dimensions == 2 else 'one class or id a row (N,)'}")
         if len(array) != len(found["label"]):
             raise DataError(f"{path}: {len(array)} rows of {key}, but {len(found['label'])} labels; every row needs all of them")
         if dimensions == 2:
-            found[key] = array.astype(np.float32)
+            with np.errstate(over="ignore"):  # what is too large becomes infinite
+                found[key] = array.astype(np.float32)
             bad = ~np.isfinite(found[key]).all(1)
             if bad.any():
                 raise DataError(f"{path}: {key} row {int(bad.argmax())} holds a NaN or an infinite number ({bad.sum()} such rows); remove them")
-        elif array.dtype.kind == "O":
-            found[key] = array.astype(str)
+        elif array.dtype.kind in "SO":  # Python 2's strings are bytes
+            found[key] = np.array([x.decode("utf-8", "replace") if isinstance(x, bytes) else str(x) for x in array.tolist()])
     return found
 
 
@@ -1112,7 +1113,7 @@ def feature_splits(paths, root):
         if train[key].shape[1] != test[key].shape[1]:
             raise DataError(f"{paths[1]}: {key} has {test[key].shape[1]} columns, in {paths[0]} it has {train[key].shape[1]}; both files need the same features")
     late = np.array([hash_tenth(id) == 9 for id in train["ids"]])
-    names, count = np.unique(train["label"][~late], return_counts=True)
+    names, count = np.unique([x for x in train["label"][~late] if x != -1], return_counts=True)  # -1: unlabelled
     check_classes(count, f"{paths[0]}: label")
     out = {}
     for split, source, rows in (("train", train, ~late), ("val", train, late), ("test", test, np.ones(len(test["label"]), bool))):

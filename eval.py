@@ -133,7 +133,7 @@ def class_metrics(scores, query_label, gallery_label, classes):
     found, at_scope, at_recall = [], torch.zeros(len(scopes), dtype=torch.float64), torch.zeros(11, dtype=torch.float64)
     for _, place, count in ranked(scores, query_label, gallery_label):
         found.append(average_precisions(place, count))
-        at_scope += torch.stack([(place <= k).sum() / k for k in scopes])
+        at_scope += torch.stack([(place <= k).sum().double() / k for k in scopes])
         precision = torch.arange(1, place.shape[1] + 1) / place  # (b, K), after the k-th relevant item; 0 past the last
         best = precision.flip(1).cummax(1).values.flip(1)
         needed = (levels[None, :] * count[:, None] - 1e-9).ceil().long().clamp(min=1)  # relevant items that a recall asks for
@@ -186,10 +186,10 @@ def classification_metrics(probabilities, labels, thresholds=None):
     right = probabilities.gather(1, labels[:, None])[:, 0] > wrong.values if C > 1 else torch.ones(len(labels), dtype=torch.bool)
     predicted = F.one_hot(torch.where(right, labels, wrong.indices), C).bool()
     hits, asked = (predicted & own).sum(0), predicted.sum(0) + own.sum(0)  # TP; 2 TP + FP + FN
-    out = {"accuracy": 100 * right.double().mean().item(), "macro_f1": 100 * (2 * hits / asked.clamp(min=1))[asked > 0].double().mean().item()}
+    out = {"accuracy": 100 * right.double().mean().item(), "macro_f1": 100 * (2 * hits.double() / asked.clamp(min=1))[asked > 0].mean().item()}
     if thresholds is not None:
         kept, occurs = probabilities >= thresholds, own.any(0)
-        out["recall_at_precision"] = 100 * ((kept & own).sum(0) / own.sum(0).clamp(min=1))[occurs].double().mean().item()
+        out["recall_at_precision"] = 100 * ((kept & own).sum(0).double() / own.sum(0).clamp(min=1))[occurs].mean().item()
         out["precision"] = 100 * (kept & own).sum().item() / max(1, kept.sum().item())
     return out
 
@@ -202,7 +202,7 @@ def precision_thresholds(probabilities, labels, precision):
     out = torch.full((probabilities.shape[1],), math.inf, dtype=probabilities.dtype)
     for c in range(len(out)):
         value, order = probabilities[:, c].sort(descending=True)
-        reached = (labels[order] == c).cumsum(0) >= precision * torch.arange(1, len(order) + 1) - 1e-9
+        reached = (labels[order] == c).cumsum(0) >= precision * torch.arange(1, len(order) + 1, dtype=torch.float64) - 1e-9
         last = torch.cat([value[1:] < value[:-1], torch.ones(min(1, len(value)), dtype=torch.bool)])  # of equal probabilities: all or none
         if (reached & last).any():
             out[c] = value[reached & last][-1]
@@ -285,7 +285,10 @@ def frozen_features(model, instances, names, tokenizer, cache, amp="auto", worke
     """data.Features of a frozen CLIP, computed once: every view and caption by itself, kept under the folder `cache` by a hash of the
     weights and of what is embedded. They are streamed to disk and memory-mapped where large: memory does not grow with the data.
     instances, names: of data.load_split."""
-    seen = lambda image: (image, os.path.getsize(image), os.path.getmtime(image)) if isinstance(image, str) else image
+    def seen(image):  # a path, or a view that may have a file
+        file = image if isinstance(image, str) else getattr(image, "file", None)
+        return (image, os.path.getsize(file), os.path.getmtime(file)) if file else image
+
     what = [clip.identity(model), model.config, amp, tokenizer.merges, [(x.id, [seen(i) for i in x.images], x.captions) for x in instances]]
     key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     labels, captions, query = data.class_layout(instances, names)
@@ -319,7 +322,7 @@ def frozen_features(model, instances, names, tokenizer, cache, amp="auto", worke
             clip.write_file(path, lambda f: write(f, rows, parts()))
         try:
             arrays.append(np.load(path, mmap_mode="r" if os.path.getsize(path) > LARGE else None))
-        except (OSError, ValueError) as problem:
+        except (OSError, ValueError, EOFError) as problem:
             raise data.DataError(f"{path}: damaged ({str(problem)[:100]}); remove it, and it is computed again") from None
     return data.Features(*arrays, views, captions, labels, query)
 

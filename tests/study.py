@@ -38,7 +38,8 @@ CMR = {loss: f"--loss {loss}" for loss in CMR_LOSSES} | {"proxy-anchor, alpha 1"
        "pcl + 0.1 modality-invariant": "--loss pcl+modality-invariant:0.1", "pcl + 0.1 triplet": "--loss pcl+triplet:0.1"}
 WIKIPEDIA = "--data wikipedia --features features_train.npz features_test.npz"
 FUSIONS = ("cma", "sequence", "modality", "concat", "image", "text")
-NOISY = "--train-noise-image 0.3 --train-noise-text 0.3"
+NOISY, TEXT_NOISE = "--train-noise-image 0.3 --train-noise-text 0.3", "--train-noise-text 0.5"
+CMA = {"primitives": "--epochs 3 --eval-every 3", "products": "--data products --clip {products} --epochs 15 --lr 1e-3 --clip-lr 2e-4"}
 
 # study -> (script, {row: arguments}); {NAME} is the folder of one of the CLIPs below
 STUDIES = {
@@ -57,9 +58,9 @@ STUDIES = {
     "cmr-imbalance": ("train_clip4cmr.py", {f"{loss}, {part} of the {side}s": f"{WIKIPEDIA} --loss {loss}" + (f" --{side}-fraction {part}" if part < 1 else "")
                                             for loss in ("pcl", "triplet") for side in ("text", "image") for part in (1, 0.7, 0.5, 0.3, 0.1)}),
     "cmr-dimension": ("train_clip4cmr.py", {f"D {dim}": f"{WIKIPEDIA} --loss pcl" + (f" --dim {dim}" if dim != 1024 else "") for dim in (16, 64, 256, 1024, 2048)}),
-    **{f"cma-{data}{'-noise' * noisy}": ("train_cmaclip.py", {fusion: " ".join([arguments, NOISY * noisy, f"--robustness --fusion {fusion}"]) for fusion in FUSIONS})
-       for data, arguments in (("primitives", "--epochs 4 --eval-every 4"), ("products", "--data products --clip {products} --epochs 15 --lr 1e-3 --clip-lr 2e-4"))
-       for noisy in (False, True)},
+    **{f"cma-{data}{name}": ("train_cmaclip.py", {fusion: " ".join(f"{CMA[data]} {noise} --fusion {fusion} {robust}".split()) for fusion in FUSIONS})
+       for data, name, noise, robust in (("products", "", "", "--robustness"), ("products", "-noise", NOISY, "--robustness"), ("products", "-text-noise", TEXT_NOISE, "--robustness"),
+                                         ("primitives", "", "", ""), ("primitives", "-noise", NOISY, "--robustness"), ("primitives", "-text-noise", TEXT_NOISE, "--robustness"))},
 }
 
 # CLIPs that a study starts from, trained on the train split of the same data
@@ -80,13 +81,15 @@ def columns(study, script, run):
     if "-tasks" in study:  # every task by itself
         return {f"{task} {short}": found[metric] for task, found in run["test"]["model"].items() for short, metric in
                 (("acc.", "accuracy"), ("F1", "macro_f1"), ("R@P90", "recall_at_precision"))}
-    mean, noise = run["test"]["model"]["mean"], run["test"]["noise"]
+    mean, noise = run["test"]["model"]["mean"], run["test"].get("noise", {})
     out = {"accuracy": mean["accuracy"], "macro F1": mean["macro_f1"], "R@P90": mean["recall_at_precision"]}
     for kind, runs in noise.items():
         for share, found in runs.items():
             if share != "0.0":
                 out[f"{100 * float(share):.0f}% {kind} noise"] = found["mean"]["accuracy"]
-    if "image_weight" in mean:
+    if "image_weight" in mean and not noise:
+        out["image weight, clean"] = mean["image_weight"]
+    elif "image_weight" in mean:
         for name, found in (("clean", noise["image"]["0.0"]), ("image noise", noise["image"]["1.0"]), ("text noise", noise["text"]["1.0"])):
             out[f"image weight, {name}"] = found["mean"]["image_weight"]
     return out
