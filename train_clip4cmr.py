@@ -56,6 +56,8 @@ def settings(argv=None):
     p.add_argument("--eval-every", type=eval.positive_int, help="epochs between evaluations on val (default 1; five in a run that trains CLIP)")
     p.add_argument("--cache", default=os.path.join("runs", "features"), help="where features of frozen CLIPs are kept")
     args = p.parse_args(argv)
+    if args.features and args.data == "primitives":
+        args.data = "features"  # a name for the run: nothing of the built-in data is read
     args.finetune = not args.features and (args.finetune or args.clip in clip.SCRATCH)
     for name, value in (FROZEN if not args.finetune else SCRATCH if args.clip in clip.SCRATCH else FINETUNED).items():
         if getattr(args, name) is None:
