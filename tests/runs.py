@@ -28,7 +28,8 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), 
            "black": (10, 10, 10), "pink": (250, 150, 190), "brown": (120, 70, 30)}
 FILES = ["best.pt", "config.json", "last.pt", "log.jsonl", "metrics.json"]  # of a finished run
 TINY = clip.MODELS["tiny"]
-SMALL = (replace(TINY[0], embed_dim=32, vision_width=32, vision_layers=1, vision_heads=1, transformer_width=32, transformer_layers=1, transformer_heads=1), None)
+SMALL = (replace(TINY[0], embed_dim=32, vision_width=32, vision_layers=1, vision_heads=1, transformer_width=32, transformer_layers=1,
+                 transformer_heads=1), None)
 
 
 @contextlib.contextmanager
@@ -165,6 +166,15 @@ def full_at(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
+def from_outside(number):
+    """A signal to this process and its workers, as of a scheduler or of a terminal's Ctrl-C: a process of its own sends it."""
+    group, pid = os.getpid(), os.fork()
+    if not pid:
+        os.killpg(group, number)
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
 def before(act):
     return lambda plain, a, k: (act(a), plain(*a, **k))[1]
 
@@ -196,7 +206,7 @@ def interrupt(case, script):
         "before the report": ((script, "report"), 1, kill),
         "Ctrl-C": (step, 5, before(lambda a: die(signal.SIGINT))),
         "SIGTERM": (step, 5, before(lambda a: die(signal.SIGTERM))),
-        "SIGTERM to its workers too": (step, 5, before(lambda a: os.killpg(os.getpid(), signal.SIGTERM))),  # as a scheduler, or a terminal's Ctrl-C
+        "SIGTERM to its workers too": (step, 5, before(lambda a: from_outside(signal.SIGTERM))),
         "SIGTERM to the second process": (step, 5, before(lambda a: os.environ["RANK"] == "1" and die(signal.SIGTERM))),
         "Ctrl-C while logging": ((eval, "log_line"), 1, after(lambda a: die(signal.SIGINT))),
         "a disk that fills up": (step, 5, before(lambda a: full_at(1 << 13))),
@@ -215,9 +225,11 @@ def become(script, argv, case):
     """Be the command `python <script>.py <argv>`, with its `case` where there is one."""
     code = 1
     try:
-        os.setpgid(0, 0)  # a group with its workers
+        os.setpgid(0, 0)  # a process group with its workers
         signal.alarm(300)  # a run that waits for ever is killed
         sys.argv = [f"{script}.py", *argv]
+        if os.environ.get("RANK", "0") != "0":
+            clip.write_file = eval.log_line = None  # only the first process writes
         if case:  # in a module that can be reached, with the script's last lines
             module = importlib.import_module(script)
             interrupt(case, module)

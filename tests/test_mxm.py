@@ -16,7 +16,7 @@ import clip
 import data
 import eval
 import train_mxm
-from runs import arguments, in_process, kept_signals, log, make_squares, refused
+from runs import arguments, in_process, kept_signals, log, make_squares, refused  # noqa: F401 (in_process acts by being here)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,8 @@ def test_pairs_need_as_many_views_as_captions(squares, tmp_path, capsys):
 def test_bad_arguments_of_the_evaluation(whole, tmp_path, capsys):
     (tmp_path / "file").write_text("no folder, no weights")
     for option, value, says in (("--checkpoint", tmp_path / "file", "file: "), ("--checkpoint", tmp_path / "none.pt", "no such file"),
-                                ("--checkpoint", whole / "metrics.json", "metrics.json: "), ("--split", "tset", "tset"), ("--top", 0, "positive"), ("--device", "gpu", "no device")):
+                                ("--checkpoint", whole / "metrics.json", "metrics.json: "), ("--split", "tset", "tset"), ("--top", 0, "positive"),
+                                ("--device", "gpu", "no device")):
         argv = {"--checkpoint": whole / "best.pt"} | {option: value}
         assert says in refused(capsys, [x for pair in argv.items() for x in pair], eval.main)
     weights = tmp_path / "weights.pt"

@@ -20,23 +20,25 @@ import torch
 
 import clip
 import eval
-from runs import (COLOURS, ENV, FILES, FULL, KILLED, ROOT, SMALL, STOPPED, TINY, arguments, assert_same_run, command, forked, in_process, kept_signals, log,
-                  make_features, make_squares, refused, wait_for)
+import losses
+from runs import (COLOURS, ENV, FILES, FULL, KILLED, ROOT, SMALL, STOPPED, TINY, arguments, assert_same_run, command, forked, in_process,  # noqa: F401
+                  kept_signals, log, make_features, make_squares, refused, wait_for)  # (forked and in_process are fixtures)
 
 HEADS = ["--dim", "32", "--hidden", "16", "--lr", "0.01"]
 FEATURES, FROZEN = ["--features", "train.npz", "test.npz", *HEADS], ["--clip", "{folder}/frozen.pt", "--cache", "{folder}/cache", *HEADS]
 # name -> (script, its arguments, those where several processes must do what one does: nothing is drawn in a step, since each would draw its own)
 RUNS = {
-    "mxm": ("train_mxm", [], ["--captions", "3", "--soft-warmup", "0"]),
-    "clip4cmr": ("train_clip4cmr", HEADS[:4], [*HEADS[:4], "--dropout", "0", "--text-fraction", "0.6", "--prototypes", "learned", "--loss", "pcl+triplet:0.1+cross-entropy"]),
-    "clip4cmr-features": ("train_clip4cmr", FEATURES, [*FEATURES, "--dropout", "0"]),
-    "clip4cmr-frozen": ("train_clip4cmr", FROZEN, [*FROZEN, "--dropout", "0"]),
-    "cmaclip": ("train_cmaclip", ["--train-noise-image", "0.3", "--dropout", "0.1", "--layers", "1"], ["--dropout", "0"]),
+    "mxm": ("train_mxm", [], ["--batch-size", "12", "--captions", "3", "--soft-warmup", "0"]),
+    "clip4cmr": ("train_clip4cmr", HEADS[:4], [*HEADS[:4], "--batch-size", "12", "--dropout", "0", "--text-fraction", "0.6", "--prototypes", "learned",
+                                               "--loss", "pcl+triplet:0.1+cross-entropy"]),
+    "clip4cmr-features": ("train_clip4cmr", FEATURES, [*FEATURES, "--batch-size", "18", "--dropout", "0"]),  # of 19: one process gets none of the last
+    "clip4cmr-frozen": ("train_clip4cmr", FROZEN, [*FROZEN, "--cache", "{folder}/another", "--batch-size", "12", "--dropout", "0"]),
+    "cmaclip": ("train_cmaclip", ["--train-noise-image", "0.3", "--dropout", "0.1", "--layers", "1"], ["--batch-size", "12", "--dropout", "0"]),
 }
 PICTURES = ["mxm", "clip4cmr", "cmaclip"]  # these read pictures at every step
 CHOSEN = {"train_mxm": ["rSum"], "train_clip4cmr": ["mAP"], "train_cmaclip": ["mean", "accuracy"]}  # the metric on val that best.pt is chosen by
-SHARP = ["at the first step", "in the middle of an epoch", "while writing last.pt", "while writing best.pt", "between the log and last.pt", "before the report",
-         "Ctrl-C", "SIGTERM", "SIGTERM to its workers too", "a disk that fills up"]
+SHARP = ["at the first step", "in the middle of an epoch", "while writing last.pt", "while writing best.pt", "between the log and last.pt",
+         "before the report", "Ctrl-C", "SIGTERM", "SIGTERM to its workers too", "a disk that fills up"]
 CASES = KILLED | STOPPED | FULL
 
 
@@ -47,7 +49,8 @@ def folder(tmp_path_factory):
     make_squares(folder), make_features(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(clip.MODELS, "tiny", SMALL)
-        model = clip.build("tiny", clip.Tokenizer.train([f"the frame is {colour} and the middle a {colour} square on around" for colour in COLOURS], 600))
+        texts = [f"the frame is {colour} and the middle a {colour} square on around" for colour in COLOURS]
+        model = clip.build("tiny", clip.Tokenizer.train(texts, 600))
     clip.save_checkpoint(folder / "frozen.pt", {"clip": clip.describe(model)})
     return folder
 
@@ -81,7 +84,8 @@ def chosen(name, val):
 def pretend(patch, name, *values):
     """The metric on val has these values, in order."""
     values, keys = iter(values), CHOSEN[RUNS[name][0]]
-    module, function = {"train_mxm": (eval, "evaluate"), "train_clip4cmr": (eval, "class_retrieval"), "train_cmaclip": (script(name), "scores")}[RUNS[name][0]]
+    module, function = {"train_mxm": (eval, "evaluate"), "train_clip4cmr": (eval, "class_retrieval"),
+                        "train_cmaclip": (script(name), "scores")}[RUNS[name][0]]
     plain = getattr(module, function)
 
     def changed(*a, **k):
@@ -114,11 +118,26 @@ def whole(name, folder, tmp_path_factory):
     return out
 
 
+class Cut(BaseException):
+    """The end of a run in this process."""
+
+
+def cut_at(patch, step):
+    plain, calls = losses.average_gradients, []
+
+    def cut(parameters):
+        calls.append(0)
+        if len(calls) == step:
+            raise Cut
+        plain(parameters)
+    patch.setattr(losses, "average_gradients", cut)
+
+
 # ---------------------------------------------------------------- a run
 
 def test_the_command_trains_reports_and_is_deterministic(name, folder, forked, tmp_path, monkeypatch, capsys):
-    """In a process of its own, with a worker process: the same bits as the run in this process, and a table at the end. Of MXM-CLR with
-    the command as a user types it, as further down of the others; it takes seconds to start."""
+    """In a process of its own, with a worker process: the same bits as the run in this process, and a table at the end. With MXM-CLR that is
+    the command as a user types it, which takes seconds to start; further down so are the others'."""
     argv = words(name, folder, "--out", tmp_path / "run", "--workers", 1)
     if name == "mxm":
         monkeypatch.setitem(clip.MODELS, "tiny", TINY)
@@ -143,9 +162,10 @@ def test_the_command_trains_reports_and_is_deterministic(name, folder, forked, t
 
 
 def test_another_seed_is_another_run(name, folder, whole, tmp_path):
-    script(name).main(words(name, folder, "--out", tmp_path, "--seed", 1, "--epochs", 1))
+    script(name).main(words(name, folder, "--out", tmp_path, "--seed", 1))
     a, b = (weights(clip.load_checkpoint(out / "last.pt")) for out in (whole, tmp_path))
-    assert a.keys() == b.keys() and all(not torch.equal(a[key], b[key]) for key in a if key in ("visual.conv1.weight", "image_head.0.weight", "project.0.weight"))
+    differ = [key for key in ("visual.conv1.weight", "image_head.0.weight", "project.0.weight") if key in a and not torch.equal(a[key], b[key])]
+    assert len(differ) == (1 if name in ("mxm", "clip4cmr-features", "clip4cmr-frozen") else 2)
 
 
 def test_best_is_the_best_on_val_and_is_what_the_report_is_about(name, folder, tmp_path, monkeypatch):
@@ -162,8 +182,9 @@ def test_best_is_the_best_on_val_and_is_what_the_report_is_about(name, folder, t
 # ---------------------------------------------------------------- killed, stopped, full
 
 @pytest.mark.parametrize("name, case", [
-    *((name, case) for name in ("mxm", "clip4cmr-features") for case in CASES), *((name, case) for name in ("clip4cmr", "cmaclip") for case in SHARP),
-    *(("clip4cmr-frozen", case) for case in ("in the middle of an epoch", "while writing best.pt", "before the report"))], indirect=["name"])
+    *(("mxm", case) for case in CASES), *((name, case) for name in ("clip4cmr", "cmaclip") for case in SHARP),
+    *(("clip4cmr-features", case) for case in SHARP if "workers" not in case),
+    *(("clip4cmr-frozen", case) for case in ("in the middle of an epoch", "before the report"))], indirect=["name"])
 def test_interrupted_then_resumed_equals_never_interrupted(name, case, folder, whole, forked, tmp_path):
     out = tmp_path / "run"
     argv = words(name, folder, "--out", out, *["--workers", 1] * ("workers" in case))
@@ -184,7 +205,7 @@ def test_interrupted_then_resumed_equals_never_interrupted(name, case, folder, w
 
 
 def test_the_command_killed_from_outside_then_resumed_then_ended_by_a_scheduler(folder, tmp_path):
-    argv = words("clip4cmr", folder, "--out", tmp_path, "--epochs", 2000, "--eval-every", 2000, "--workers", 1)
+    argv = words("clip4cmr", folder, "--out", tmp_path, "--epochs", 2000, "--eval-every", 2000)
     start = lambda *more: subprocess.Popen([sys.executable, "train_clip4cmr.py", *argv, *more], cwd=ROOT, env=ENV, stderr=subprocess.PIPE,
                                             stdout=subprocess.DEVNULL, text=True, start_new_session=True)
     lines = lambda: len((tmp_path / "log.jsonl").read_text().splitlines()) if (tmp_path / "log.jsonl").exists() else 0
@@ -195,7 +216,7 @@ def test_the_command_killed_from_outside_then_resumed_then_ended_by_a_scheduler(
     assert process.returncode == -signal.SIGKILL
     step = clip.load_checkpoint(tmp_path / "last.pt")["step"]
     assert 3 <= step < 6000
-    process = start("--resume")
+    process = start("--resume", "--workers", "1")
     wait_for(process, lambda: lines() >= step // 3 + 2)
     os.killpg(process.pid, signal.SIGTERM)  # the worker gets it too
     _, said = process.communicate()
@@ -220,13 +241,27 @@ def test_resume_refuses_what_is_no_continuation(name, folder, whole, tmp_path, c
     for option, value in (("lr", 0.5), ("epochs", 4), ("seed", 3), *OTHERS[name]):
         line = refused(capsys, [*resume, f"--{option}"] + [value] * (value is not None), main)
         assert f"--{option} was" in line and f"is {True if value is None else value} now" in line
-    another = script("cmaclip" if name == "mxm" else "mxm")
-    assert "--resume: --" in refused(capsys, arguments(folder / "squares.jsonl", "--out", tmp_path / "run", "--resume"), another.main)  # another method's run
+    another, argv = script("cmaclip" if name == "mxm" else "mxm"), arguments(folder / "squares.jsonl", "--out", tmp_path / "run", "--resume")
+    assert "--resume: --" in refused(capsys, argv, another.main)  # a run of another method
     assert "there is no" in refused(capsys, words(name, folder, "--out", tmp_path / "nothing", "--resume"), main)
     (tmp_path / "run" / "last.pt").write_bytes((whole / "last.pt").read_bytes()[:5000])
     assert "last.pt: is damaged" in refused(capsys, resume, main)
     for file in ("log.jsonl", "best.pt", "metrics.json", "config.json"):  # what was refused has touched nothing
         assert (tmp_path / "run" / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_resume_refuses_another_frozen_clip(folder, tmp_path, capsys, monkeypatch):
+    """Its features are no continuation, and its weights are not in the checkpoint: a file of the same name may have been trained anew."""
+    argv = words("clip4cmr-frozen", folder, "--out", tmp_path / "run", "--clip", tmp_path / "clip.pt")
+    shutil.copy(folder / "frozen.pt", tmp_path / "clip.pt")
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_at(patch, 5)
+        script("clip4cmr").main(argv)
+    checkpoint, before = clip.load_checkpoint(tmp_path / "clip.pt"), (tmp_path / "run" / "last.pt").read_bytes()
+    checkpoint["clip"]["state_dict"]["visual.proj"] *= 1.5
+    clip.save_checkpoint(tmp_path / "clip.pt", checkpoint)
+    assert "clip.pt" in refused(capsys, [*argv, "--resume"], script("clip4cmr").main)
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
 def test_a_finished_run_is_moved_aside_and_resumes_to_its_report(name, folder, whole, tmp_path, capsys):
@@ -263,26 +298,18 @@ STOPS_EARLY = pytest.mark.parametrize("name", ["clip4cmr", "clip4cmr-features"],
 
 @STOPS_EARLY
 def test_patience_stops_early(name, folder, tmp_path, monkeypatch, capsys):
-    """After as many evaluations without a better one, an equal one is not better; a resumed run goes on counting where it was."""
+    """After as many evaluations on val without a better one; an equal one is none. A resumed run goes on counting where it was."""
     train, argv = script(name), words(name, folder, "--epochs", 20, "--patience", 3)
     with monkeypatch.context() as patch:
         pretend(patch, name, 50.0, 60.0, 60.0, 70.0, 70.0, 40.0, 60.0, 90.0)
         patch.setattr(train, "report", lambda *a: None)
         train.main([*argv, "--out", str(tmp_path / "a")])
     assert [r["val"]["mAP"] for r in log(tmp_path / "a")] == [50, 60, 60, 70, 70, 40, 60]
-    assert clip.load_checkpoint(tmp_path / "a" / "best.pt")["step"] == 12 and clip.load_checkpoint(tmp_path / "a" / "last.pt")["state"]["waited"] == 3
+    best, last = clip.load_checkpoint(tmp_path / "a" / "best.pt"), clip.load_checkpoint(tmp_path / "a" / "last.pt")
+    assert best["step"] == 12 and last["state"]["waited"] == 3
     assert capsys.readouterr().err.splitlines()[-1] == "epoch 7: no better val mAP than 70.0 in 3 evaluations; stopped"
-
-    class Cut(BaseException):
-        pass
-
-    def cut(plain, calls=[]):
-        calls.append(0)
-        if len(calls) == 17:  # in the sixth epoch, after one evaluation in vain
-            raise Cut
     with monkeypatch.context() as patch:
-        patch.setattr(train.losses, "average_gradients", cut)
-        patch.setattr(train, "report", lambda *a: None)
+        cut_at(patch, 17)  # in the sixth epoch, after one evaluation in vain
         pretend(patch, name, 50.0, 60.0, 60.0, 70.0, 70.0)
         with pytest.raises(Cut):
             train.main([*argv, "--out", str(tmp_path / "b")])
@@ -340,7 +367,7 @@ def assert_equal_runs(a, b):
 def test_torchrun_equals_one_process(folder, tmp_path, monkeypatch):
     """The command as a user types it: one set of files, one table."""
     monkeypatch.setitem(clip.MODELS, "tiny", TINY)
-    argv = words("cmaclip", folder, "--batch-size", 12, "--epochs", 1, still=True)
+    argv = words("cmaclip", folder, "--epochs", 1, still=True)
     script("cmaclip").main([*argv, "--out", str(tmp_path / "1")])
     done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_cmaclip.py", *argv, "--out", tmp_path / "2")
     assert done.returncode == 0, done.stderr
@@ -351,14 +378,15 @@ def test_torchrun_equals_one_process(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "cmaclip"], indirect=True)
 def test_two_processes_equal_one(name, folder, forked, tmp_path):
     """With half the batch each. MXM-CLR's instances have two and three captions, some of CLIP4CMR's no text."""
-    argv = words(name, folder, "--batch-size", 12, "--epochs", 1, still=True)
-    script(name).main([*argv, "--out", str(tmp_path / "1")])
-    ended = forked(RUNS[name][0], [*argv, "--out", str(tmp_path / "2")], processes=2)
+    argv = words(name, folder, "--epochs", 1, still=True)
+    ended = forked(RUNS[name][0], [*argv, "--out", str(tmp_path / "2")], processes=2)  # first, so that they make the frozen features
     assert [code for code, _, _ in ended] == [0, 0] and ended[1][1:] == ("", ""), ended  # the second says nothing
     assert ended[0][1].count("written to") == 1
+    script(name).main([*argv, "--out", str(tmp_path / "1")])
     assert_equal_runs(tmp_path / "1", tmp_path / "2")
 
 
+@pytest.mark.parametrize("name", PICTURES, indirect=True)
 def test_two_processes_stopped_then_resumed_equal_two_never_stopped(name, folder, forked, tmp_path):
     """SIGTERM reaches one of them only. With what each process draws in its steps."""
     run = lambda out, *more: forked(RUNS[name][0], words(name, folder, "--out", tmp_path / out), *more, processes=2)
@@ -374,8 +402,9 @@ def test_two_processes_stopped_then_resumed_equal_two_never_stopped(name, folder
 
 @pytest.mark.parametrize("option, value, says", [
     ("--epochs", 0, "not a positive whole number"), ("--batch-size", -8, "not a positive whole number"), ("--lr", 0, "not a positive number"),
-    ("--lr", "nan", "not a positive number"), ("--lr", "fast", "--lr"), ("--weight-decay", -0.1, "0 or more"), ("--seed", -1, "0 or more"), ("--workers", -1, "0 or more"),
-    ("--image-size", 0, "positive"), ("--vocab-size", 100, "514 or more"), ("--eval-every", 0, "positive"), ("--device", "gpu", "no device"),
+    ("--lr", "nan", "not a positive number"), ("--lr", "fast", "--lr"), ("--weight-decay", -0.1, "0 or more"), ("--seed", -1, "0 or more"),
+    ("--workers", -1, "0 or more"), ("--image-size", 0, "positive"), ("--vocab-size", 100, "514 or more"), ("--eval-every", 0, "positive"),
+    ("--device", "gpu", "no device"),
     ("--batch-size", 25, "larger than the data set: 24"), ("--image-size", 33, "multiple of 8"), ("--clip", "ViT-B-32", "did you mean 'ViT-B/32'"),
     ("--clip", "tyni", "did you mean 'tiny'"), ("--data", "flikr8k", "did you mean 'flickr8k'"), ("--data", "no.jsonl", "no.jsonl"), ("--bacth", 3, "--bacth")])
 @pytest.mark.parametrize("name", PICTURES, indirect=True)
