@@ -59,7 +59,8 @@ STUDIES = {
     "cmr-imbalance": ("train_clip4cmr.py", {f"{loss}, {part} of the {side}s": f"{WIKIPEDIA} --loss {loss}" + (f" --{side}-fraction {part}" if part < 1 else "")
                                             for loss in ("pcl", "triplet") for side in ("text", "image") for part in (1, 0.7, 0.5, 0.3, 0.1)}),
     "cmr-dimension": ("train_clip4cmr.py", {f"D {dim}": f"{WIKIPEDIA} --loss pcl" + (f" --dim {dim}" if dim != 1024 else "") for dim in (16, 64, 256, 1024, 2048)}),
-    **{f"cma-{data}{name}": ("train_cmaclip.py", {fusion: " ".join(f"{CMA[data]} {noise} --fusion {fusion} {robust}".split()) for fusion in FUSIONS})
+    **{f"cma-{data}{name}": ("train_cmaclip.py", {fusion: " ".join(f"{CMA[data]} {noise} --fusion {fusion} {robust}".split())
+                                               for fusion in FUSIONS[:4 if noise == TEXT_NOISE else 6]})
        for data, name, noise, robust in (("products", "", "", "--robustness"), ("products", "-noise", NOISY, "--robustness"), ("products", "-text-noise", TEXT_NOISE, "--robustness"),
                                          ("primitives", "", "", ""), ("primitives", "-noise", NOISY, "--robustness"), ("primitives", "-text-noise", TEXT_NOISE, "--robustness"))},
 }
