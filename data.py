@@ -273,7 +273,7 @@ def choose_task(classes, task, where, instances):
     """The task to learn, checked. Raises DataError where there is none to learn from."""
     if not classes:
         raise DataError(f"{where}: no labels; this method learns from classes: give the data a task (a column of the .csv, \"labels\" of the .jsonl)")
-    task = task or next(iter(classes))
+    task = next(iter(classes)) if task is None else task
     if task not in classes:
         raise DataError(f"--task {task}: {where} has the tasks {', '.join(classes)} (a column of nearly as many values as rows is a remark, no task)")
     count = np.bincount([x.labels[task] for x in instances if x.labels.get(task, -1) >= 0], minlength=len(classes[task]))
@@ -284,7 +284,7 @@ def choose_task(classes, task, where, instances):
 def check_classes(count, what):
     """count (C,): training instances of each class."""
     if (count > 0).sum() < 2:
-        raise DataError(f"{what} has one class only in train; retrieval by class needs two or more")
+        raise DataError(f"{what} has one class only in train; there is nothing to tell apart: it needs two or more")
     if is_remark((count > 0).sum(), count.sum()):
         raise DataError(f"{what} has {(count > 0).sum():,} distinct values in {count.sum():,} training rows; these look like ids or remarks, "
                              "not classes: choose another column, or group the values")

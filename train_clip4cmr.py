@@ -49,13 +49,15 @@ def settings(argv=None):
     p.add_argument("--hidden", type=eval.positive_int, default=256, help="width of the MLPs' hidden layer")
     p.add_argument("--dropout", type=eval.share, default=0.1)
     p.add_argument("--prototypes", choices=("fixed", "learned"), default="fixed", help="fixed: random directions, as in the authors' code; learned: as in PAN")
-    p.add_argument("--proxy-alpha", type=eval.positive, default=32.0, help="alpha of proxy-anchor: 32 in its paper, 1 in CLIP4CMR's code")
+    p.add_argument("--proxy-alpha", type=eval.positive, default=1.0, help="alpha of proxy-anchor: 1 in CLIP4CMR's code, 32 in its own paper")
     p.add_argument("--image-fraction", type=eval.fraction, default=1.0, help="share of the training images that is used (modality imbalance)")
     p.add_argument("--text-fraction", type=eval.fraction, default=1.0, help="share of the training texts that is used")
     p.add_argument("--patience", type=eval.positive_int, default=10, help="stop after as many evaluations on val without a better mAP")
     p.add_argument("--eval-every", type=eval.positive_int, help="epochs between evaluations on val (default 1; five in a run that trains CLIP)")
     p.add_argument("--cache", default=os.path.join("runs", "features"), help="where features of frozen CLIPs are kept")
     args = p.parse_args(argv)
+    if args.features and (args.finetune or args.task):
+        p.error("--features: these are read from files, so there is no CLIP to --finetune and one label, no --task; leave both out")
     if args.features and args.data == "primitives":
         args.data = "features"  # a name for the run: nothing of the built-in data is read
     args.finetune = not args.features and (args.finetune or args.clip in clip.SCRATCH)
@@ -79,6 +81,8 @@ def terms(text):
     out = {}
     for part in text.split("+"):
         name, _, weight = part.partition(":")
+        if name in out:
+            raise argparse.ArgumentTypeError(f"{name} is named twice; give it one weight")
         if name not in PAIR_WISE and name not in CLASS_WISE:
             raise argparse.ArgumentTypeError(f"unknown loss {name!r}; known: {', '.join([*PAIR_WISE, *CLASS_WISE])}")
         try:
@@ -129,7 +133,7 @@ class CLIP4CMR(nn.Module):
         return self.embed_text(self.clip.encode_text(tokens))
 
 
-def total_loss(model, weights, images, image_labels, texts, text_labels, alpha=32.0):
+def total_loss(model, weights, images, image_labels, texts, text_labels, alpha=1.0):
     """Weighted sum of losses. images (N, D), texts (M, D): unit-norm, of one batch, of which imbalance may leave either side empty;
     labels (N,), (M,) int64. Class-wise losses add both modalities' (section 3.2)."""
     total = 0.0 * (images.sum() + texts.sum())
@@ -152,17 +156,18 @@ def total_loss(model, weights, images, image_labels, texts, text_labels, alpha=3
     return total
 
 
-def standardise(model, features):
-    """Set the mean and the deviation that the MLPs' inputs are standardised with to those of the training features."""
-    for name, array in (("image", features.images), ("text", features.texts)):
-        total, squares = np.zeros(array.shape[1]), np.zeros(array.shape[1])
-        for begin in range(0, len(array), 4096):
-            part = array[begin:begin + 4096].astype(np.float64)
-            total, squares = total + part.sum(0), squares + np.square(part).sum(0)
-        mean = total / len(array)
-        std = np.sqrt(np.maximum(squares / len(array) - mean ** 2, 0))
-        getattr(model, f"{name}_mean").copy_(torch.from_numpy(mean))
-        getattr(model, f"{name}_std").copy_(torch.from_numpy(np.where(std > 1e-8, std, 1.0)))  # a constant column stays 0
+def standardise(model, features, used=None):
+    """Set the mean and the deviation that the MLPs' inputs are standardised with to those of the training features.
+    used: bool (N,) of images and of texts: the instances that training may see; None: all."""
+    for k, (name, array, count) in enumerate((("image", features.images, features.views), ("text", features.texts, features.captions))):
+        rows = np.ones(len(array), bool) if used is None else np.repeat(used[k], count)
+
+        def mean(function):
+            return sum(function(array[b:b + 4096][rows[b:b + 4096]].astype(np.float64)).sum(0) for b in range(0, len(array), 4096)) / rows.sum()
+        centre = mean(lambda part: part)
+        std = np.sqrt(mean(lambda part: np.square(part - centre)))  # not from the sum of squares, which rounding swamps
+        getattr(model, f"{name}_mean").copy_(torch.from_numpy(centre))
+        getattr(model, f"{name}_std").copy_(torch.from_numpy(np.where(std > 1e-6 * np.abs(centre), std, 1.0)))  # a constant column stays 0
 
 
 @torch.no_grad()
@@ -275,12 +280,13 @@ def main(argv=None):
             losses.any_process(False, device)
             if not first:
                 train, val = (eval.frozen_features(inner, x, classes, tokenizer, args.cache, args.amp, args.workers) for x in (train, val))
-        standardise(model, train)
         per_epoch = -(-len(train.labels) // args.batch_size)
     labels = torch.from_numpy(labels).to(device)
     used = [torch.zeros(len(labels), dtype=torch.bool, device=device) for _ in range(2)]  # images, texts that training may see
     for k, part in enumerate((args.image_fraction, args.text_fraction)):
         used[k][np.random.default_rng([args.seed, k]).permutation(len(labels))[:max(1, round(part * len(labels)))]] = True
+    if not args.finetune:
+        standardise(model, train, [rows.cpu().numpy() for rows in used])
     heads = [p for name, p in model.named_parameters() if not name.startswith("clip.") and p.requires_grad]
     groups = [{"params": heads, "peak": args.lr}]
     if args.finetune:

@@ -97,6 +97,12 @@ class CMACLIP(nn.Module):
                                              for names in classes.values())
         self.clip = clip_model
 
+    def train(self, mode=True):
+        """A frozen CLIP stays in eval mode: BatchNorm would otherwise take up the statistics of every batch."""
+        super().train(mode)
+        self.clip.train(mode and any(p.requires_grad for p in self.clip.parameters()))
+        return self
+
     def join(self, image_tokens, text_tokens, keep, present):
         """One sequence of both modalities: image_tokens (B, P, D), text_tokens (B, L, D), keep (B, L): real text tokens, present (B, 2)
         -> x (B, P + L, W), padding (B, P + L): True where nothing may look."""
@@ -370,9 +376,10 @@ def main(argv=None):
     train, own = data.load(args.data, args.root, "train")
     classes = choose_tasks(own, args.tasks, args.data, train)
     val = pairs(*data.load(args.data, args.root, "val"), classes)
-    data.load(args.data, args.root, "test")  # needed at the end: what is missing is said before training, not after
-    if not any(label >= 0 for x in val for label in x.labels.values()):
-        raise data.DataError(f"{args.data}: no instance of split 'val' has a label of {', '.join(classes)}; the model is chosen there: label some")
+    test = pairs(*data.load(args.data, args.root, "test"), classes)  # needed at the end: what is missing is said before training, not after
+    for split, part in (("val", val), ("test", test)):
+        if not any(label >= 0 for x in part for label in x.labels.values()):
+            raise data.DataError(f"{args.data}: no instance of split {split!r} has a label of {', '.join(classes)}; label some")
 
     # model
     if args.clip in clip.SCRATCH:

@@ -34,7 +34,7 @@ MXM = {"clip": "--loss clip", "clip, half the samples": "--loss clip", "clip, 2 
 
 CMR_LOSSES = ("contrastive", "modality-invariant", "triplet", "lifted-structure", "n-pairs", "supervised-contrastive",
               "label-regression", "cross-entropy", "proxy-nca", "proxy-anchor", "pcl")
-CMR = {loss: f"--loss {loss}" for loss in CMR_LOSSES} | {"proxy-anchor, alpha 1": "--loss proxy-anchor --proxy-alpha 1", "pcl, learned prototypes": "--loss pcl --prototypes learned",
+CMR = {loss: f"--loss {loss}" for loss in CMR_LOSSES} | {"proxy-anchor, alpha 32": "--loss proxy-anchor --proxy-alpha 32", "pcl, learned prototypes": "--loss pcl --prototypes learned",
        "pcl + 0.1 modality-invariant": "--loss pcl+modality-invariant:0.1", "pcl + 0.01 modality-invariant": "--loss pcl+modality-invariant:0.01",
        "pcl + 0.1 triplet": "--loss pcl+triplet:0.1"}
 WIKIPEDIA = "--data wikipedia --features features_train.npz features_test.npz"
