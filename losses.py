@@ -3,6 +3,7 @@
 Features are unit-norm float32 rows unless said otherwise; s = exp(logit_scale), at most 100. All losses are computed in
 float32: wrap the encoders in autocast, not these. Knows nothing of models or data sets.
 """
+import datetime
 import math
 import os
 
@@ -20,7 +21,8 @@ def join(device=None):
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=1))  # the first process downloads and evaluates while the others wait
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return rank, world, device

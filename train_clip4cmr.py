@@ -297,14 +297,16 @@ def main(argv=None):
     # run: everything that changes is in `state`, the weights and the optimizer, so that a resumed run ends with the same bits
     state = {"step": 0, "best": -1.0, "waited": 0, "loss_sum": 0.0}
     checkpoint = eval.open_run(args.out, vars(args), args.resume, first) if first or args.resume else None
+    frozen = {} if args.finetune or args.features else {"clip_identity": clip.identity(inner)}  # instead of its weights, again and again
     if checkpoint:
+        if checkpoint.get("clip_identity") != frozen.get("clip_identity"):
+            raise clip.CheckpointError(f"--resume: {args.out}/last.pt was made with the CLIP {checkpoint['clip_identity'][:12]}, but {args.clip} is now "
+                                       f"{frozen['clip_identity'][:12]}; put the weights back that it was trained on")
         clip.load_heads(model, checkpoint["heads"])
         if args.finetune:
             inner.load_state_dict(checkpoint["clip"]["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         state = checkpoint["state"]
-
-    frozen = {} if args.finetune or args.features else {"clip_identity": clip.identity(inner)}  # instead of its weights, again and again
 
     def save(name):
         own = {"clip": clip.describe(inner)} if args.finetune else frozen
@@ -344,8 +346,10 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         losses.average_gradients(model.parameters())
-        if not math.isfinite(loss.item()):  # before the weights take it up
-            raise SystemExit(f"error: the loss is {loss.item()} at step {state['step']}; try a lower --lr or --amp off. {args.out}/last.pt is from before")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # measured, not clipped
+        if not math.isfinite(loss.item() + norm.item()):  # before the weights take it up
+            raise SystemExit(f"error: the loss is {loss.item()}, its gradient's norm {norm.item()} at step {state['step']}; "
+                             f"try a lower --lr or --amp off. {args.out}/last.pt is from before")
         optimizer.step()
 
         state["step"] += 1
