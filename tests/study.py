@@ -59,10 +59,9 @@ STUDIES = {
     "cmr-imbalance": ("train_clip4cmr.py", {f"{loss}, {part} of the {side}s": f"{WIKIPEDIA} --loss {loss}" + (f" --{side}-fraction {part}" if part < 1 else "")
                                             for loss in ("pcl", "triplet") for side in ("text", "image") for part in (1, 0.7, 0.5, 0.3, 0.1)}),
     "cmr-dimension": ("train_clip4cmr.py", {f"D {dim}": f"{WIKIPEDIA} --loss pcl" + (f" --dim {dim}" if dim != 1024 else "") for dim in (16, 64, 256, 1024, 2048)}),
-    **{f"cma-{data}{name}": ("train_cmaclip.py", {fusion: " ".join(f"{CMA[data]} {noise} --fusion {fusion} {robust}".split())
+    **{f"cma-{data}{name}": ("train_cmaclip.py", {fusion: " ".join(f"{arguments} {noise} --fusion {fusion} --robustness".split())
                                                for fusion in FUSIONS[:4 if noise == TEXT_NOISE else 6]})
-       for data, name, noise, robust in (("products", "", "", "--robustness"), ("products", "-noise", NOISY, "--robustness"), ("products", "-text-noise", TEXT_NOISE, "--robustness"),
-                                         ("primitives", "", "", ""), ("primitives", "-noise", NOISY, "--robustness"), ("primitives", "-text-noise", TEXT_NOISE, "--robustness"))},
+       for data, arguments in CMA.items() for name, noise in (("", ""), ("-noise", NOISY), ("-text-noise", TEXT_NOISE))},
 }
 
 # CLIPs that a study starts from, trained on the train split of the same data
@@ -83,15 +82,13 @@ def columns(study, script, run):
     if "-tasks" in study:  # every task by itself
         return {f"{task} {short}": found[metric] for task, found in run["test"]["model"].items() for short, metric in
                 (("acc.", "accuracy"), ("F1", "macro_f1"), ("R@P90", "recall_at_precision"))}
-    mean, noise = run["test"]["model"]["mean"], run["test"].get("noise", {})
+    mean, noise = run["test"]["model"]["mean"], run["test"]["noise"]
     out = {"accuracy": mean["accuracy"], "macro F1": mean["macro_f1"], "R@P90": mean["recall_at_precision"]}
     for kind, runs in noise.items():
         for share, found in runs.items():
             if share != "0.0":
                 out[f"{100 * float(share):.0f}% {kind} noise"] = found["mean"]["accuracy"]
-    if "image_weight" in mean and not noise:
-        out["image weight, clean"] = mean["image_weight"]
-    elif "image_weight" in mean:
+    if "image_weight" in mean:
         for name, found in (("clean", noise["image"]["0.0"]), ("image noise", noise["image"]["1.0"]), ("text noise", noise["text"]["1.0"])):
             out[f"image weight, {name}"] = found["mean"]["image_weight"]
     return out
