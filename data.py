@@ -295,7 +295,11 @@ def check_classes(count, what):
 def load_split(name, root, split, task, names=None):
     """-> (instances that have a label of the task, what counts as the same thing being their class; names of the classes).
     names: the classes that a model knows; what has another is left out."""
-    instances, classes = load(name, root, split)
+    return by_class(*load(name, root, split), task, name, split, names)
+
+
+def by_class(instances, classes, task, name, split, names=None):
+    """What `load_split` makes of the instances and classes of a split that is loaded already."""
     own = classes.get(task, [])
     kept = [replace(x, group=own[x.labels[task]]) for x in instances if x.labels.get(task, -1) >= 0]
     known = [x for x in kept if names is None or x.group in names]
@@ -438,6 +442,14 @@ def _lines(path, fields, separator):
             yield parts
 
 
+def _cells(path, header, lines):
+    """({column: cell}, all cells) of each row of `_csv_rows` below a header; a row may have more cells, not fewer."""
+    for number, cells in lines:
+        if len(cells) < len(header):
+            raise DataError(f"{path} line {number}: {len(cells)} cells under {len(header)} columns")
+        yield dict(zip(header, cells)), cells
+
+
 def products(root, split):
     """Kaggle's Fashion Product Images: styles.csv and images/<id>.jpg. A picture, a title and seven tasks; 80/10/10 by a hash of the
     id. A title's own commas are not quoted in the published file, so what is past the last column belongs to the title."""
@@ -447,10 +459,7 @@ def products(root, split):
     if header[:1] != ["id"] or header[-1:] != ["productDisplayName"]:
         raise DataError(f"{path} line 1: expected columns id, ..., productDisplayName; it has {', '.join(header)[:200] or 'nothing'}")
     tasks, rows = [c for c in header[1:-1] if c != "year"], []
-    for number, cells in lines:
-        if len(cells) < len(header):
-            raise DataError(f"{path} line {number}: {len(cells)} cells under {len(header)} columns")
-        cell = dict(zip(header, cells))
+    for cell, cells in _cells(path, header, lines):
         rows.append((cell["id"], None, [os.path.join(root, "images", cell["id"] + ".jpg")], [",".join(cells[len(header) - 1:])],
                      {t: cell[t] for t in tasks if cell[t] not in ("", "NA")}))
     return _labelled(root, split, rows, tasks)
@@ -549,13 +558,6 @@ def fashiongen(root, split):
     return _labelled(root, split, rows, ["category"], "category")
 
 
-def _json(path):
-    try:
-        return json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as e:
-        raise DataError(f"{path}: no valid JSON ({str(e)[:100]}); get it again") from None
-
-
 def _videos(root, split, rows, paragraph=False):
     """-> (instances of the split, {}). rows: (video, split, captions). A video's images are frames/<video>/*.jpg (or .png) in name order;
     paragraph: its captions are joined into one. Videos without frames or captions are left out, counted and named."""
@@ -580,7 +582,10 @@ def _videos(root, split, rows, paragraph=False):
 
 def _wanted(path, kind, ok):
     """The content of a JSON file, checked."""
-    content = _json(path)
+    try:
+        content = json.loads(_read_text(path))
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise DataError(f"{path}: no valid JSON ({str(e)[:100]}); get it again") from None
     if not ok(content):
         raise DataError(f"{path}: not {kind}; get it again")
     return content
@@ -602,10 +607,7 @@ def msrvtt(root, split):
         header = next(lines, (1, []))[1]
         if not set(columns) <= set(header):
             raise DataError(f"{path} line 1: expected columns {', '.join(columns)}; it has {', '.join(header)[:200] or 'nothing'}")
-        for number, cells in lines:
-            if len(cells) < len(header):
-                raise DataError(f"{path} line {number}: {len(cells)} cells under {len(header)} columns")
-            cell = dict(zip(header, cells))
+        for cell, _ in _cells(path, header, lines):
             rows.append((cell["video_id"], where, [cell["sentence"]] if where == "test" else captions[cell["video_id"]]))
     return _videos(root, split, rows)
 

@@ -159,10 +159,12 @@ def class_retrieval(images, texts, labels, captions, query, classes):
     """mAP and the rest of class_metrics; both ways. images (N, D), texts (C, D); labels (N,); captions (N,): texts per instance."""
     labels, query = torch.as_tensor(labels), torch.as_tensor(query)
     images, texts, owner = images.cpu(), texts.cpu(), torch.arange(len(labels)).repeat_interleave(torch.as_tensor(captions))
-    asked_images, asked_texts = images[query], texts[query[owner]]
-    out = {"image_to_text": class_metrics(lambda b, e: asked_images[b:e] @ texts.t(), labels[query], labels[owner], classes),
-           "text_to_image": class_metrics(lambda b, e: asked_texts[b:e] @ images.t(), labels[owner][query[owner]], labels, classes)}
-    chance = {"image_to_text": class_chance(labels[query], labels[owner]), "text_to_image": class_chance(labels[owner][query[owner]], labels)}
+    text_labels, asked = labels[owner], query[owner]
+    out, chance = {}, {}
+    for way, queries, query_labels, gallery, gallery_labels in (("image_to_text", images[query], labels[query], texts, text_labels),
+                                                                ("text_to_image", texts[asked], text_labels[asked], images, labels)):
+        out[way] = class_metrics(lambda b, e: queries[b:e] @ gallery.t(), query_labels, gallery_labels, classes)
+        chance[way] = class_chance(query_labels, gallery_labels)
     for result in (out, chance):
         result["mAP"] = (result["image_to_text"]["mAP"] + result["text_to_image"]["mAP"]) / 2
     return {"model": out, "chance": chance}
@@ -251,36 +253,47 @@ def search(queries, gallery, k):
 # ---------------------------------------------------------------- a model on a data set
 
 @torch.no_grad()
+def encode_images(model, loader, amp):
+    """Yield (features of all views of a batch (A, D), as the model gives them; image_mask (B, V)) for a loader's batches."""
+    for batch in loader.batches():
+        batch = data.to_device(batch, next(model.parameters()).device)
+        with clip.autocast(amp, model):
+            features = model.encode_image(batch["images"][batch["image_mask"]])
+        yield features.float(), batch["image_mask"]
+
+
+@torch.no_grad()
+def encode_texts(model, loader, amp):
+    """Yield the features of a loader's captions, (256, D) at a time."""
+    for tokens in loader.tokens.split(256):
+        with clip.autocast(amp, model):
+            features = model.encode_text(tokens.to(next(model.parameters()).device))
+        yield features.float()
+
+
+@torch.no_grad()
 def embed(model, instances, tokenizer, amp="auto", workers=0, loader=None):
     """Unit-norm features, float32, on the model's device: images (N, D), the renormalised mean over an instance's views, and
     texts (C, D), all captions in order. loader: an `evaluation_loader` kept from an earlier call."""
-    was_training, device = model.training, next(model.parameters()).device
+    was_training = model.training
     model.eval()
     loader = loader or evaluation_loader(model, instances, tokenizer, workers)
     images = []
-    for batch in loader.batches():
-        batch = data.to_device(batch, device)
-        mask = batch["image_mask"]  # (B, V)
-        with clip.autocast(amp, model):
-            views = model.encode_image(batch["images"][mask])
-        owner = torch.arange(len(mask), device=device).repeat_interleave(mask.sum(1))
-        views = F.normalize(views.float(), dim=-1)
+    for views, mask in encode_images(model, loader, amp):
+        owner = torch.arange(len(mask), device=mask.device).repeat_interleave(mask.sum(1))
+        views = F.normalize(views, dim=-1)
         images.append(F.normalize(views.new_zeros(len(mask), views.shape[1]).index_add(0, owner, views), dim=-1))
-    texts = []
-    for tokens in loader.tokens.split(256):
-        with clip.autocast(amp, model):
-            texts.append(F.normalize(model.encode_text(tokens.to(device)).float(), dim=-1))
+    texts = [F.normalize(features, dim=-1) for features in encode_texts(model, loader, amp)]
     model.train(was_training)
     return torch.cat(images), torch.cat(texts)
 
 
-def evaluation_loader(model, instances, tokenizer, workers=0):
+def evaluation_loader(model, instances, tokenizer, workers=0, **more):
     """All views and captions in order; a batch holds about 256 pictures."""
     most = max(len(x.images) for x in instances)
-    return data.Loader(instances, tokenizer, model.config.context_length, model.config.image_resolution, max(1, 256 // most), workers=workers)
+    return data.Loader(instances, tokenizer, model.config.context_length, model.config.image_resolution, max(1, 256 // most), workers=workers, **more)
 
 
-@torch.no_grad()
 def frozen_features(model, instances, names, tokenizer, cache, amp="auto", workers=0):
     """data.Features of a frozen CLIP, computed once: every view and caption by itself, kept under the folder `cache` by a hash of the
     weights and of what is embedded. They are streamed to disk and memory-mapped where large: memory does not grow with the data.
@@ -292,34 +305,21 @@ def frozen_features(model, instances, names, tokenizer, cache, amp="auto", worke
     what = [clip.identity(model), model.config, amp, tokenizer.merges, [(x.id, [seen(i) for i in x.images], x.captions) for x in instances]]
     key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     labels, captions, query = data.class_layout(instances, names)
-    views, device = np.array([len(x.images) for x in instances]), next(model.parameters()).device
-    loader = data.Loader(instances, tokenizer, model.config.context_length, model.config.image_resolution, max(1, 256 // views.max()),
-                         workers=workers, cache_bytes=0)  # every picture is read once
+    views, arrays = np.array([len(x.images) for x in instances]), []
     model.eval()
 
-    def images():
-        for batch in loader.batches():
-            batch = data.to_device(batch, device)
-            with clip.autocast(amp, model):
-                yield model.encode_image(batch["images"][batch["image_mask"]])
-
-    def texts():
-        for tokens in loader.tokens.split(256):
-            with clip.autocast(amp, model):
-                yield model.encode_text(tokens.to(device))
-
-    def write(f, rows, parts):
+    def write(f, kind, rows):
+        loader = evaluation_loader(model, instances, tokenizer, workers, cache_bytes=0)  # every picture is read once
         header = {"descr": "<f4", "fortran_order": False, "shape": (int(rows), model.config.embed_dim)}
         np.lib.format.write_array_header_1_0(f, header)
-        for part in parts:
-            f.write(part.float().cpu().numpy().tobytes())
+        for part in (features for features, _ in encode_images(model, loader, amp)) if kind == "image" else encode_texts(model, loader, amp):
+            f.write(part.cpu().numpy().tobytes())
 
-    arrays = []
-    for kind, rows, parts in (("image", views.sum(), images), ("text", captions.sum(), texts)):
+    for kind, rows in (("image", views.sum()), ("text", captions.sum())):
         path = os.path.join(cache, f"{key}-{kind}.npy")
         if not os.path.exists(path):
             data.note(f"features of {rows:,} {kind}s are computed once and kept in {path}")
-            clip.write_file(path, lambda f: write(f, rows, parts()))
+            clip.write_file(path, lambda f: write(f, kind, rows))
         try:
             arrays.append(np.load(path, mmap_mode="r" if os.path.getsize(path) > LARGE else None))
         except (OSError, ValueError, EOFError) as problem:
@@ -692,7 +692,7 @@ def main(argv=None):
     if hasattr(method, "evaluation") and args.query is None:  # a method with metrics of its own
         found, text = method.evaluation(model, checkpoint, name, root, args.split, args.amp, args.workers)
     else:
-        instances, _ = (data.load_regions if settings.get("regions") else data.load)(name, root, args.split)
+        instances, _ = data.load(name, root, args.split)
         images, texts = embed(model, instances, tokenizer, args.amp, args.workers)
         if args.query is not None:
             return answer(model, tokenizer, instances, images, args)

@@ -179,7 +179,7 @@ def embed_features(model, features):
                      for embed, array in ((model.embed_image, features.images), (model.embed_text, features.texts)))
     owner = torch.arange(len(features.views), device=device).repeat_interleave(torch.from_numpy(features.views).to(device))
     model.train(was_training)
-    return F.normalize(images.new_zeros(len(features.views), images.shape[1]).index_add(0, owner, images), dim=-1), texts
+    return losses.instance_means(images, owner)[0], texts
 
 
 # ---------------------------------------------------------------- for eval.py
@@ -191,13 +191,18 @@ def restore(checkpoint, path):
         inner = clip.load(path, "cpu")[0]
     elif not s["features"]:
         inner = clip.load(s["clip"], "cpu", image_size=s["image_size"])[0]
-        if clip.identity(inner) != checkpoint["clip_identity"]:
-            raise clip.CheckpointError(f"{path}: made with the CLIP {checkpoint['clip_identity'][:12]}, but {s['clip']} is now {clip.identity(inner)[:12]}; "
-                                       "put the weights back that it was trained on")
+        check_clip(checkpoint, clip.identity(inner), path)
     state = checkpoint["heads"]
     model = CLIP4CMR(inner, (len(state["image_mean"]), len(state["text_mean"])), len(checkpoint["classes"]), s["dim"], s["hidden"], s["dropout"])
     clip.load_heads(model, state)
     return model
+
+
+def check_clip(checkpoint, identity, path):
+    """Raises CheckpointError where the checkpoint at `path` was made with another frozen CLIP than that of this identity."""
+    if checkpoint["clip_identity"] != identity:
+        raise clip.CheckpointError(f"{path}: made with the CLIP {checkpoint['clip_identity'][:12]}, but {checkpoint['settings']['clip']} is now {identity[:12]}; "
+                                   "put the weights back that it was trained on")
 
 
 def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0):
@@ -254,7 +259,7 @@ def main(argv=None):
         losses.any_process(False, device)  # the others wait for what the first fetches
         instances, tasks = data.load(args.data, args.root, "train")
         args.task = data.choose_task(tasks, args.task, args.data, instances)
-        train, classes = data.load_split(args.data, args.root, "train", args.task)
+        train, classes = data.by_class(instances, tasks, args.task, args.data, "train")
         val, _ = data.load_split(args.data, args.root, "val", args.task, classes)
         data.load_split(args.data, args.root, "test", args.task, classes)  # needed at the end: what is missing is said before training, not after
         if args.clip in clip.SCRATCH:
@@ -275,11 +280,11 @@ def main(argv=None):
         val_loader, per_epoch = eval.evaluation_loader(inner, val, tokenizer, args.workers), len(loader)
     else:
         if not args.features:
-            if first:  # the others wait, and read what it kept
-                train, val = (eval.frozen_features(inner, x, classes, tokenizer, args.cache, args.amp, args.workers) for x in (train, val))
-            losses.any_process(False, device)
             if not first:
-                train, val = (eval.frozen_features(inner, x, classes, tokenizer, args.cache, args.amp, args.workers) for x in (train, val))
+                losses.any_process(False, device)  # the others wait, and read what the first kept
+            train, val = (eval.frozen_features(inner, x, classes, tokenizer, args.cache, args.amp, args.workers) for x in (train, val))
+            if first:
+                losses.any_process(False, device)
         per_epoch = -(-len(train.labels) // args.batch_size)
     labels = torch.from_numpy(labels).to(device)
     used = [torch.zeros(len(labels), dtype=torch.bool, device=device) for _ in range(2)]  # images, texts that training may see
@@ -299,9 +304,8 @@ def main(argv=None):
     checkpoint = eval.open_run(args.out, vars(args), args.resume, first) if first or args.resume else None
     frozen = {} if args.finetune or args.features else {"clip_identity": clip.identity(inner)}  # instead of its weights, again and again
     if checkpoint:
-        if checkpoint.get("clip_identity") != frozen.get("clip_identity"):
-            raise clip.CheckpointError(f"--resume: {args.out}/last.pt was made with the CLIP {checkpoint['clip_identity'][:12]}, but {args.clip} is now "
-                                       f"{frozen['clip_identity'][:12]}; put the weights back that it was trained on")
+        if frozen:
+            check_clip(checkpoint, frozen["clip_identity"], os.path.join(args.out, "last.pt"))
         clip.load_heads(model, checkpoint["heads"])
         if args.finetune:
             inner.load_state_dict(checkpoint["clip"]["state_dict"])

@@ -4,8 +4,10 @@ import importlib
 import io
 import json
 import os
+import re
 import resource
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,6 +23,7 @@ from PIL import Image
 import clip
 import eval
 import losses
+import study
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ENV = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -99,6 +102,16 @@ def refused(capsys, argv, main):
     assert stopped.value.code == 2 and lines[-1].startswith("error: ") and len(lines[-1]) < 600
     assert all(line.startswith(("note: ", argv[1] if len(argv) > 1 else "-", "epoch ", "step ")) for line in lines[:-1]), lines
     return lines[-1]
+
+
+def assert_documented_commands_parse(script):
+    """Those of the docstring, of README.md and of the studies."""
+    with open(os.path.join(ROOT, "README.md")) as f:
+        text = script.__doc__ + f.read()
+    lines = re.findall(rf"^ *(?:python|torchrun\b.*) {script.__name__}\.py\b([^#\n]*)", text, re.MULTILINE)
+    assert len(lines) >= 7
+    lines += [arguments for name, rows in study.STUDIES.values() if name == script.__name__ + ".py" for arguments in rows.values()]
+    assert all(script.settings(shlex.split(line)).epochs for line in lines if "--help" not in line)
 
 
 def assert_same(a, b):

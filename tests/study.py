@@ -121,7 +121,7 @@ def main():
                 prefix = {"train_mxm.py": ""}.get(script, script[6:-3] + "-")
                 out = os.path.join(args.out, prefix + re.sub(r"[^\w.+:=-]+", "-", arguments.replace("--", "")).replace("eval-every", "e") + f"-seed-{seed}")
                 arguments_now = arguments.format(**{name: os.path.join(folder(name), "best.pt") for name in CLIPS})
-                commands[study, row, seed] = (complete(f"{script} {' '.join(arguments_now.split())} --seed {seed}", out), out)
+                commands[study, row, seed] = (complete(f"{script} {arguments_now} --seed {seed}", out), out)
     if args.list:
         print("\n".join(f"python {command}" for command in [*needed.values(), *(command for command, _ in commands.values())]))
         return

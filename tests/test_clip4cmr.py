@@ -5,8 +5,6 @@
 import json
 import math
 import os
-import re
-import shlex
 import shutil
 
 import numpy as np
@@ -19,9 +17,9 @@ import clip
 import data
 import eval
 import losses
-import study
 import train_clip4cmr
-from runs import COLOURS, ROOT, command, in_process, kept_signals, log, make_squares, refused  # noqa: F401 (in_process acts by being here)
+from runs import (COLOURS, ROOT, assert_documented_commands_parse, command, in_process, kept_signals, log, make_squares,  # noqa: F401
+                  refused)  # in_process acts by being here
 from train_clip4cmr import CLIP4CMR, FINETUNED, FROZEN, main, settings, standardise, terms, total_loss
 
 CLASSES, N, DI, DT = 4, 60, 6, 5
@@ -534,12 +532,7 @@ def test_what_is_missing_or_broken_is_named(folder, squares, runs, tmp_path, cap
 
 
 def test_documented_commands_parse():
-    """Those of the docstring, of README.md and of the studies."""
-    text = train_clip4cmr.__doc__ + open(os.path.join(ROOT, "README.md")).read()
-    lines = re.findall(r"^ *(?:python|torchrun\b.*) train_clip4cmr\.py\b([^#\n]*)", text, re.MULTILINE)
-    assert len(lines) >= 7
-    lines += [arguments for script, rows in study.STUDIES.values() if script == "train_clip4cmr.py" for arguments in rows.values()]
-    assert all(settings(shlex.split(line)).epochs for line in lines if "--help" not in line)
+    assert_documented_commands_parse(train_clip4cmr)
 
 
 def test_wikipedia(tmp_path):

@@ -6,8 +6,6 @@ import contextlib
 import json
 import math
 import os
-import re
-import shlex
 import shutil
 
 import numpy as np
@@ -19,9 +17,9 @@ from PIL import Image
 import clip
 import data
 import eval
-import study
 import train_cmaclip
-from runs import COLOURS, ROOT, command, in_process, kept_signals, log, make_squares, refused  # noqa: F401 (in_process acts by being here)
+from runs import (COLOURS, ROOT, assert_documented_commands_parse, command, in_process, kept_signals, log, make_squares,  # noqa: F401
+                  refused)  # in_process acts by being here
 from train_cmaclip import CMACLIP, choose_tasks, corrupt_batch, corrupted, main, multitask_loss, pairs, predict, settings
 
 FUSIONS = ("cma", "sequence", "modality", "concat", "image", "text")
@@ -269,6 +267,7 @@ def test_noise_replaces_a_share_with_what_other_instances_have():
     assert [x.images for x in corrupted(last, (1.0, 0.0))[0]] == [["q"]] * 5 + [["p"]]  # the only other one is found
     with pytest.raises(data.DataError, match="one instance only"):
         corrupted(last[:5], (0.5, 0.0))
+    assert corrupted(last[:5])[0] == last[:5]  # without noise nothing of another is needed
 
 
 def test_missing_leaves_out_a_share_and_never_both():
@@ -638,12 +637,7 @@ def test_bad_input_leaves_an_earlier_run_in_place(things, whole, tmp_path, capsy
 
 
 def test_documented_commands_parse():
-    """Those of the docstring, of README.md and of the studies."""
-    text = train_cmaclip.__doc__ + open(os.path.join(ROOT, "README.md")).read()
-    lines = re.findall(r"^ *(?:python|torchrun\b.*) train_cmaclip\.py\b([^#\n]*)", text, re.MULTILINE)
-    assert len(lines) >= 7
-    lines += [arguments for script, rows in study.STUDIES.values() if script == "train_cmaclip.py" for arguments in rows.values()]
-    assert all(settings(shlex.split(line)).epochs for line in lines if "--help" not in line)
+    assert_documented_commands_parse(train_cmaclip)
 
 
 def test_products(tmp_path):
