@@ -347,6 +347,22 @@ def evaluate(model, instances, tokenizer, amp="auto", workers=0, loader=None):
     return retrieval_metrics(images.cpu(), texts.cpu(), **layout(instances))
 
 
+def retrieval_rows(name, images, texts, instances, fold=1000):
+    """Rows of a table, {row: metrics}: "model"; for coco also "model, 1K folds", the mean over folds of 1,000 images in order, each with its
+    own captions (the 5,000 of its test split: 5K and 1K as published); and `bounds`. images (N, D), texts (C, D): unit-norm."""
+    at, rows = layout(instances), {}
+    rows["model"] = retrieval_metrics(images.cpu(), texts.cpu(), **at)
+    if name == "coco" and len(instances) > fold:
+        owner, found = caption_owner(instances), []
+        for begin in range(0, len(instances) - fold + 1, fold):
+            inside = (owner >= begin) & (owner < begin + fold)
+            part = {key: value[begin:begin + fold] if key.startswith("image") else value[inside] for key, value in at.items()}
+            found.append(retrieval_metrics(images[begin:begin + fold].cpu(), texts.cpu()[inside], **part))
+        rows["model, 1K folds"] = {"rSum": float(np.mean([f["rSum"] for f in found])), **{
+            way: {m: float(np.mean([f[way][m] for f in found])) for m in found[0][way]} for way in ("text_to_image", "image_to_text")}}
+    return rows | bounds(name, instances)
+
+
 def bounds(name, instances, draws=5, seed=0):
     """{"chance": metrics} of a random ranking, and for primitives also "ceiling": an oracle that reads every attribute a caption
     states and guesses among the instances that fit, as the mean over `draws` random orders of what it finds equally probable."""
@@ -425,18 +441,18 @@ def gallery_picture(path, rows):
     clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
 
 
-def draw_gallery(path, instances, images, texts, seed=0, rows=6, top=5):
-    """A gallery of random queries of a split: `rows` text-to-image, then `rows` image-to-text."""
+def draw_gallery(path, instances, of_text, of_image, seed=0, rows=6, top=5):
+    """A gallery of random queries of a split: `rows` text-to-image, then `rows` image-to-text. of_text: function of a caption's number -> the
+    scores of all instances (N,); of_image: of an instance's number -> the scores of all captions (C,)."""
     rng, at = np.random.default_rng(seed), layout(instances)
     captions, out = [c for x in instances for c in x.captions], []
     picture = lambda i: data.pixels(instances[i].images[0], CELL)
     draw = lambda asked: rng.permutation(asked.nonzero().flatten().numpy())[:rows].tolist()
+    best = lambda scores: scores.argsort(descending=True, stable=True)[:top].tolist()
     for c in draw(at["text_query"]):
-        _, found = search(texts[c:c + 1], images, top)
-        out.append((captions[c], [(picture(i), bool(at["image_group"][i] == at["text_group"][c])) for i in found[0].tolist()]))
+        out.append((captions[c], [(picture(i), bool(at["image_group"][i] == at["text_group"][c])) for i in best(of_text(c))]))
     for i in draw(at["image_query"]):
-        _, found = search(images[i:i + 1], texts, top)
-        out.append((picture(i), [(captions[c], bool(at["text_group"][c] == at["image_group"][i])) for c in found[0].tolist()]))
+        out.append((picture(i), [(captions[c], bool(at["text_group"][c] == at["image_group"][i])) for c in best(of_image(i))]))
     gallery_picture(path, out)
 
 
@@ -652,11 +668,14 @@ def write_json(path, value):
 
 # ---------------------------------------------------------------- the command
 
-def restore(path, device=None):
-    """-> (model, tokenizer, checkpoint) of a checkpoint file. The script it names rebuilds the model; no other module is imported."""
+def restore(path, device=None, clip_path=None):
+    """-> (model, tokenizer, checkpoint) of a checkpoint file. The script it names rebuilds the model; no other module is imported.
+    clip_path: where the CLIP lies now that a checkpoint without one (an adapter's) belongs to."""
     checkpoint = clip.load_checkpoint(path)
     if checkpoint.get("method") not in METHODS:
         raise clip.CheckpointError(f"{path}: made by {checkpoint.get('method')!r}, which is none of {', '.join(METHODS)}")
+    if clip_path:
+        checkpoint["settings"]["clip"] = clip_path
     model = importlib.import_module(checkpoint["method"]).restore(checkpoint, path)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return model, model.tokenizer or (model.config and clip.default_tokenizer()), checkpoint  # no config: it reads features, not words
@@ -665,6 +684,7 @@ def restore(path, device=None):
 def main(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint", required=True, help="best.pt or last.pt of a run")
+    p.add_argument("--clip", help="the CLIP that an adapter belongs to, where it lies elsewhere now")
     p.add_argument("--data", help="default: the data the model was trained on")
     p.add_argument("--root", help="folder of the data set")
     p.add_argument("--split", default="test")
@@ -678,7 +698,7 @@ def main(argv=None):
     p.add_argument("--out", help="folder for metrics.json (default: the checkpoint's)")
     args = p.parse_args(argv)
 
-    model, tokenizer, checkpoint = restore(args.checkpoint, args.device)
+    model, tokenizer, checkpoint = restore(args.checkpoint, args.device, args.clip)
     method = importlib.import_module(checkpoint["method"])
     if next(model.parameters()).device.type == "cpu":
         clip.fast_float32()
@@ -692,13 +712,12 @@ def main(argv=None):
     if hasattr(method, "evaluation") and args.query is None:  # a method with metrics of its own
         found, text = method.evaluation(model, checkpoint, name, root, args.split, args.amp, args.workers)
     else:
-        instances, _ = data.load(name, root, args.split)
+        instances, _ = (data.load_regions if checkpoint.get("regions") else data.load)(name, root, args.split)
         images, texts = embed(model, instances, tokenizer, args.amp, args.workers)
         if args.query is not None:
             return answer(model, tokenizer, instances, images, args)
-        limits = bounds(name, instances)
-        found = {"model": retrieval_metrics(images.cpu(), texts.cpu(), **layout(instances)), **limits}
-        text = table({f"{name} {args.split}": found["model"], **limits}, shapes=name in ("primitives", "text2shape"))
+        found = retrieval_rows(name, images, texts, instances)
+        text = table({row.replace("model", f"{name} {args.split}"): metrics for row, metrics in found.items()}, shapes=name in ("primitives", "text2shape"))
     print(text)
     path = os.path.join(args.out or os.path.dirname(args.checkpoint) or ".", "metrics.json")
     kept = {}
@@ -711,7 +730,7 @@ def main(argv=None):
         if hasattr(method, "gallery"):
             method.gallery(model, checkpoint, name, root, args.split, args.gallery)
         else:
-            draw_gallery(args.gallery, instances, images, texts)
+            draw_gallery(args.gallery, instances, lambda c: images @ texts[c], lambda i: texts @ images[i])
         print(f"written to {args.gallery}")
     if args.attention:
         method.attention_picture(model, checkpoint, name, root, args.split, args.attention)

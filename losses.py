@@ -309,11 +309,8 @@ def proxy_anchor_loss(x, prototypes, labels, margin=0.1, alpha=32.0):
 
 # ---------------------------------------------------------------- retrieval with queues (USER, section 5.3)
 # images (N, D), texts (N, D): unit-norm, row j of both is one pair. A queue (K, D) holds unit-norm momentum embeddings of the other
-# modality; own (N, K), bool, marks a query's own instance among them, which is no negative of it. Both terms are finite for every
-# cosine: exponents go into logsumexp, never into exp.
-
-def _diagonal(similarity):
-    return torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+# modality. own, bool, marks what shows the same thing as a query and is no negative of it: (N, N) of the batch, where the diagonal
+# is always set, (N, K) of a queue. All are finite for every cosine: exponents go into logsumexp, never into exp.
 
 
 def _one_plus(exponents):
@@ -321,11 +318,11 @@ def _one_plus(exponents):
     return F.pad(exponents, (1, 0)).logsumexp(-1)
 
 
-def uto_loss(images, texts, mu=90.0, gamma=0.5):
-    """USER's unified training objective on a batch: with S_ij = v_i . t_j, the mean over j of log(1 + sum over i != j of
+def uto_loss(images, texts, own, mu=90.0, gamma=0.5):
+    """USER's unified training objective on a batch: with S_ij = v_i . t_j, the mean over j of log(1 + sum over the i not of `own` of
     e^(mu (S_ij - gamma))) / mu + the same of S_ji - log(1 + max(0, S_jj))."""
     similarity = images.float() @ texts.float().t()
-    pushed = (mu * (similarity - gamma)).masked_fill(_diagonal(similarity), -math.inf)
+    pushed = (mu * (similarity - gamma)).masked_fill(own, -math.inf)
     return (_one_plus(pushed.t()) / mu + _one_plus(pushed) / mu - torch.log1p(similarity.diagonal().clamp(min=0))).mean()
 
 
@@ -336,6 +333,11 @@ def uto_queue_loss(queries, keys, queue, own, mu=90.0, gamma=0.5):
     return (_one_plus(pushed) / mu - torch.log1p((queries.float() * keys.float()).sum(1).clamp(min=0))).mean()
 
 
+def info_nce_loss(images, texts, own, temperature=0.05):
+    """Cross-entropy of each pair against the rest of the batch, mean of both directions; a baseline."""
+    return (info_nce_queue_loss(images, texts, texts, own, temperature) + info_nce_queue_loss(texts, images, images, own.t(), temperature)) / 2
+
+
 def info_nce_queue_loss(queries, keys, queue, own, temperature=0.05):
     """MoCo's loss (He et al. 2020, equation 1): cross-entropy of the own key against the queue; a baseline."""
     negatives = (queries.float() @ queue.float().t() / temperature).masked_fill(own, -math.inf)
@@ -343,11 +345,11 @@ def info_nce_queue_loss(queries, keys, queue, own, temperature=0.05):
     return (torch.cat([positive, negatives], 1).logsumexp(1) - positive[:, 0]).mean()
 
 
-def hardest_triplet_loss(images, texts, margin=0.2):
+def hardest_triplet_loss(images, texts, own, margin=0.2):
     """VSE++ (Faghri et al. 2018, equation 6): hinge against the hardest negative of the batch, sum of both directions; a baseline."""
     similarity = images.float() @ texts.float().t()
-    others, own = similarity.masked_fill(_diagonal(similarity), -math.inf), similarity.diagonal()
-    return (F.relu(margin + others.amax(1) - own) + F.relu(margin + others.amax(0) - own)).mean()
+    others, positive = similarity.masked_fill(own, -math.inf), similarity.diagonal()
+    return (F.relu(margin + others.amax(1) - positive) + F.relu(margin + others.amax(0) - positive)).mean()
 
 
 def hardest_triplet_queue_loss(queries, keys, queue, own, margin=0.2):

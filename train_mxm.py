@@ -198,7 +198,7 @@ def report(args, device):
     results, shapes = {}, args.data in ("primitives", "text2shape")
     for split in ("test", "unseen") if args.data == "primitives" else ("test",):
         instances, _ = data.load(args.data, args.root, split)
-        results[split] = {"model": eval.evaluate(model, instances, tokenizer, args.amp, args.workers), **eval.bounds(args.data, instances)}
+        results[split] = eval.retrieval_rows(args.data, *eval.embed(model, instances, tokenizer, args.amp, args.workers), instances)
     eval.write_json(os.path.join(args.out, "metrics.json"), results)
     print(eval.table({f"{split} {row}": metrics for split, rows in results.items() for row, metrics in rows.items()}, shapes))
     if args.data == "primitives":

@@ -19,6 +19,8 @@ import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import data  # noqa: E402
 
 
 def samples(loss, batch, views, captions, epochs, pairs=False):
@@ -42,6 +44,16 @@ FUSIONS = ("cma", "sequence", "modality", "concat", "image", "text")
 NOISY, TEXT_NOISE = "--train-noise-image 0.3 --train-noise-text 0.3", "--train-noise-text 0.5"
 CMA = {"primitives": "--epochs 3 --eval-every 3", "products": "--data products --clip {products} --epochs 15 --lr 1e-3 --clip-lr 2e-4"}
 
+# USER from a CLIP trained on the same data: what is compared changes one thing of `both`. Few steps, so a momentum of 0.99.
+USER = {"none": "--enhance none", "sge": "--enhance sge", "cge": "--enhance cge", "both": "",
+        "both, no queue": "--queue 0", "both, queue 256": "--queue 256", "both, momentum 0.9": "--momentum 0.9", "both, momentum 0.999": "--momentum 0.999",
+        "both, InfoNCE": "--loss infonce", "both, triplet": "--loss triplet", "none, no queue, triplet": "--enhance none --queue 0 --loss triplet"}
+USER_ON = {"primitives": "--clip {primitives} --epochs 4 --eval-every 4 --batch-weight 1", "flickr8k": "--data flickr8k --clip {photos} --epochs 20 --eval-every 20 --batch-size 64"}
+TUNE = {"adapter": "", "adapter-unshared": "--tune adapter-unshared", "full": "--tune full --lr 3e-4", "head": "--tune head",
+        "bitfit": "--tune bitfit", "prompt": "--tune prompt --lr 1e-2"}  # rates: the best of three on val, seed 0
+ADAPTER_ON = {"shapes": "--data primitives-target --clip {source} --epochs 20 --eval-every 4 --batch-size 32 --lr 3e-3",
+              "products": "--data products --clip {photos} --epochs 20 --eval-every 4 --batch-size 64 --lr 3e-3"}
+
 # study -> (script, {row: arguments}); {NAME} is the folder of one of the CLIPs below
 STUDIES = {
     "losses": ("train_mxm.py", {row: samples(loss, 64, 2, 2, 8, "pairs" in row) for row, loss in MXM.items()} | {
@@ -62,10 +74,16 @@ STUDIES = {
     **{f"cma-{data}{name}": ("train_cmaclip.py", {fusion: " ".join(f"{arguments} {noise} --fusion {fusion} --robustness".split())
                                                for fusion in FUSIONS[:4 if noise == TEXT_NOISE else 6]})
        for data, arguments in CMA.items() for name, noise in (("", ""), ("-noise", NOISY), ("-text-noise", TEXT_NOISE))},
+    **{f"user-{data}": ("train_user.py", {row: f"{base} --lr 1e-3 --clip-lr 1e-4 --dim 256 {'' if '--momentum' in more else '--momentum 0.99 '}{more}".strip()
+                                          for row, more in USER.items()}) for data, base in USER_ON.items()},
+    **{f"adapter-{data}": ("train_adapter.py", {tune: f"{base} {more}".strip() for tune, more in TUNE.items()}) for data, base in ADAPTER_ON.items()},
+    "adapter-rank": ("train_adapter.py", {f"r {r}": f"{ADAPTER_ON['shapes']}{f' --rank {r}' if r != 8 else ''}" for r in (2, 4, 8, 16, 32)}),
+    "adapter-share": ("train_adapter.py", {f"d_s {d}": f"{ADAPTER_ON['shapes']}{f' --share {d}' if d != 16 else ''}" for d in (0, 8, 16, 64, 128)}),
 }
 
 # CLIPs that a study starts from, trained on the train split of the same data
-CLIPS = {"primitives": "train_mxm.py", "products": "train_mxm.py --data products --loss clip --epochs 60"}
+CLIPS = {"primitives": "train_mxm.py", "products": "train_mxm.py --data products --loss clip --epochs 60",
+         "source": "train_mxm.py --data primitives-source --loss clip --epochs 20", "photos": "train_mxm.py --data {mixed} --loss clip --epochs 60"}
 
 WAYS = (("I2T", "image_to_text"), ("T2I", "text_to_image"))
 
@@ -79,6 +97,13 @@ def columns(study, script, run):
     if script == "train_clip4cmr.py":
         return {f"{split} {name}": value for split, rows in run.items()
                 for name, value in [*((f"{way} mAP", rows["model"][key]["mAP"]) for way, key in WAYS), ("average", rows["model"]["mAP"])]}
+    if script == "train_user.py":
+        return {f"{split} {name}": value for split, rows in run.items()
+                for name, value in [("rSum", rows["model"]["rSum"]), *((f"{way} R@{k}", rows["model"][key][f"R@{k}"]) for way, key in WAYS for k in (1, 5, 10))]}
+    if script == "train_adapter.py":
+        return {f"{way} R@{k}": run["test"]["model"][key][f"R@{k}"] for way, key in WAYS[::-1] for k in (1, 5)} | {
+            "rSum": run["test"]["model"]["rSum"], "trained, thousands": run["costs"]["trained_parameters"] / 1000, "share, %": 100 * run["costs"]["share"],
+            "ms per step": 1000 * run["costs"]["seconds_per_step"], "GiB": run["costs"]["peak_memory_gib"]}
     if "-tasks" in study:  # every task by itself
         return {f"{task} {short}": found[metric] for task, found in run["test"]["model"].items() for short, metric in
                 (("acc.", "accuracy"), ("F1", "macro_f1"), ("R@P90", "recall_at_precision"))}
@@ -105,6 +130,7 @@ def main():
     p.add_argument("--list", action="store_true", help="print the commands only")
     args = p.parse_args()
 
+    mixed = os.path.abspath(os.path.join(args.out, "mixed.jsonl"))
     roots, folder = dict(part.split("=", 1) for part in args.root), lambda name: os.path.join(args.out, f"clip-{name}")
 
     def complete(command, out):  # with the data set's folder and the run's own
@@ -116,7 +142,7 @@ def main():
     for study in args.study or STUDIES:
         script, rows = STUDIES[study]
         for row, arguments in rows.items():
-            needed |= {name: complete(CLIPS[name], folder(name)) for name in CLIPS if f"{{{name}}}" in arguments}
+            needed |= {name: complete(CLIPS[name].format(mixed=mixed), folder(name)) for name in CLIPS if f"{{{name}}}" in arguments}
             for seed in range(args.seeds):
                 prefix = {"train_mxm.py": ""}.get(script, script[6:-3] + "-")
                 out = os.path.join(args.out, prefix + re.sub(r"[^\w.+:=-]+", "-", arguments.replace("--", "")).replace("eval-every", "e") + f"-seed-{seed}")
@@ -135,6 +161,9 @@ def main():
             resume = ["--resume"] if os.path.exists(os.path.join(out, "last.pt")) else []
             subprocess.run([sys.executable, *shlex.split(command), *resume], cwd=ROOT, env=environment, stdout=f, stderr=f, check=True)
 
+    if "photos" in needed and not os.path.exists(mixed):
+        os.makedirs(args.out, exist_ok=True)
+        write_mixed(mixed, roots)
     seen = dict.fromkeys(commands.values())  # studies share rows: each command once
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda name: run(needed[name], folder(name)), needed))
@@ -149,8 +178,7 @@ def main():
             for row in rows:
                 runs = []
                 for seed in range(args.seeds):
-                    with open(os.path.join(commands[study, row, seed][1], "metrics.json")) as f:
-                        runs.append(columns(name, script, json.load(f)))
+                    runs.append(columns(name, script, found_by(commands[study, row, seed][1])))
                 values[row] = {heading: [run[heading] for run in runs] for heading in runs[0]}
             heads = list(dict.fromkeys(heading for found in values.values() for heading in found))
             print(f"\n{name}\n| | " + " | ".join(heads + ["T2I R@1 against hard, paired"] * ("hard" in values)) + " |\n|" + " --- |" * (1 + len(heads) + ("hard" in values)))
@@ -159,6 +187,25 @@ def main():
                 if "hard" in values:  # seeds share initial weights and the order of the data, so differences vary less than values
                     cells.append("" if row == "hard" else spread([a - b for a, b in zip(found[heads[0]], values["hard"][heads[0]])], "+"))
                 print(f"| {row} | " + " | ".join(cells) + " |")
+
+
+def found_by(out):
+    """metrics.json of a run's folder, with costs.json where there is one."""
+    with open(os.path.join(out, "metrics.json")) as f:
+        found = json.load(f)
+    if os.path.exists(os.path.join(out, "costs.json")):
+        with open(os.path.join(out, "costs.json")) as f:
+            found["costs"] = json.load(f)
+    return found
+
+
+def write_mixed(path, roots):
+    """Photos and products as one data set of one's own: what a CLIP sees before it is carried over to products alone."""
+    with open(path, "w") as f:
+        for name in ("flickr8k", "products"):
+            for split in ("train", "val", "test"):
+                for x in data.load(name, roots.get(name), split)[0]:
+                    f.write(json.dumps({"id": f"{name}-{x.id}", "images": [os.path.abspath(i) for i in x.images], "captions": x.captions, "split": split}) + "\n")
 
 
 def spread(values, sign=""):

@@ -288,7 +288,8 @@ def test_draw_gallery_marks_what_is_relevant(tmp_path, monkeypatch):
         features.append(torch.eye(3)[i // 2 if i < 5 else 0])
     drawn = []
     monkeypatch.setattr(eval, "gallery_picture", lambda path, rows: drawn.extend(rows))
-    eval.draw_gallery("x.png", instances, torch.stack(features), torch.stack(features), rows=6, top=3)
+    each = torch.stack(features)
+    eval.draw_gallery("x.png", instances, lambda c: each @ each[c], lambda i: each @ each[i], rows=6, top=3)
     texts, images = [r for r in drawn if isinstance(r[0], str)], [r for r in drawn if not isinstance(r[0], str)]
     assert sorted(r[0] for r in texts) == [f"caption {i}" for i in range(4)] and len(images) == 4  # distractors are not asked about
     for query, results in texts:  # ties by index: a query of group 0 finds 0, 1 and the impostor 5

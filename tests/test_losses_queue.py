@@ -23,19 +23,27 @@ def log_one_plus(exponents):
     return torch.log(1 + sum((x.exp() for x in exponents), torch.zeros((), dtype=torch.float64)))
 
 
-def uto(x, y):
+def uto(x, y, own):
     s, total = x @ y.t(), 0
     for j in range(len(x)):
-        total = total + log_one_plus([MU * (s[i, j] - GAMMA) for i in range(len(x)) if i != j]) / MU
-        total = total + log_one_plus([MU * (s[j, i] - GAMMA) for i in range(len(x)) if i != j]) / MU - torch.log(1 + s[j, j].clamp(min=0))
+        total = total + log_one_plus([MU * (s[i, j] - GAMMA) for i in range(len(x)) if not own[i, j]]) / MU
+        total = total + log_one_plus([MU * (s[j, i] - GAMMA) for i in range(len(x)) if not own[j, i]]) / MU - torch.log(1 + s[j, j].clamp(min=0))
     return total / len(x)
 
 
-def triplet(x, y, margin=0.2):
+def infonce(x, y, own):
+    s, total = x @ y.t() / 0.05, 0
+    for j in range(len(x)):
+        for row in (s[j], s[:, j]):
+            total = total + log_one_plus([row[i] - row[j] for i in range(len(x)) if not own[i, j]]) / 2
+    return total / len(x)
+
+
+def triplet(x, y, own, margin=0.2):
     s, total = x @ y.t(), 0
     for j in range(len(x)):
-        total = total + max((margin + s[j, i] - s[j, j]).clamp(min=0) for i in range(len(x)) if i != j)
-        total = total + max((margin + s[i, j] - s[j, j]).clamp(min=0) for i in range(len(x)) if i != j)
+        for row in (s[j], s[:, j]):
+            total = total + max([(margin + row[i] - row[j]).clamp(min=0) for i in range(len(x)) if not own[i, j]], default=0)
     return total / len(x)
 
 
@@ -54,11 +62,13 @@ def agree(found, expected, inputs):
         assert torch.allclose(a.double(), b, atol=1e-4) and b.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("found, expected", [(losses.uto_loss, uto), (losses.hardest_triplet_loss, triplet)])
-def test_batch_losses(found, expected):
+@pytest.mark.parametrize("found, expected", [(losses.uto_loss, uto), (losses.info_nce_loss, infonce), (losses.hardest_triplet_loss, triplet)])
+@pytest.mark.parametrize("things", [[0, 1, 2, 3, 4], [0, 1, 0, 3, 0]])
+def test_batch_losses(found, expected, things):
+    own = torch.tensor([[a == b for b in things] for a in things])
     for seed in range(3):
         x, y = rows(N, seed), rows(N, seed + 10)
-        agree(found(x, y), expected(x, y), (x, y))
+        agree(found(x, y, own), expected(x, y, own), (x, y))
 
 
 @pytest.mark.parametrize("found", QUEUE)
@@ -82,7 +92,8 @@ def test_finite_for_any_cosine_in_any_precision(dtype, cosine):
     x = F.normalize(torch.ones(4, 8, dtype=dtype), dim=1).requires_grad_()
     y = (x.detach() if cosine else torch.tensor([1.0, -1.0] * 4, dtype=dtype).expand(4, 8) / 8 ** 0.5) * (cosine or 1)
     queue, own = y[:1].expand(4096, 8), torch.zeros(4, 4096, dtype=torch.bool)
-    for loss in (losses.uto_loss(x, y), losses.hardest_triplet_loss(x, y), *(f(x, y, queue, own) for f in QUEUE)):
+    same = torch.eye(4, dtype=torch.bool)
+    for loss in (*(f(x, y, same) for f in (losses.uto_loss, losses.info_nce_loss, losses.hardest_triplet_loss)), *(f(x, y, queue, own) for f in QUEUE)):
         assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, x, retain_graph=True)[0]).all()
     expected = torch.log(torch.tensor(1 + 4096 * 2.718281828 ** (90.0 * (cosine - 0.5)))).item() / 90 - torch.log(torch.tensor(1 + max(0.0, cosine))).item()
     assert losses.uto_queue_loss(x, y, queue, own).item() == pytest.approx(expected, abs=0.02)
