@@ -196,6 +196,12 @@ def similarity(texts, frames, mask, tau=TAU):
     return (weights * alpha).sum(-1) / (length * texts.norm(dim=1, keepdim=True).clamp(min=1e-6))
 
 
+def total_loss(texts, frames, mask, scale):
+    """CLIP's symmetric cross-entropy with the query-aware similarity; text i belongs to video i. Shapes as in `similarity`."""
+    logits, target = scale * similarity(texts, frames, mask), torch.arange(len(texts), device=texts.device)  # (B, B): texts x videos
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+
+
 def embed(model, loader, amp):
     """-> frames (N, V, D), mask (N, V), texts (C, D), as the encoders give them."""
     found = [(as_videos(rows, mask), mask) for rows, mask in eval.encode_images(model, loader, amp)]
@@ -237,9 +243,12 @@ def evaluation_loader(model, instances, tokenizer, args):
 
 # ---------------------------------------------------------------- for eval.py
 
-def clip_of(settings, out):
-    """The path or name of the CLIP that a run in the folder `out` adapts: one that was pretrained for it lies there."""
-    return os.path.join(out, "clip.pt") if settings["clip"] in clip.SCRATCH else settings["clip"]
+def clip_of(settings, folder):
+    """The path or name of the CLIP that a run adapts. One that is pretrained here lies beside the folder of the run: others use it too."""
+    if settings["clip"] not in clip.SCRATCH:
+        return settings["clip"]
+    what = [settings[k] for k in ("clip", "pretrain_epochs", "image_size", "vocab_size", "seed")]
+    return os.path.join(os.path.dirname(os.path.abspath(folder)), "-".join(["clip", *(str(x) for x in what if x is not None)]) + ".pt")
 
 
 def restore(checkpoint, path):
@@ -282,31 +291,27 @@ def gallery(model, checkpoint, name, root, split, path, amp="auto", workers=0):
 
 # ---------------------------------------------------------------- training
 
-def pretrain(args, device, first):
-    """A small CLIP trained on the source part of the built-in shapes with CLIP's own loss: what the others adapt. Kept in the run's
-    folder as clip.pt."""
-    path = clip_of(vars(args), args.out)
-    if first and not (args.resume and os.path.exists(path)):
-        instances, _ = data.load("primitives-source")
-        tokenizer = clip.Tokenizer.train([c for x in instances for c in x.captions], args.vocab_size)
-        model = clip.build(args.clip, tokenizer, args.seed, args.image_size).to(device).train()
-        loader = data.Loader(instances, tokenizer, model.context_length, model.config.image_resolution, 128, 1, 1, train=True, seed=args.seed, workers=args.workers)
-        optimizer, steps = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1), args.pretrain_epochs * len(loader)
-        progress = eval.Progress(steps)
-        progress.line(f"{args.clip} starts from scratch: it is trained on {len(instances):,} shapes of the source part first, {steps:,} steps")
-        for step, batch in enumerate(loader.batches(0, steps)):
-            optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
-            batch = data.to_device(batch, device)
-            with clip.autocast(args.amp, model):
-                images, texts = model.encode_image(batch["images"][:, 0]), model.encode_text(batch["tokens"][:, 0])
-            loss = losses.clip_loss(F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1), model.logit_scale.exp().clamp(max=100))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            progress.step(step + 1, len(images), loss=loss.item())
-        clip.save_checkpoint(path, {"method": "train_mxm", "settings": {}, "clip": clip.describe(model), "step": steps})
-    losses.any_process(False, device)  # the others wait for it
+def pretrain(args, path, device):
+    """Train a small CLIP on the source part of the built-in shapes with CLIP's own loss: what is adapted to the other part."""
+    instances, _ = data.load("primitives-source")
+    tokenizer = clip.Tokenizer.train([c for x in instances for c in x.captions], args.vocab_size)
+    model = clip.build(args.clip, tokenizer, args.seed, args.image_size).to(device).train()
+    loader = data.Loader(instances, tokenizer, model.context_length, model.config.image_resolution, 128, 1, 1, train=True, seed=args.seed, workers=args.workers)
+    optimizer, steps = torch.optim.AdamW(model.parameters(), weight_decay=0.1, fused=True), args.pretrain_epochs * len(loader)
+    progress = eval.Progress(steps)
+    progress.line(f"{args.clip} starts from scratch: it is trained on {len(instances):,} shapes of primitives-source first, {steps:,} steps, and kept as {path}")
+    for step, batch in enumerate(loader.batches(0, steps)):
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
+        batch = data.to_device(batch, device)
+        with clip.autocast(args.amp, model):
+            images, texts = model.encode_image(batch["images"][:, 0]), model.encode_text(batch["tokens"][:, 0])
+        loss = losses.clip_loss(F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1), model.logit_scale.exp().clamp(max=100))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRADIENT)
+        optimizer.step()
+        progress.step(step + 1, len(images), loss=loss.item())
+    clip.save_checkpoint(path, {"method": "train_mxm", "settings": {}, "clip": clip.describe(model), "step": steps})
 
 
 def main(argv=None):
@@ -326,10 +331,11 @@ def main(argv=None):
     data.load(args.data, args.root, "test")  # needed at the end: what is missing is said before training, not after
 
     # model
-    checkpoint = eval.open_run(args.out, vars(args), args.resume, first) if first or args.resume else None
-    if args.clip in clip.SCRATCH:
-        pretrain(args, device, first)
-    inner, _ = clip.load(clip_of(vars(args), args.out), device, image_size=args.image_size)
+    path = clip_of(vars(args), args.out)
+    if args.clip in clip.SCRATCH and first and not os.path.exists(path):
+        pretrain(args, path, device)
+    losses.any_process(False, device)  # the others wait for it
+    inner, _ = clip.load(path, device, image_size=args.image_size)
     identity, total = clip.identity(inner), sum(p.numel() for p in inner.parameters())
     tokenizer = inner.tokenizer or clip.default_tokenizer()
     model = Tuned(inner, args.tune, args.rank, args.share, args.prompts, args.seed).to(device)
@@ -341,11 +347,12 @@ def main(argv=None):
     trained = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
     optimizer = torch.optim.AdamW([{"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
-                                   {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98), fused=True)
+                                   {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     steps = args.epochs * len(loader)
 
     # run: everything that changes is in `state`, the trained weights and the optimizer, so that a resumed run ends with the same bits
     state = {"step": 0, "best": -1.0, "loss_sum": 0.0}
+    checkpoint = eval.open_run(args.out, vars(args), args.resume, first) if first or args.resume else None
     if checkpoint:
         if checkpoint["clip_identity"] != identity:
             raise clip.CheckpointError(f"--resume: {args.out}/last.pt belongs to the CLIP {checkpoint['clip_identity'][:12]}, and {args.clip} is {identity[:12]} now")
@@ -382,9 +389,7 @@ def main(argv=None):
             texts = model.encode_text(batch["tokens"][:, 0]).float()  # (B, D)
         frames, mask = (F.pad(x, pad) for x, pad in ((as_videos(rows, mask), (0, 0, 0, args.frames - mask.shape[1])), (mask, (0, args.frames - mask.shape[1]))))
         frames, mask, texts = losses.gather(frames), losses.gather(mask), losses.gather(texts)  # of one shape on all processes
-        logits = inner.logit_scale.exp() * similarity(texts, frames, mask)  # (B, B): texts x videos; the scale stays as it was pretrained
-        target = torch.arange(len(logits), device=device)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+        loss = total_loss(texts, frames, mask, inner.logit_scale.exp())  # the scale stays as it was pretrained
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         losses.average_gradients(trained)
@@ -440,10 +445,10 @@ def report(args, costs, device):
     model, _, checkpoint = eval.restore(os.path.join(args.out, "best.pt"), device)
     results, _ = evaluation(model, checkpoint, args.data, args.root, "test", args.amp, args.workers)
     before = Tuned(clip.load(clip_of(vars(args), args.out), device, image_size=args.image_size)[0], "head")
-    results["not tuned"] = evaluation(before, checkpoint, args.data, args.root, "test", args.amp, args.workers)[0]["model"]
-    eval.write_json(os.path.join(args.out, "metrics.json"), {"test": results})
+    before, _ = evaluation(before, checkpoint, args.data, args.root, "test", args.amp, args.workers)
+    eval.write_json(os.path.join(args.out, "metrics.json"), {"test": results, "test, not tuned": before})
     eval.write_json(os.path.join(args.out, "costs.json"), costs)
-    print(eval.table({f"test {row}": metrics for row, metrics in results.items()}))
+    print(eval.table({"test model": results["model"], "not tuned": before["model"], "chance": results["chance"]}))
     print(f"--tune {args.tune}: {costs['trained_parameters']:,} trained parameters ({100 * costs['share']:.2f}%)"
           + (f", {costs['seconds_per_step']:.3f} s per step" if costs["seconds_per_step"] else "")
           + (f", {costs['peak_memory_gib']:.2f} GiB at most" if costs["peak_memory_gib"] else ""))

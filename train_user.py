@@ -56,7 +56,7 @@ def settings(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if 0 < args.queue < args.batch_size:
-        p.error(f"--queue {args.queue} is smaller than --batch-size {args.batch_size}: a batch of keys must fit; choose {args.batch_size} or more, or 0")
+        p.error(f"--batch-size {args.batch_size} is larger than --queue {args.queue}: the queue must hold a batch of keys; give it {args.batch_size} or more, or 0")
     args.clip_lr = args.clip_lr or (args.lr if scratch else args.lr / 10)
     args.eval_every = args.eval_every or max(1, args.epochs // 5)
     args.out = args.out or os.path.join("runs", f"user-{os.path.splitext(os.path.basename(args.data))[0]}")
@@ -65,6 +65,7 @@ def settings(argv=None):
 
 # ---------------------------------------------------------------- the model
 # Local features are x (B, L, D) with keep (B, L), bool: which of them there are. What is padding is zero and stays without effect.
+# A bias that batch norm or a softmax takes out again is left out: its gradient would be nothing but rounding.
 
 def guided_enhancement(x, keep, g, smooth):
     """Add to the local features what they share with a global one g (B, D), unit-norm: a = softmax over the L places of smooth x . g,
@@ -86,8 +87,8 @@ class SGE(nn.Module):
 
     def __init__(self, width, dropout):
         super().__init__()
-        self.local, self.whole = (nn.Sequential(nn.Linear(width, width), losses.BatchNorm(width), nn.Tanh(), nn.Dropout(dropout)) for _ in range(2))
-        self.score = nn.Linear(width, 1)
+        self.local, self.whole = (nn.Sequential(nn.Linear(width, width, bias=False), losses.BatchNorm(width), nn.Tanh(), nn.Dropout(dropout)) for _ in range(2))
+        self.score = nn.Linear(width, 1, bias=False)
 
     def forward(self, x, keep):
         mean = (x * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
@@ -139,7 +140,7 @@ class USER(nn.Module):
             if enhance in ("sge", "both"):
                 self.image_sge, self.text_sge = SGE(width, dropout), SGE(D, dropout)
             self.image_fc, self.text_fc = nn.Linear(width, dim), nn.Linear(D, dim)
-            self.image_mlp = nn.Sequential(nn.Linear(width, dim // 2), losses.BatchNorm(dim // 2), nn.ReLU(), nn.Linear(dim // 2, dim))
+            self.image_mlp = nn.Sequential(nn.Linear(width, dim // 2, bias=False), losses.BatchNorm(dim // 2), nn.ReLU(), nn.Linear(dim // 2, dim))
             self.image_gpo, self.text_gpo = GPO(), GPO()
         self.clip = clip_model
 

@@ -138,7 +138,7 @@ def assert_same_run(a, b):
         assert_same(clip.load_checkpoint(a / name), clip.load_checkpoint(b / name))
     for name in ("log.jsonl", "metrics.json"):
         assert (a / name).read_text() == (b / name).read_text()
-    assert sorted(os.listdir(b)) == FILES
+    assert set(os.listdir(b)) - {"costs.json"} == set(FILES)  # costs: seconds and memory, of train_adapter.py
 
 
 def log(out):

@@ -51,7 +51,7 @@ USER = {"none": "--enhance none", "sge": "--enhance sge", "cge": "--enhance cge"
 USER_ON = {"primitives": "--clip {primitives} --epochs 4 --eval-every 4 --batch-weight 1", "flickr8k": "--data flickr8k --clip {photos} --epochs 20 --eval-every 20 --batch-size 64"}
 TUNE = {"adapter": "", "adapter-unshared": "--tune adapter-unshared", "full": "--tune full --lr 3e-4", "head": "--tune head",
         "bitfit": "--tune bitfit", "prompt": "--tune prompt --lr 1e-2"}  # rates: the best of three on val, seed 0
-ADAPTER_ON = {"shapes": "--data primitives-target --clip {source} --epochs 20 --eval-every 4 --batch-size 32 --lr 3e-3",
+ADAPTER_ON = {"shapes": "--data primitives-target --clip {source} --frames 4 --epochs 20 --eval-every 4 --batch-size 32 --lr 3e-3",
               "products": "--data products --clip {photos} --epochs 20 --eval-every 4 --batch-size 64 --lr 3e-3"}
 
 # study -> (script, {row: arguments}); {NAME} is the folder of one of the CLIPs below
