@@ -384,3 +384,28 @@ def test_restore_imports_nothing_but_the_methods(tmp_path, monkeypatch):
         clip.save_checkpoint(tmp_path / "x.pt", {"method": method})
         with pytest.raises(clip.CheckpointError, match="which is none of train_"):
             eval.restore(tmp_path / "x.pt")
+
+
+# ---------------------------------------------------------------- COCO's folds
+
+def test_folds_are_the_mean_over_consecutive_parts():
+    """Each with its own captions; of 11 instances in folds of 4 the last 3 are left out. No other data set has folds, nor one without a second."""
+    captions = [2, 1, 3, 1, 2, 2, 1, 4, 1, 2, 3]
+    instances = [instance(str(i), group=f"g{i // 2}", captions=n, query=i != 6) for i, n in enumerate(captions)]
+    images, texts = F.normalize(random(11, 6), dim=1), F.normalize(random(sum(captions), 6, seed=1), dim=1)
+    rows = eval.retrieval_rows("coco", images, texts, instances, fold=4)
+    assert list(rows) == ["model", "model, 1K folds", "chance"]
+    parts = []
+    for fold in ([0, 1, 2, 3], [4, 5, 6, 7]):
+        of_texts = [j for j, i in enumerate(i for i, n in enumerate(captions) for _ in range(n)) if i in fold]
+        owner = torch.tensor([i for i in fold for _ in range(captions[i])])
+        scores, asked, asked_texts = images[fold] @ texts[of_texts].t(), torch.tensor(fold) != 6, owner != 6
+        parts.append({"text_to_image": brute_force(scores.t()[asked_texts], owner[asked_texts] // 2, torch.tensor(fold) // 2, (1, 5, 10)),
+                      "image_to_text": brute_force(scores[asked], torch.tensor(fold)[asked] // 2, owner // 2, (1, 5, 10))})
+    found, expected = rows["model, 1K folds"], {way: {m: (parts[0][way][m] + parts[1][way][m]) / 2 for m in parts[0][way]} for way in parts[0]}
+    for way in expected:
+        assert found[way] == pytest.approx({m: value for m, value in expected[way].items() if m != "mAP"})
+    assert found["rSum"] == pytest.approx(sum(expected[way][f"R@{k}"] for way in expected for k in (1, 5, 10)))
+    assert rows["model"] == eval.retrieval_metrics(images, texts, **eval.layout(instances)) != found
+    assert all(list(eval.retrieval_rows(*a, fold=fold)) == ["model", "chance"] for *a, fold in (
+        ("flickr30k", images, texts, instances, 4), ("coco", images, texts, instances, 11), ("coco", images, texts, instances, 1000)))
