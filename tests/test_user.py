@@ -164,11 +164,12 @@ def test_the_encoders_are_the_plain_version_of_each_sample(enhance, regions, tra
     plain = copy.deepcopy(model).double()
     images, tokens = torch.randn(4, 3, 6) if regions else torch.randn(4, 3, 16, 16), model.tokenizer(CAPTIONS, 16)
     wanted = torch.randn(2, 4, 12)
-    for which, found, expected in ((0, model.encode_image(images), plain_image(plain, images.double())), (1, model.encode_text(tokens), plain_text(plain, tokens))):
+    found_and_expected = ((model.encode_image(images), plain_image(plain, images.double())), (model.encode_text(tokens), plain_text(plain, tokens)))
+    for direction, (found, expected) in zip(wanted, found_and_expected):
         assert found.dtype == torch.float32 and torch.allclose(found.double(), expected, atol=1e-5)
         assert torch.allclose(found.norm(dim=1), torch.ones(4))
-        (found * wanted[which]).sum().backward()
-        (expected * wanted[which].double()).sum().backward()
+        (found * direction).sum().backward()
+        (expected * direction.double()).sum().backward()
     slopes = dict(plain.named_parameters())
     assert any(name.startswith("image_sge.") for name in slopes) == (enhance in ("sge", "both"))
     for name, p in model.named_parameters():
@@ -276,7 +277,8 @@ def in_order(queue):
 def test_a_queue_starts_with_random_unit_rows_of_nothing():
     queue, same, other = Queue(7, 4, seed=3), Queue(7, 4, seed=3), Queue(7, 4, seed=4)
     assert torch.allclose(queue.images.norm(dim=1), torch.ones(7)) and torch.allclose(queue.texts.norm(dim=1), torch.ones(7))
-    assert queue.things.tolist() == [-1] * 7 and in_order(queue) == in_order(same) and len({tuple(r) for r in queue.images.tolist() + queue.texts.tolist()}) == 14
+    assert queue.things.tolist() == [-1] * 7 and in_order(queue) == in_order(same)
+    assert len({tuple(row) for row in queue.images.tolist() + queue.texts.tolist()}) == 14
     assert not torch.equal(queue.images, other.images) and not list(queue.parameters())
 
 
@@ -414,8 +416,9 @@ def test_settings_are_the_papers():
     """Flickr30K, COCO, and those for random weights; CLIP's rate is a tenth where it is pretrained."""
     shared = dict(enhance="both", loss="uto", momentum=0.999, smooth=4.0, dropout=0.4, augment=0.2, weight_decay=1e-4, batch_size=128)
     pretrained = shared | dict(lr=5e-4, clip_lr=5e-5, dim=1024, infonce_first=0.0)
-    for argv, expected in ((["--data", "flickr30k", "--clip", "ViT-B/32"], pretrained | dict(epochs=20, queue=2048, batch_weight=20.0, lr_drop=0.5, eval_every=4)),
-                           (["--data", "coco", "--clip", "ViT-B/32"], pretrained | dict(epochs=25, queue=4096, batch_weight=1.0, lr_drop=0.6, eval_every=5)),
+    flickr30k = pretrained | dict(epochs=20, queue=2048, batch_weight=20.0, lr_drop=0.5, eval_every=4)
+    coco = pretrained | dict(epochs=25, queue=4096, batch_weight=1.0, lr_drop=0.6, eval_every=5)
+    for argv, expected in ((["--data", "flickr30k", "--clip", "ViT-B/32"], flickr30k), (["--data", "coco", "--clip", "ViT-B/32"], coco),
                            ([], shared | dict(epochs=14, queue=2048, batch_weight=1.0, lr=1e-3, clip_lr=1e-3, dim=256, infonce_first=0.7, lr_drop=0.85)),
                            (["--data", "coco"], dict(queue=2048, lr=1e-3, clip_lr=1e-3))):
         assert vars(settings(argv)).items() >= (expected | {"out": f"runs/user-{argv[1] if argv else 'primitives'}"}).items()
@@ -454,7 +457,8 @@ def spied(squares, tmp_path_factory):
             super().step()
 
     def total_loss(kind, weight, images, texts, thing, keys, queue):
-        run.losses.append(SimpleNamespace(kind=kind, weight=weight, images=images.detach(), texts=texts.detach(), thing=thing, keys=keys, queue=in_order(queue)))
+        run.losses.append(SimpleNamespace(kind=kind, weight=weight, images=images.detach(), texts=texts.detach(), thing=thing, keys=keys,
+                                          queue=in_order(queue)))
         return plain_loss(kind, weight, images, texts, thing, keys, queue)
 
     def change(*a):
@@ -566,7 +570,8 @@ def evaluated(out, *more):
     return metrics(out / "again")["test"]
 
 
-@pytest.mark.parametrize("enhance, more", [("none", ["--queue", 0, "--loss", "triplet"]), ("sge", ["--loss", "infonce", "--batch-weight", 0]), ("cge", ["--smooth", 9])])
+@pytest.mark.parametrize("enhance, more", [("none", ["--queue", 0, "--loss", "triplet"]), ("sge", ["--loss", "infonce", "--batch-weight", 0]),
+                                           ("cge", ["--smooth", 9])])
 def test_baselines_run_and_eval_repeats_their_metrics(enhance, more, squares, tmp_path):
     out = tmp_path / "run"
     main(arguments(squares, "--out", out, "--epochs", 1, "--dim", 10, "--queue", 8, "--enhance", enhance, *more))
