@@ -57,6 +57,12 @@ def settings(argv=None):
             setattr(args, name, value)
     if 0 < args.queue < args.batch_size:
         p.error(f"--batch-size {args.batch_size} is larger than --queue {args.queue}: the queue must hold a batch of keys; give it {args.batch_size} or more, or 0")
+    if args.batch_size < 2:
+        p.error("--batch-size 1: batch norm and the losses compare what is in a batch; give it 2 or more")
+    if args.dim < 2:
+        p.error("--dim 1: the common space needs 2 dimensions or more")
+    if args.regions and args.data == "primitives":
+        p.error("--regions: the built-in shapes have none; add --data flickr30k or --data coco")
     args.clip_lr = args.clip_lr or (args.lr if scratch else args.lr / 10)
     args.eval_every = args.eval_every or max(1, args.epochs // 5)
     args.out = args.out or os.path.join("runs", f"user-{os.path.splitext(os.path.basename(args.data))[0]}")
@@ -264,8 +270,11 @@ def main(argv=None):
     load = data.load_regions if args.regions else data.load
     train, _ = load(args.data, args.root, "train")
     val, _ = load(args.data, args.root, "val")
-    load(args.data, args.root, "test")  # needed at the end: what is missing is said before training, not after
+    test, _ = load(args.data, args.root, "test")  # needed at the end: what is missing is said before training, not after
     regions = train[0].images[0].features().shape[1] if args.regions else None
+    for view in (part[0].images[0] for part in (val, test) if args.regions):
+        if view.features().shape[1] != regions:
+            raise data.DataError(f"{view.path}: features of width {view.features().shape[1]}; those of the training split have {regions}")
 
     # model
     if args.clip in clip.SCRATCH:
@@ -277,7 +286,7 @@ def main(argv=None):
     model = USER(inner, args.enhance, args.dim, args.smooth, args.dropout, regions, args.seed).to(device)
     slow = queue = None
     if args.queue:
-        slow, queue = copy.deepcopy(model).requires_grad_(False), Queue(args.queue, args.dim, args.seed).to(device)
+        slow, queue = copy.deepcopy(model).train().requires_grad_(False), Queue(args.queue, args.dim, args.seed).to(device)
     if args.compile:
         clip.compile_blocks(inner)
     loader = data.Loader(train, tokenizer, inner.context_length, inner.config.image_resolution, args.batch_size, 1, 1, train=True, seed=args.seed,

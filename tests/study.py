@@ -77,6 +77,7 @@ STUDIES = {
     **{f"user-{data}": ("train_user.py", {row: f"{base} --lr 1e-3 --clip-lr 1e-4 --dim 256 {'' if '--momentum' in more else '--momentum 0.99 '}{more}".strip()
                                           for row, more in USER.items()}) for data, base in USER_ON.items()},
     **{f"adapter-{data}": ("train_adapter.py", {tune: f"{base} {more}".strip() for tune, more in TUNE.items()}) for data, base in ADAPTER_ON.items()},
+    "adapter-curves": ("train_adapter.py", {tune: f"{ADAPTER_ON['products']} {TUNE[tune]} --train-metrics".replace("  ", " ") for tune in ("adapter", "full")}),
     "adapter-rank": ("train_adapter.py", {f"r {r}": f"{ADAPTER_ON['shapes']}{f' --rank {r}' if r != 8 else ''}" for r in (2, 4, 8, 16, 32)}),
     "adapter-share": ("train_adapter.py", {f"d_s {d}": f"{ADAPTER_ON['shapes']}{f' --share {d}' if d != 16 else ''}" for d in (0, 8, 16, 64, 128)}),
 }
@@ -100,6 +101,8 @@ def columns(study, script, run):
     if script == "train_user.py":
         return {f"{split} {name}": value for split, rows in run.items()
                 for name, value in [("rSum", rows["model"]["rSum"]), *((f"{way} R@{k}", rows["model"][key][f"R@{k}"]) for way, key in WAYS for k in (1, 5, 10))]}
+    if study == "adapter-curves":
+        return {f"epoch {record['epoch']}, {split}": record[split]["rSum"] for record in run["log"] if "val" in record for split in ("train", "val")}
     if script == "train_adapter.py":
         return {f"{way} R@{k}": run["test"]["model"][key][f"R@{k}"] for way, key in WAYS[::-1] for k in (1, 5)} | {
             "rSum": run["test"]["model"]["rSum"], "trained, thousands": run["costs"]["trained_parameters"] / 1000, "share, %": 100 * run["costs"]["share"],
@@ -190,12 +193,12 @@ def main():
 
 
 def found_by(out):
-    """metrics.json of a run's folder, with costs.json where there is one."""
+    """metrics.json of a run's folder, of an adapter also its costs and its log."""
     with open(os.path.join(out, "metrics.json")) as f:
         found = json.load(f)
     if os.path.exists(os.path.join(out, "costs.json")):
-        with open(os.path.join(out, "costs.json")) as f:
-            found["costs"] = json.load(f)
+        with open(os.path.join(out, "costs.json")) as f, open(os.path.join(out, "log.jsonl")) as lines:
+            found |= {"costs": json.load(f), "log": [json.loads(line) for line in lines]}
     return found
 
 

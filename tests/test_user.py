@@ -621,3 +621,15 @@ def test_region_files_that_do_not_fit_are_refused(file, precomp, tmp_path, capsy
     ims.unlink()
     data._regions.cache_clear()
     assert f"{file}_ims.npy" in refused(capsys, precomp, main) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file", ["dev", "test"])
+def test_region_features_of_another_width_are_refused(file, precomp, tmp_path, capsys):
+    np.save(tmp_path / "precomp" / f"{file}_ims.npy", np.zeros((8, 4, 7), np.float32))
+    assert f"{file}_ims.npy: features of width 7" in refused(capsys, precomp, main) and not (tmp_path / "run").exists()
+
+
+def test_no_regions_of_shapes_and_no_batch_or_space_of_one(precomp, squares, capsys):
+    assert "have none" in refused(capsys, ["--data", "primitives", *precomp[2:]], main)
+    assert "2 or more" in refused(capsys, arguments(squares, "--batch-size", 1), main)
+    assert "2 dimensions" in refused(capsys, arguments(squares, "--dim", 1), main)
