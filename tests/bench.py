@@ -1,6 +1,6 @@
 """Speed, as ratios against a peer or a physical limit measured in the same run; medians of several.
 
-    python tests/bench.py            # needs open_clip_torch and transformers for the peers' lines; about three minutes
+    python tests/bench.py            # needs open_clip_torch and transformers for the peers' lines; about four minutes
     python tests/bench.py --quick    # fewer repetitions
 
 "of bare products" divides by the time of the model's matrix products alone, on the same operands' shapes and with the same
@@ -9,6 +9,7 @@ library. Peers run as they come; this project's lines are given with `clip.fast_
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -24,6 +25,7 @@ import clip  # noqa: E402
 import data  # noqa: E402
 import eval  # noqa: E402
 import losses  # noqa: E402
+import train_adapter  # noqa: E402
 import train_clip4cmr  # noqa: E402
 
 CAPTIONS = os.path.join(ROOT, "..", "shared", "data", "flickr8k", "dataset_flickr8k.json")
@@ -269,6 +271,41 @@ def class_losses(repeat, batch=300, dim=1024, classes=10):
         line(f"{name} loss, {batch} x {dim:,}, fast: time", fast_, f"of a bare product, forward and backward; plain: {plain:.2f}x")
 
 
+def video_step(tune, videos=2, frames=12):
+    """A function that does one step of train_adapter.py: whole videos and a caption each, at ViT-B/32 with random weights."""
+    model = train_adapter.Tuned(clip.build("ViT-B/32", seed=1), tune).eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.98), fused=True)
+    images, mask, tokens = torch.randn(videos * frames, 3, 224, 224), torch.ones(videos, frames, dtype=torch.bool), torch.zeros(videos, 32, dtype=torch.int32)
+    tokens[:, 0], tokens[:, 1:12], tokens[:, 12] = 49406, torch.randint(1000, 40_000, (videos, 11)), 49407  # MSR-VTT's captions are as long
+
+    def step():
+        rows, texts = model.encode_image(images), model.encode_text(tokens)
+        loss = train_adapter.total_loss(texts, train_adapter.as_videos(rows, mask), mask, model.clip.logit_scale.exp())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, train_adapter.CLIP_GRADIENT)
+        optimizer.step()
+    return step
+
+
+def peak_of_steps(tune):
+    """MB at most in a process of its own that does two steps: the second has the optimizer's moments."""
+    clip.fast_float32()
+    step = video_step(tune)
+    step(), step()
+    return megabytes("VmHWM")
+
+
+def adapters(repeat):
+    """Adapters against training everything, on videos."""
+    t = median_times({tune: within(video_step(tune), True) for tune in ("adapter", "full")}, max(3, repeat // 3))
+    line("training step, videos, --tune adapter, fast: time", t["adapter"] / t["full"], f"of --tune full's {t['full']:.2f} s (2 x 12 frames)")
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peak = {tune: pool.apply(peak_of_steps, (tune,)) for tune in ("adapter", "full")}
+    line("training step, videos, --tune adapter: peak memory", peak["adapter"] / peak["full"], f"of --tune full's {peak['full']:,.0f} MB")
+
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true")
@@ -277,6 +314,7 @@ if __name__ == "__main__":
     retrieval_by_class(repeat)
     class_losses(repeat)
     tiny(repeat)
+    adapters(repeat)
     if os.path.exists(CAPTIONS):
         training(*encoders(repeat), repeat)
     else:
