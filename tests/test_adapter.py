@@ -19,7 +19,6 @@ from PIL import Image
 import clip
 import data
 import eval
-import losses
 import runs
 import test_data_videos as layouts
 import train_adapter
@@ -103,8 +102,9 @@ def evaluated(checkpoint, *more):
 
 def size(c, r, d, shared=True):
     """Trained parameters, written out: in every layer, after attention and after the MLP."""
-    own = sum(layers * 2 * ((w * r + r) + (r * (w - d) + (w - d))) for w, layers in ((c.vision_width, c.vision_layers), (c.transformer_width, c.transformer_layers)))
-    return own + (max(c.vision_layers, c.transformer_layers) if shared else c.vision_layers + c.transformer_layers) * 2 * (r * d + d)
+    depths = c.vision_layers, c.transformer_layers
+    own = sum(layers * 2 * ((w * r + r) + (r * (w - d) + (w - d))) for w, layers in zip((c.vision_width, c.transformer_width), depths))
+    return own + (max(depths) if shared else sum(depths)) * 2 * (r * d + d)
 
 
 def test_trained_parameters_and_how_they_start():
@@ -112,7 +112,7 @@ def test_trained_parameters_and_how_they_start():
     assert size(c, 8, 16) == 519_168
     with torch.device("meta"):  # a model without its weights
         model = clip.CLIP(c)
-    for tune, r, d in (("adapter", 8, 16), ("adapter", 8, 0), ("adapter", 16, 512), ("adapter-unshared", 8, 16), ("adapter-unshared", 1, 512), ("adapter", 2, 8)):
+    for tune, r, d in (("adapter", 8, 16), ("adapter", 8, 0), ("adapter", 16, 512), ("adapter", 2, 8), ("adapter-unshared", 8, 16), ("adapter-unshared", 1, 512)):
         tuned = Tuned(model, tune, r, d)
         assert sum(p.numel() for p in tuned.parameters() if p.requires_grad) == size(c, r, d, tune == "adapter"), (tune, r, d)
         tuned.detach()
@@ -199,9 +199,9 @@ def test_one_matrix_for_both_encoders():
     places = [f"{i}_{place}" for i in range(3) for place in ("attn", "mlp")]
     assert list(tuned.extra.share) == places and all(m.weight.shape == (5, 4) for m in tuned.extra.share.values())
     images, tokens, found = torch.randn(2, 3, 16, 16), tuned.tokenizer(CAPTIONS, 24), []
-    for out in (lambda: tuned.encode_image(images).sum(), lambda: tuned.encode_text(tokens).sum(), lambda: tuned.encode_image(images).sum() + tuned.encode_text(tokens).sum()):
+    for sides in ((True, False), (False, True), (True, True)):
         tuned.zero_grad()
-        out().backward()
+        sum(encode(x).sum() for encode, x, on in zip((tuned.encode_image, tuned.encode_text), (images, tokens), sides) if on).backward()
         found.append([m.weight.grad for m in tuned.extra.share.values()])
     for i, (image, text, both) in enumerate(zip(*found)):
         assert image.abs().max() > 0 and (i >= 4) == (text is None)
@@ -341,7 +341,8 @@ def test_similarity_is_the_plain_version_with_its_gradient():
         assert all(torch.allclose(frames.grad[n, :len(x)], x.grad, atol=1e-5) for n, x in enumerate(v)) and (frames.grad[~mask] == 0).all()
     assert torch.allclose(similarity(texts, frames, mask), plain_similarity(texts, videos), atol=1e-5)  # tau is 5
     one = torch.stack([x[0] for x in videos])
-    assert torch.allclose(similarity(texts, one[:, None], torch.ones(4, 1, dtype=torch.bool)), F.normalize(texts, dim=1) @ F.normalize(one, dim=1).t(), atol=1e-6)
+    cosines = F.normalize(texts, dim=1) @ F.normalize(one, dim=1).t()
+    assert torch.allclose(similarity(texts, one[:, None], torch.ones(4, 1, dtype=torch.bool)), cosines, atol=1e-6)
     s = plain_similarity(texts, videos)
     pairs = [-(20 * x[i]).log_softmax(0)[i] for x in (s, s.t()) for i in range(4)]
     assert train_adapter.total_loss(texts, frames, mask, 20.0).item() == pytest.approx(sum(pairs).item() / 8, rel=1e-5)
@@ -574,8 +575,8 @@ def test_a_clip_pretrained_here(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "load", lambda name, *a, **k: (plain(name, *a, **k)[0][::{"primitives-source": 22, "primitives-target": 36}[name]], {}))
     pretrain = train_adapter.pretrain
     monkeypatch.setattr(train_adapter, "pretrain", lambda args, path, *a: (trained.append(path), pretrain(args, path, *a))[1])
-    argv = ["--clip", "tiny", "--pretrain-epochs", "2", "--epochs", "1", "--batch-size", "4", "--frames", "2", "--image-size", "16", "--vocab-size", "600", "--workers",
-            "0", "--device", "cpu", "--out", str(tmp_path / "run")]
+    argv = ["--clip", "tiny", "--pretrain-epochs", "2", "--epochs", "1", "--batch-size", "4", "--frames", "2", "--image-size", "16", "--vocab-size", "600",
+            "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")]
     main(argv)
     path = train_adapter.clip_of(vars(settings(argv)), str(tmp_path / "run"))
     model, said = clip.load(path, "cpu")[0], capsys.readouterr()
@@ -596,7 +597,8 @@ def test_a_clip_pretrained_here(tmp_path, monkeypatch, capsys):
     (("--tune", "prompt", "--prompts", 30), "--prompts 30: this CLIP has 32 positions for a text; choose 29 or less"),
     (("--tune", "prompt", "--prompts", 8, "--context", 25), "this CLIP has 24 positions for a text beside 8 prompts; choose 24 or less"),
     (("--frames", 0), "positive"), (("--tune", "lora"), "--tune"), (("--clip", "tiny"), "--clip tiny has nothing to adapt"),
-    *((("--clip", "resnet.pt", "--image-size", 32, "--tune", tune), f"--tune {tune} goes into transformer blocks") for tune in ("adapter", "adapter-unshared", "prompt"))])
+    *((("--clip", "resnet.pt", "--image-size", 32, "--tune", tune), f"--tune {tune} goes into transformer blocks")
+      for tune in ("adapter", "adapter-unshared", "prompt"))])
 def test_bad_settings(more, says, squares, tmp_path, capsys):
     more = [beside(squares, x) if x == "resnet.pt" else x for x in more]
     assert says in refused(capsys, arguments(squares, "--out", tmp_path / "run", *more), main) and not (tmp_path / "run").exists()
