@@ -690,7 +690,7 @@ def main(argv=None):
     p.add_argument("--split", default="test")
     p.add_argument("--gallery", metavar="PNG", help="write a picture of queries and their top results, or of what is predicted")
     p.add_argument("--attention", metavar="PNG", help="write a picture of what a model with attention between the modalities looks at")
-    p.add_argument("--query", help="search the split's images with your own words")
+    p.add_argument("--query", help="search the split's images with your own words (videos: the mean of their frames)")
     p.add_argument("--top", type=positive_int, default=5, help="results of --query")
     p.add_argument("--device", type=usable_device)
     p.add_argument("--workers", type=whole, default=0)

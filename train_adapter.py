@@ -26,7 +26,7 @@ import eval
 import losses
 
 PRETRAINED = dict(epochs=5, batch_size=128, lr=1e-5, weight_decay=0.2)  # the paper's
-SCRATCH = dict(epochs=20, batch_size=32, lr=3e-3, weight_decay=0.2)  # a tiny CLIP, pretrained here
+SCRATCH = dict(epochs=20, batch_size=32, lr=1e-2, weight_decay=0.2)  # a tiny CLIP, pretrained here
 WARMUP, CLIP_GRADIENT, TAU, CONTEXT, SAVE_SECONDS = 0.1, 1.0, 5.0, 32, 300  # share of steps; norm; of the frames' softmax; tokens; last.pt at least this often
 
 
@@ -39,7 +39,7 @@ def settings(argv=None):
     p.add_argument("--prompts", type=eval.positive_int, default=8, help="learned tokens in each encoder, for --tune prompt")
     p.add_argument("--frames", type=eval.positive_int, default=12, help="images of an instance, evenly taken (paper: 12; paragraphs 64)")
     p.add_argument("--context", type=eval.positive_int, help="tokens of a text (default 32, or what the CLIP has; paragraphs 64)")
-    p.add_argument("--pretrain-epochs", type=eval.positive_int, default=8, help="of --clip tiny or small on primitives-source, before it is adapted")
+    p.add_argument("--pretrain-epochs", type=eval.positive_int, default=12, help="of --clip tiny or small on primitives-source, before it is adapted")
     p.add_argument("--train-metrics", action="store_true", help="evaluate training instances too, as many as val has (train and validation curves)")
     p.add_argument("--eval-every", type=eval.positive_int, help="epochs between evaluations on val (default: five in a run)")
     args = p.parse_args(argv)
@@ -103,25 +103,27 @@ def module_width(model, key):
 
 class Prompts(nn.Module):
     """A baseline: learned tokens after the start symbol of every text (CoOp) and after the class token of every image (VPT, shallow).
-    Texts come with as many start symbols more (`with_prompts`), whose embeddings are replaced."""
+    Texts come with as many start symbols more, whose embeddings are replaced."""
 
     def __init__(self, model, count):
         super().__init__()
         self.image, self.text = (nn.Parameter(0.02 * torch.randn(count, width)) for width in (model.config.vision_width, model.config.transformer_width))
 
     def attach(self, model):
-        def text(_, inputs, x):  # of packed rows: each text's symbols stand in order
-            at = (inputs[0] == model.vocab_size - 2).nonzero().view(-1, len(self.text) + 1)[:, 1:].flatten()
-            return x.index_copy(0, at, self.text.to(x.dtype).repeat(len(at) // len(self.text), 1))
+        def text(_, inputs, x):
+            return x.index_copy(0, self.at, self.text.to(x.dtype).repeat(len(self.at) // len(self.text), 1))
 
         def image(_, inputs, x):
             return torch.cat([x, self.image.to(x.dtype).expand(len(x), -1, -1)], dim=1)
         return [model.token_embedding.register_forward_hook(text), model.visual.ln_pre.register_forward_hook(image)]
 
-
-def with_prompts(tokens, count):
-    """Token rows with the start symbol repeated `count` times more."""
-    return torch.cat([tokens[:, :1].expand(-1, count), tokens], dim=1)
+    def extend(self, tokens):
+        """Token rows with more start symbols; `at` is where these stand in the list of real tokens that CLIP packs all texts into."""
+        count = len(self.text)
+        tokens = torch.cat([tokens[:, :1].expand(-1, count), tokens], dim=1)
+        lengths = tokens.argmax(1) + 1
+        self.at = ((lengths.cumsum(0) - lengths)[:, None] + torch.arange(1, count + 1, device=tokens.device)).flatten()
+        return tokens
 
 
 class Tuned(nn.Module):
@@ -136,6 +138,8 @@ class Tuned(nn.Module):
         if share > min(c.vision_width, c.transformer_width) and tune.startswith("adapter"):
             raise clip.CheckpointError(f"--share {share} is more than an encoder's width (images {c.vision_width}, texts {c.transformer_width}); "
                                        f"choose {min(c.vision_width, c.transformer_width)} or less")
+        if getattr(model, "tuned", False):
+            raise clip.CheckpointError("this CLIP carries adapters or prompts already, or was trained itself: detach() them first, or load it anew")
         self.prompts = prompts if tune == "prompt" else 0
         if self.prompts > c.context_length - 3:  # start, a word, end
             raise clip.CheckpointError(f"--prompts {prompts}: this CLIP has {c.context_length} positions for a text; choose {c.context_length - 3} or less")
@@ -147,20 +151,20 @@ class Tuned(nn.Module):
         for name, p in model.named_parameters():
             p.requires_grad_(name != "logit_scale" and (tune == "full" or tune == "bitfit" and p.ndim == 1 and name.endswith("bias") or
                              tune == "head" and (name in ("visual.proj", "text_projection") or name.startswith("visual.attnpool.c_proj"))))
-        self.clip = model
+        self.clip, model.tuned = model, True
         self.handles = self.extra.attach(model) if self.extra is not None else []
 
     def detach(self):
         """Take adapters or prompts out of the CLIP: it computes what it did before."""
         for handle in self.handles:
             handle.remove()
-        self.handles = []
+        self.handles, self.clip.tuned = [], self.extra is None
 
     def encode_image(self, images):
         return self.clip.encode_image(images)
 
     def encode_text(self, tokens):
-        return self.clip.encode_text(with_prompts(tokens, self.prompts) if self.prompts else tokens)
+        return self.clip.encode_text(self.extra.extend(tokens) if self.prompts else tokens)
 
     def trained(self):
         """{name: tensor} of the trained weights, on the CPU."""
@@ -265,7 +269,11 @@ def onto(model, checkpoint, path="the checkpoint"):
         raise clip.CheckpointError(f"{path} belongs to the CLIP {checkpoint['clip_identity'][:12]}, and {s['clip']} is {found[:12]}; "
                                    "give the weights that it was trained on")
     tuned = Tuned(model, s["tune"], s["rank"], s["share"], s["prompts"])
-    tuned.load_trained(checkpoint["trained"])
+    try:
+        tuned.load_trained(checkpoint["trained"])
+    except clip.CheckpointError:
+        tuned.detach()
+        raise
     return tuned
 
 
@@ -333,6 +341,8 @@ def main(argv=None):
     # model
     path = clip_of(vars(args), args.out)
     if args.clip in clip.SCRATCH and first and not os.path.exists(path):
+        with torch.device("meta"):  # what cannot be tuned is said before pretraining, not after
+            Tuned(clip.CLIP(clip.MODELS[args.clip][0]), args.tune, args.rank, args.share, args.prompts)
         pretrain(args, path, device)
     losses.any_process(False, device)  # the others wait for it
     inner, _ = clip.load(path, device, image_size=args.image_size)

@@ -184,11 +184,13 @@ def main():
                     runs.append(columns(name, script, found_by(commands[study, row, seed][1])))
                 values[row] = {heading: [run[heading] for run in runs] for heading in runs[0]}
             heads = list(dict.fromkeys(heading for found in values.values() for heading in found))
-            print(f"\n{name}\n| | " + " | ".join(heads + ["T2I R@1 against hard, paired"] * ("hard" in values)) + " |\n|" + " --- |" * (1 + len(heads) + ("hard" in values)))
+            reference = next((row for row in ("hard", "both") if row in values), None)
+            paired = [f"{heads[0]} against {reference}, paired"] * bool(reference)
+            print(f"\n{name}\n| | " + " | ".join(heads + paired) + " |\n|" + " --- |" * (1 + len(heads + paired)))
             for row, found in values.items():
                 cells = [spread(found[heading]) if heading in found else "" for heading in heads]
-                if "hard" in values:  # seeds share initial weights and the order of the data, so differences vary less than values
-                    cells.append("" if row == "hard" else spread([a - b for a, b in zip(found[heads[0]], values["hard"][heads[0]])], "+"))
+                if reference:  # seeds share initial weights and the order of the data, so differences vary less than values
+                    cells.append("" if row == reference else spread([a - b for a, b in zip(found[heads[0]], values[reference][heads[0]])], "+"))
                 print(f"| {row} | " + " | ".join(cells) + " |")
 
 

@@ -23,7 +23,7 @@ import runs
 import test_data_videos as layouts
 import train_adapter
 from runs import COLOURS, SMALL, assert_documented_commands_parse, in_process, kept_signals, log, make_squares, refused  # noqa: F401
-from train_adapter import Tuned, main, onto, settings, similarity, video_metrics, with_prompts
+from train_adapter import Tuned, main, onto, settings, similarity, video_metrics
 
 TUNES = ("adapter", "adapter-unshared", "full", "head", "bitfit", "prompt")
 CAPTIONS = ["a red square on blue", "red", "the frame is green and the middle white, around brown"]
@@ -116,8 +116,8 @@ def test_trained_parameters_and_how_they_start():
         tuned = Tuned(model, tune, r, d)
         assert sum(p.numel() for p in tuned.parameters() if p.requires_grad) == size(c, r, d, tune == "adapter"), (tune, r, d)
         tuned.detach()
-    weights = torch.cat([p.detach().flatten() for name, p in Tuned(model).extra.named_parameters() if name.endswith("weight")])
-    biases = torch.cat([p.detach().flatten() for name, p in Tuned(model).extra.named_parameters() if name.endswith("bias")])
+    drawn = dict(Tuned(model).extra.named_parameters())
+    weights, biases = (torch.cat([p.detach().flatten() for name, p in drawn.items() if name.endswith(kind)]) for kind in ("weight", "bias"))
     assert weights.std().item() == pytest.approx(0.01, rel=0.01) and weights.mean().abs() < 1e-4 and 0.04 < weights.abs().max() < 0.07 and (biases == 0).all()
 
 
@@ -134,8 +134,8 @@ def test_a_run_says_what_it_trains(squares, whole, tmp_path, capsys):
 
 
 def test_weights_depend_on_the_seed_alone():
-    model, before = small_clip(), torch.get_rng_state()
-    (a, b, c), after = (Tuned(model, seed=seed).trained() for seed in (0, 0, 1)), torch.get_rng_state()
+    models, before = [small_clip() for _ in range(3)], torch.get_rng_state()
+    (a, b, c), after = [Tuned(model, seed=seed).trained() for model, seed in zip(models, (0, 0, 1))], torch.get_rng_state()
     assert torch.equal(before, after) and all(torch.equal(a[name], b[name]) for name in a)
     assert not any(torch.equal(a[name], c[name]) for name in a if name.endswith("weight"))
 
@@ -218,9 +218,23 @@ def test_one_matrix_for_both_encoders():
 def test_prompts_are_the_plain_version():
     tuned, bare = shaken("prompt", 8, 16, 3)
     assert_encodes(tuned, bare, prompts=tuned.extra)
-    tokens = with_prompts(tuned.tokenizer(CAPTIONS, 24), 3)
+    tokens = tuned.extra.extend(tuned.tokenizer(CAPTIONS, 24))
     assert tokens.shape == (3, 27) and (tokens[:, :4] == tokens[0, 0]).all()
     assert tuned.config.context_length == 29 and tuned.clip.context_length == 32  # what is left for words
+    with torch.no_grad():  # a start symbol of the caption's own is no prompt
+        strange = tuned.tokenizer(["red <|startoftext|> square", "blue"], 24)
+        assert torch.allclose(tuned.encode_text(strange), torch.cat([tuned.encode_text(strange[i:i + 1]) for i in range(2)]), atol=1e-5)
+
+
+def test_one_at_a_time():
+    model = small_clip()
+    for tune in ("adapter", "prompt", "full"):
+        tuned = Tuned(model, tune)
+        with pytest.raises(clip.CheckpointError, match="detach.. them first"):
+            Tuned(model, "adapter")
+        tuned.detach()
+    with pytest.raises(clip.CheckpointError, match="was trained itself"):
+        Tuned(model, "adapter")
 
 
 @pytest.mark.parametrize("tune", ["adapter", "prompt"])
