@@ -11,6 +11,7 @@ other. Half a percent of the weights is trained. A video is compared with a text
     torchrun --nproc_per_node=2 train_adapter.py                              # the same batch over two processes
     python train_adapter.py --resume                                          # go on after an interruption, to the same bits
 """
+import argparse
 import math
 import os
 import time
@@ -279,7 +280,7 @@ def onto(model, checkpoint, path="the checkpoint"):
 
 def embedded(model, checkpoint, name, root, split, amp, workers):
     """-> instances of a split and what `embed` gives of them."""
-    args = eval.argparse.Namespace(**checkpoint["settings"] | {"workers": workers})
+    args = argparse.Namespace(**checkpoint["settings"] | {"workers": workers})
     instances, _ = data.load(name, root, split)
     return instances, embed(model, evaluation_loader(model, instances, model.tokenizer or clip.default_tokenizer(), args), amp)
 

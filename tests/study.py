@@ -48,6 +48,7 @@ CMA = {"primitives": "--epochs 3 --eval-every 3", "products": "--data products -
 USER = {"none": "--enhance none", "sge": "--enhance sge", "cge": "--enhance cge", "both": "",
         "both, no queue": "--queue 0", "both, queue 256": "--queue 256", "both, momentum 0.9": "--momentum 0.9", "both, momentum 0.999": "--momentum 0.999",
         "both, InfoNCE": "--loss infonce", "both, triplet": "--loss triplet", "none, no queue, triplet": "--enhance none --queue 0 --loss triplet"}
+USER_LATER = {row: f"--infonce-first 0.5 {USER[row]}".strip() for row in ("none", "sge", "cge", "both", "both, no queue")}  # UTO in the second half
 USER_ON = {"primitives": "--clip {primitives} --epochs 4 --eval-every 4 --batch-weight 1", "flickr8k": "--data flickr8k --clip {photos} --epochs 20 --eval-every 20 --batch-size 64"}
 TUNE = {tune: f"--tune {tune} --lr {rate}" for tune, rate in {  # rates: of several a factor of 3 apart the best on the shapes' val, seed 0
     "adapter": 1e-2, "adapter-unshared": 1e-2, "full": 3e-4, "head": 3e-3, "bitfit": 3e-2, "prompt": 3e-2}.items()}
@@ -74,8 +75,8 @@ STUDIES = {
     **{f"cma-{data}{name}": ("train_cmaclip.py", {fusion: " ".join(f"{arguments} {noise} --fusion {fusion} --robustness".split())
                                                for fusion in FUSIONS[:4 if noise == TEXT_NOISE else 6]})
        for data, arguments in CMA.items() for name, noise in (("", ""), ("-noise", NOISY), ("-text-noise", TEXT_NOISE))},
-    **{f"user-{data}": ("train_user.py", {row: f"{base} --lr 1e-3 --clip-lr 1e-4 --dim 256 {'' if '--momentum' in more else '--momentum 0.99 '}{more}".strip()
-                                          for row, more in USER.items()}) for data, base in USER_ON.items()},
+    **{f"user-{data}{later}": ("train_user.py", {row: f"{base} --lr 1e-3 --clip-lr 1e-4 --dim 256 {'' if '--momentum' in more else '--momentum 0.99 '}{more}".strip()
+                                          for row, more in rows.items()}) for data, base in USER_ON.items() for later, rows in (("", USER), ("-later", USER_LATER))},
     **{f"adapter-{data}": ("train_adapter.py", {tune: f"{base} {more}" for tune, more in TUNE.items()}) for data, base in ADAPTER_ON.items()},
     "adapter-curves": ("train_adapter.py", {tune: f"{ADAPTER_ON['products']} {TUNE[tune]} --train-metrics" for tune in ("adapter", "full")}),
     "adapter-rank": ("train_adapter.py", {f"r {r}": f"{ADAPTER_ON['shapes']} {TUNE['adapter']}{f' --rank {r}' if r != 8 else ''}" for r in (2, 4, 8, 16, 32)}),
