@@ -77,7 +77,8 @@ STUDIES = {
        for data, arguments in CMA.items() for name, noise in (("", ""), ("-noise", NOISY), ("-text-noise", TEXT_NOISE))},
     **{f"user-{data}{later}": ("train_user.py", {row: f"{base} --lr 1e-3 --clip-lr 1e-4 --dim 256 {'' if '--momentum' in more else '--momentum 0.99 '}{more}".strip()
                                           for row, more in rows.items()}) for data, base in USER_ON.items() for later, rows in (("", USER), ("-later", USER_LATER))},
-    **{f"adapter-{data}": ("train_adapter.py", {tune: f"{base} {more}" for tune, more in TUNE.items()}) for data, base in ADAPTER_ON.items()},
+    **{f"adapter-{data}": ("train_adapter.py", {tune: f"{base} {more}" for tune, more in TUNE.items()} | {"adapter, r 2": f"{base} {TUNE['adapter']} --rank 2"})
+       for data, base in ADAPTER_ON.items()},
     "adapter-curves": ("train_adapter.py", {tune: f"{ADAPTER_ON['products']} {TUNE[tune]} --train-metrics" for tune in ("adapter", "full")}),
     "adapter-rank": ("train_adapter.py", {f"r {r}": f"{ADAPTER_ON['shapes']} {TUNE['adapter']}{f' --rank {r}' if r != 8 else ''}" for r in (2, 4, 8, 16, 32)}),
     "adapter-share": ("train_adapter.py", {f"d_s {d}": f"{ADAPTER_ON['shapes']} {TUNE['adapter']}{f' --share {d}' if d != 16 else ''}" for d in (0, 8, 16, 64, 128)}),
