@@ -233,7 +233,8 @@ def gallery(model, checkpoint, name, root, split, path):
     if model.clip is None:
         raise clip.CheckpointError("--gallery: this model was trained on features from files; there are no pictures to show")
     instances, _ = data.load_split(name, root, split, checkpoint["settings"]["task"], checkpoint["classes"])
-    eval.draw_gallery(path, instances, *eval.embed(model, instances, model.tokenizer or clip.default_tokenizer()))
+    images, texts = eval.embed(model, instances, model.tokenizer or clip.default_tokenizer())
+    eval.draw_gallery(path, instances, lambda c: images @ texts[c], lambda i: texts @ images[i])
 
 
 # ---------------------------------------------------------------- training

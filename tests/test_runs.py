@@ -417,7 +417,7 @@ def test_two_processes_stopped_then_resumed_equal_two_never_stopped(name, folder
     ("--lr", "nan", "not a positive number"), ("--lr", "fast", "--lr"), ("--weight-decay", -0.1, "0 or more"), ("--seed", -1, "0 or more"),
     ("--workers", -1, "0 or more"), ("--image-size", 0, "positive"), ("--vocab-size", 100, "514 or more"), ("--eval-every", 0, "positive"),
     ("--device", "gpu", "no device"),
-    ("--batch-size", 25, "--batch-size 25 is larger than the"), ("--image-size", 33, "multiple of 8"), ("--clip", "ViT-B-32", "did you mean 'ViT-B/32'"),
+    ("--batch-size", 25, "--batch-size 25 is larger than"), ("--image-size", 33, "multiple of 8"), ("--clip", "ViT-B-32", "did you mean 'ViT-B/32'"),
     ("--clip", "tyni", "did you mean 'tiny'"), ("--data", "flikr8k", "did you mean 'flickr8k'"), ("--data", "no.jsonl", "no.jsonl"), ("--bacth", 3, "--bacth")])
 @pytest.mark.parametrize("name", PICTURES, indirect=True)
 def test_bad_settings(name, option, value, says, folder, tmp_path, capsys):
