@@ -1,13 +1,16 @@
-"""Evaluation: metrics, the evaluation command, galleries; and what every script shares around its training loop.
+"""Evaluation: metrics, tables, pictures and the evaluation command; and what every script needs around its
+training loop.
 
-    python eval.py --checkpoint runs/mxm-primitives/best.pt                        # one table, and metrics.json beside the checkpoint
-    python eval.py --checkpoint runs/mxm-primitives/best.pt --split unseen --gallery out.png
-    python eval.py --checkpoint runs/mxm-primitives/best.pt --query "a tall red cone"
-
-Knows nothing of how a model was trained: the checkpoint names its script, whose `restore` rebuilds the model.
+    python eval.py --checkpoint runs/mxm-primitives/best.pt                 # one table, and metrics.json
+    beside the checkpoint python eval.py --checkpoint runs/mxm-primitives/best.pt --split unseen --gallery
+    out.png python eval.py --checkpoint runs/mxm-primitives/best.pt --query "a tall red cone"
+ This file knows nothing of how a model was trained: a checkpoint names its script, whose `restore` rebuilds
+the model. The first half (metrics, a model on a data set, pictures) is for reading results, the second half
+(arguments, processes, `Run`) is what keeps the training loops of the scripts short.
 """
 import argparse
 import contextlib
+import datetime
 import hashlib
 import importlib
 import json
@@ -20,26 +23,34 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
 import clip
 import data
 
 METHODS = ("train_clip4cmr", "train_user", "train_mxm", "train_adapter", "train_cmaclip")
-TIE = 1e-6  # scores closer than this are equal: rounding differs between rows of one matrix product
+TIE = 1e-6  # scores closer than this are equal: rounding differs between the rows of one matrix product
 LARGE = 1 << 28  # bytes: features larger than this stay on disk
-BLOCK = 1 << 22  # scores held at a time: larger is slower (memory is mapped anew for every block)
+BLOCK = 1 << 22  # scores held at a time: larger is slower, because memory is mapped anew for every block
+SAVE_SECONDS = 300  # last.pt is written after every epoch, and at least this often
+WAYS = ("text_to_image", "image_to_text")
+ALL = slice(None)
 
 
-# ---------------------------------------------------------------- metrics
+# ---------------------------------------------------------------- retrieval metrics
 
 def positions(scores, relevant, k=None):
     """Where the relevant items of each query stand in its ranking, at worst.
 
-    scores: float (Q, G). relevant: bool (Q, G), at least one per query. Returns float64 (Q, K): the 1-based position of each
-    query's best, second best, ... relevant item, inf where it has fewer; K = min(k, the most that any query has); k None: all.
-    A position counts every non-relevant item that scores higher *or equal*, so a constant score earns nothing. Raises
-    ValueError for a NaN score (as CheckpointError: the model is at fault) or a query without a relevant item.
+    scores: float (Q, G). relevant: bool (Q, G), at least one per query. Returns float64 (Q, K): the 1-based
+    positions of each query's best, second best, ... relevant item, and inf where it has fewer. K is the most
+    that any query has, or k where that is less.
+
+    A position counts every irrelevant item that scores higher *or equal*, so a constant score earns nothing.
+    Raises CheckpointError (a ValueError: the model is at fault) for a NaN score, ValueError for a query
+    without a relevant item.
     """
     if torch.isnan(scores).any():
         raise clip.CheckpointError("NaN in the scores; a model that gives NaN cannot be ranked")
@@ -56,45 +67,58 @@ def positions(scores, relevant, k=None):
             place = (j + 1 + (others >= best[:, j:j + 1] - TIE).sum(1)).double()
             out[:, j] = place.masked_fill(count <= j, math.inf).cpu()
         return out
-    for row, (s, r) in enumerate(zip(scores.cpu().numpy(), relevant.cpu().numpy())):  # many: sort once, look each up
-        best, others = np.sort(s[r])[::-1][:K], np.sort(s[~r])
+    scores, relevant = scores.cpu().numpy(), relevant.cpu().numpy()
+    for row in range(len(scores)):  # many: sort once and look each of them up
+        best = np.sort(scores[row, relevant[row]])[::-1][:K]
+        others = np.sort(scores[row, ~relevant[row]])
         beaten_by = len(others) - np.searchsorted(others, best - np.float32(TIE), side="left")
         out[row, :len(best)] = torch.from_numpy(np.arange(1, len(best) + 1) + beaten_by)
     return out
 
 
 def ranked(scores, query_group, gallery_group, k=None):
-    """Yield (begin, place, count) for blocks of queries: `positions` of the queries from `begin` on, (b, K), and how many relevant items
-    each has, (b,). Arguments as in `ranking_metrics`; memory grows with the block, not with queries x gallery."""
+    """Yield (place, count) for blocks of queries: `positions` (b, K), and how many relevant items each query
+    has, (b,).
+
+    Arguments as in `ranking_metrics`. Memory grows with the block, not with queries x gallery.
+    """
     if isinstance(scores, torch.Tensor):
-        scores, matrix = (lambda begin, end: matrix[begin:end]), scores
+        matrix = scores
+        scores = lambda begin, end: matrix[begin:end]
     step = max(1, BLOCK // max(1, len(gallery_group)))
     total = torch.bincount(gallery_group, minlength=int(query_group.max()) + 1)[query_group]
     for begin in range(0, len(query_group), step):
         block = scores(begin, begin + step)
         relevant = (query_group[begin:begin + step, None] == gallery_group[None, :]).to(block.device)
-        yield begin, positions(block, relevant, k), total[begin:begin + step]
+        yield positions(block, relevant, k), total[begin:begin + step]
 
 
 def ranking_metrics(scores, query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
     """Retrieval metrics, averaged over queries. An item is relevant to a query of the same group.
 
-    scores: function (begin, end) -> float (end - begin, G), the scores of these queries; or a tensor (Q, G).
-    query_group (Q,), gallery_group (G,): integer tensors. Scores are asked for in blocks, so memory grows with the block.
-    Returns a dict, with percentages in 0..100:
-      R@k     queries with a relevant item among the first k (Text2Shape's RR@k)
-      P@k     relevant items among the first k, divided by k
-      NDCG@k  sum over relevant positions p <= k of 1 / log2(p + 1), divided by its value were min(k, relevant) items ranked first
-      MRR     mean of 1 / position of the first relevant item
-      MedR, MeanR  median and mean position of the first relevant item (positions, not percentages)
-      mAP     mean over queries of the mean over relevant items of (how many relevant up to it) / (its position), if asked for
+    scores: a function (begin, end) -> float (end - begin, G), the scores of these queries, or a tensor (Q,
+    G). A function is asked in blocks, so that memory grows with the block. query_group (Q,), gallery_group
+    (G,): integer tensors. Returns a dict, with percentages in 0..100:
+
+      R@k     queries with a relevant item among the first k (Text2Shape's RR@k) P@k     relevant items among
+      the first k, divided by k NDCG@k  sum over relevant positions p <= k of 1 / log2(p + 1), divided by its
+      value if min(k, relevant) were first MRR     mean of 1 / position of the first relevant item MedR
+      median position of the first relevant item (a position, no percentage) MeanR   mean position of the
+      first relevant item mAP     where asked for: mean over queries of the mean over relevant items of
+      (relevant items up to it) / position
+
     Raises ValueError for NaN scores and for a query without a relevant item.
     """
-    query_group, gallery_group, found = torch.as_tensor(query_group), torch.as_tensor(gallery_group), []
+    query_group = torch.as_tensor(query_group)
+    gallery_group = torch.as_tensor(gallery_group)
     discount = 1 / torch.log2(torch.arange(2, max(ks) + 2, dtype=torch.float64))
-    sums = {name: 0.0 for name in [f"{m}@{k}" for m in ("R", "P", "NDCG") for k in ks] + ["MRR"] + ["mAP"] * average_precision}
-    for _, place, count in ranked(scores, query_group, gallery_group, None if average_precision else max(ks)):
-        found.append(place[:, 0])
+    names = [f"{metric}@{k}" for metric in ("R", "P", "NDCG") for k in ks] + ["MRR"]
+    if average_precision:
+        names.append("mAP")
+    sums = dict.fromkeys(names, 0.0)
+    first = []
+    for place, count in ranked(scores, query_group, gallery_group, None if average_precision else max(ks)):
+        first.append(place[:, 0])
         for k in ks:
             inside = place <= k
             ideal = discount[:k].cumsum(0)[count.clamp(max=k) - 1]
@@ -105,133 +129,84 @@ def ranking_metrics(scores, query_group, gallery_group, ks=(1, 5, 10), average_p
         sums["MRR"] += (1 / place[:, 0]).sum().item()
         if average_precision:
             sums["mAP"] += average_precisions(place, count).sum().item()
-    first = torch.cat(found)
+    first = torch.cat(first)
     out = {name: 100 * value / len(query_group) for name, value in sums.items()}
     return out | {"MedR": float(np.median(first.numpy())), "MeanR": first.mean().item()}
 
 
 def average_precisions(place, count):
-    """(b,) in 0..1, from `positions` (b, K) and counts of relevant items (b,): mean over these of (how many up to it) / (its position)."""
+    """(b,) in 0..1: mean over a query's relevant items of (how many of them up to it) / (its position).
+
+    place (b, K): `positions`; count (b,): the number of relevant items.
+    """
     return (torch.arange(1, place.shape[1] + 1) / place).sum(1) / count
 
 
-SCOPES = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
+def both_ways(text_scores, image_scores, image_group, text_group, image_query=ALL, text_query=ALL):
+    """`ranking_metrics` text-to-image and image-to-text, and rSum, the sum of R@1, 5 and 10 both ways
+    (0..600).
 
-
-def class_metrics(scores, query_label, gallery_label, classes):
-    """Retrieval by class (supervised cross-modal retrieval): an item is relevant to a query of its class, and the whole ranking counts.
-
-    scores as in `ranking_metrics`; labels: int64 (Q,), (G,), 0 or more; classes: their names. Returns percentages in 0..100:
-      mAP, P@k             as in `ranking_metrics`, for k of SCOPES up to the size of the gallery
-      per_class            {class: mAP of its queries}; a class without queries is left out
-      precision_recall     {"recall": 0, 10, ..., 100, "precision": mean over queries of the best precision at that recall or a higher one}
-      precision_scope      {"scope": k, "precision": P@k}
-    Raises ValueError for NaN scores and for a query whose class the gallery lacks.
+    text_scores: a function (begin, end) -> the scores of these of the asked texts with all images (end -
+    begin, N); image_scores: of these of the asked images with all texts (end - begin, C). Groups (N,), (C,):
+    integer tensors. Queries: which rows are asked about (bool (N,), (C,); default all), while all rows are
+    searched.
     """
-    query_label, gallery_label = torch.as_tensor(query_label), torch.as_tensor(gallery_label)
-    scopes, levels = [k for k in SCOPES if k <= len(gallery_label)], torch.arange(11, dtype=torch.float64) / 10
-    found, at_scope, at_recall = [], torch.zeros(len(scopes), dtype=torch.float64), torch.zeros(11, dtype=torch.float64)
-    for _, place, count in ranked(scores, query_label, gallery_label):
-        found.append(average_precisions(place, count))
-        at_scope += torch.stack([(place <= k).sum().double() / k for k in scopes])
-        precision = torch.arange(1, place.shape[1] + 1) / place  # (b, K), after the k-th relevant item; 0 past the last
-        best = precision.flip(1).cummax(1).values.flip(1)
-        needed = (levels[None, :] * count[:, None] - 1e-9).ceil().long().clamp(min=1)  # relevant items that a recall asks for
-        at_recall += best.gather(1, needed - 1).sum(0)
-    found, Q = torch.cat(found), len(query_label)
-    per_class = {name: 100 * found[query_label == c].mean().item() for c, name in enumerate(classes) if (query_label == c).any()}
-    at_scope, at_recall = (100 * at_scope / Q).tolist(), (100 * at_recall / Q).tolist()
-    return {"mAP": 100 * found.mean().item(), **{f"P@{k}": p for k, p in zip(scopes, at_scope)}, "per_class": per_class,
-            "precision_recall": {"recall": (100 * levels).tolist(), "precision": at_recall}, "precision_scope": {"scope": scopes, "precision": at_scope}}
+    text_to_image = ranking_metrics(text_scores, text_group[text_query], image_group)
+    image_to_text = ranking_metrics(image_scores, image_group[image_query], text_group)
+    recalls = [metrics[f"R@{k}"] for metrics in (text_to_image, image_to_text) for k in (1, 5, 10)]
+    return {"text_to_image": text_to_image, "image_to_text": image_to_text, "rSum": sum(recalls)}
 
 
-def class_chance(query_label, gallery_label):
-    """{"mAP"}: the expected mAP of a random order, in closed form; labels as in `class_metrics`.
+def retrieval_metrics(images, texts, image_group, text_group, image_query=ALL, text_query=ALL):
+    """`both_ways` of features of unit norm: images (N, D), texts (C, D). An image's rank is that of its best
+    caption."""
+    asked_images = images[image_query].float()
+    asked_texts = texts[text_query].float()
 
-    Of R relevant items among G, place p holds one with probability R / G, and then (R - 1) / (G - 1) of the places before it do."""
-    count, G = torch.bincount(gallery_label, minlength=int(query_label.max()) + 1)[query_label].double(), len(gallery_label)
+    def text_scores(begin, end):
+        return asked_texts[begin:end] @ images.float().t()
+
+    def image_scores(begin, end):
+        return asked_images[begin:end] @ texts.float().t()
+    return both_ways(text_scores, image_scores, image_group, text_group, image_query, text_query)
+
+
+def chance(query_group, gallery_group, ks=(1, 5, 10)):
+    """The expected `ranking_metrics` of a random order, in closed form.
+
+    MedR is the first position that half of the queries have reached.
+    """
+    count = torch.bincount(gallery_group, minlength=int(query_group.max()) + 1)[query_group]
+    G = len(gallery_group)
     place = torch.arange(1, G + 1, dtype=torch.float64)
-    inverse = (1 / place).mean()  # mean over places of 1 / p; of (p - 1) / p it is 1 - inverse
-    return {"mAP": 100 * (inverse + (1 - inverse) * (count - 1) / max(1, G - 1)).mean().item()}
-
-
-def class_retrieval(images, texts, labels, captions, query, classes):
-    """mAP and the rest of class_metrics; both ways. images (N, D), texts (C, D); labels (N,); captions (N,): texts per instance."""
-    labels, query = torch.as_tensor(labels), torch.as_tensor(query)
-    images, texts, owner = images.cpu(), texts.cpu(), torch.arange(len(labels)).repeat_interleave(torch.as_tensor(captions))
-    text_labels, asked = labels[owner], query[owner]
-    out, chance = {}, {}
-    for way, queries, query_labels, gallery, gallery_labels in (("image_to_text", images[query], labels[query], texts, text_labels),
-                                                                ("text_to_image", texts[asked], text_labels[asked], images, labels)):
-        out[way] = class_metrics(lambda b, e: queries[b:e] @ gallery.t(), query_labels, gallery_labels, classes)
-        chance[way] = class_chance(query_labels, gallery_labels)
-    for result in (out, chance):
-        result["mAP"] = (result["image_to_text"]["mAP"] + result["text_to_image"]["mAP"]) / 2
-    return {"model": out, "chance": chance}
-
-
-def classification_metrics(probabilities, labels, thresholds=None):
-    """Of one task. probabilities (N, C), labels int64 (N,) in -1..C-1; rows of -1 are left out. Returns percentages in 0..100:
-      accuracy     the most probable class is right; of several equally probable classes the worst counts, so that a constant earns nothing
-      macro_f1     mean of F1 over the classes that occur among labels or predictions; F1 = 2 TP / (2 TP + FP + FN)
-      recall_at_precision  with thresholds (C,) from `precision_thresholds`: mean over the classes that occur among the labels of
-                   the share of their rows at or above the class's threshold; `precision` is what these thresholds reached here
-    None where no row is labelled. Raises CheckpointError for NaN.
-    """
-    if torch.isnan(probabilities).any():
-        raise clip.CheckpointError("NaN in the predictions; a model that gives NaN cannot be evaluated")
-    probabilities, labels = probabilities[labels >= 0], labels[labels >= 0]
-    if not len(labels):
-        return None
-    C, own = probabilities.shape[1], F.one_hot(labels, probabilities.shape[1]).bool()
-    wrong = probabilities.masked_fill(own, -math.inf).max(1)
-    right = probabilities.gather(1, labels[:, None])[:, 0] > wrong.values if C > 1 else torch.ones(len(labels), dtype=torch.bool)
-    predicted = F.one_hot(torch.where(right, labels, wrong.indices), C).bool()
-    hits, asked = (predicted & own).sum(0), predicted.sum(0) + own.sum(0)  # TP; 2 TP + FP + FN
-    out = {"accuracy": 100 * right.double().mean().item(), "macro_f1": 100 * (2 * hits.double() / asked.clamp(min=1))[asked > 0].mean().item()}
-    if thresholds is not None:
-        kept, occurs = probabilities >= thresholds, own.any(0)
-        out["recall_at_precision"] = 100 * ((kept & own).sum(0).double() / own.sum(0).clamp(min=1))[occurs].mean().item()
-        out["precision"] = 100 * (kept & own).sum().item() / max(1, kept.sum().item())
-    return out
-
-
-def precision_thresholds(probabilities, labels, precision):
-    """(C,): for each class the lowest probability at which, of the rows at or above it, at least this share (0..1) is of the class;
-    inf where no probability reaches it. To be chosen on validation data and used on test data. Arguments as in
-    `classification_metrics`."""
-    probabilities, labels = probabilities[labels >= 0], labels[labels >= 0]
-    out = torch.full((probabilities.shape[1],), math.inf, dtype=probabilities.dtype)
-    for c in range(len(out)):
-        value, order = probabilities[:, c].sort(descending=True)
-        reached = (labels[order] == c).cumsum(0) >= precision * torch.arange(1, len(order) + 1, dtype=torch.float64) - 1e-9
-        last = torch.cat([value[1:] < value[:-1], torch.ones(min(1, len(value)), dtype=torch.bool)])  # of equal probabilities: all or none
-        if (reached & last).any():
-            out[c] = value[reached & last][-1]
-    return out
-
-
-def retrieval_metrics(images, texts, image_group, text_group, image_query=slice(None), text_query=slice(None)):
-    """Both directions from unit-norm features. images (N, D), texts (C, D); groups: integer tensors (N,), (C,); queries: which rows
-    are asked about (bool (N,), (C,); default all), while all rows are searched.
-
-    Returns {"text_to_image": {...}, "image_to_text": {...}, "rSum": sum of R@1, 5, 10 both ways (0..600)}. Image-to-text: the
-    rank of the best relevant caption.
-    """
-    asked_images, asked_texts = images[image_query].float(), texts[text_query].float()
-    text_to_image = ranking_metrics(lambda b, e: asked_texts[b:e] @ images.float().t(), text_group[text_query], image_group)
-    image_to_text = ranking_metrics(lambda b, e: asked_images[b:e] @ texts.float().t(), image_group[image_query], text_group)
-    return {"text_to_image": text_to_image, "image_to_text": image_to_text,
-            "rSum": sum(d[f"R@{k}"] for d in (text_to_image, image_to_text) for k in (1, 5, 10))}
+    discount = 1 / torch.log2(place + 1)
+    first = torch.zeros(G, dtype=torch.float64)  # how probably the first relevant item is at each place
+    ndcg = dict.fromkeys(ks, 0.0)
+    for relevant, queries in zip(*(x.tolist() for x in count.unique(return_counts=True))):
+        part = queries / len(count)
+        here = (relevant / (G + 1 - place)).clamp(max=1)  # it is here, given that it was nowhere before
+        first += part * here * torch.cat([torch.ones(1), (1 - here).cumprod(0)[:-1]])
+        for k in ks:
+            ndcg[k] += part * relevant / G * (discount[:k].sum() / discount[:min(k, relevant)].sum()).item()
+    out = {f"R@{k}": first[:k].sum().item() for k in ks}
+    out |= {f"P@{k}": count.double().mean().item() / G * min(k, G) / k for k in ks}
+    out |= {f"NDCG@{k}": ndcg[k] for k in ks}
+    out["MRR"] = (first / place).sum().item()
+    out = {name: 100 * value for name, value in out.items()}
+    return out | {"MedR": 1.0 + (first.cumsum(0) < 0.5).sum().item(), "MeanR": (first * place).sum().item()}
 
 
 def search(queries, gallery, k):
-    """The k best gallery rows for each query by dot product, streamed. queries (Q, D); gallery (G, D), or an iterable of (n, D)
-    parts. Returns (scores (Q, k), index (Q, k)), best first; equal scores go to the smaller index. Raises ValueError for NaN."""
+    """The k best gallery rows of each query by dot product, streamed.
+
+    queries (Q, D); gallery (G, D), or an iterable of (n, D) parts. Returns (scores (Q, k), index (Q, k)),
+    best first; of equal scores the smaller index comes first. Raises CheckpointError for NaN.
+    """
     step = max(k, BLOCK // max(1, len(queries)))
     parts = gallery.split(step) if isinstance(gallery, torch.Tensor) else gallery
     best = torch.empty(len(queries), 0, device=queries.device)
-    index, offset = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device), 0
+    index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    offset = 0
     for part in parts:
         scores = queries.float() @ part.to(queries.device).float().t()
         n = min(k, scores.shape[1])
@@ -239,24 +214,172 @@ def search(queries, gallery, k):
         if torch.isnan(s[:, :1]).any():  # topk takes NaN for the greatest
             raise clip.CheckpointError("NaN in the scores; a model that gives NaN cannot be searched")
         last, i = s[:, n - 1:n], i[:, :n]
-        if (s[:, n:] == last).any():  # more than n are as good as the n-th, and topk took any of them: take the first
-            above, tied = scores > last, scores == last
+        if (s[:, n:] == last).any():  # of more that equal the n-th, topk took any: take the first of them
+            above = scores > last
+            tied = scores == last
             room = n - above.sum(1, keepdim=True)
             i = (above | tied & (tied.cumsum(1, dtype=torch.int32) <= room)).nonzero()[:, 1].view(-1, n)
         i = i.sort(1).values  # topk does not order ties by index either
-        best, index, offset = torch.cat([best, scores.gather(1, i)], 1), torch.cat([index, i + offset], 1), offset + len(part)
+        best = torch.cat([best, scores.gather(1, i)], 1)
+        index = torch.cat([index, i + offset], 1)
         order = best.argsort(dim=1, descending=True, stable=True)[:, :k]  # stable: earlier parts first
         best, index = best.gather(1, order), index.gather(1, order)
+        offset += len(part)
     return best, index
+
+
+# ---------------------------------------------------------------- metrics by class
+
+SCOPES = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+def class_metrics(scores, query_label, gallery_label, classes):
+    """Supervised cross-modal retrieval: an item is relevant to a query of its class, and the whole ranking
+    counts.
+
+    scores as in `ranking_metrics`; labels: int64 (Q,), (G,), 0 or more; classes: their names. Percentages in
+    0..100:
+
+      mAP, P@k          as in `ranking_metrics`, for the k of SCOPES up to the size of the gallery per_class
+      {class: mAP of its queries}; a class without queries is left out precision_recall  {"recall": 0, 10,
+      ..., 100, "precision": mean over queries of the best at that recall or higher} precision_scope
+      {"scope": k, "precision": P@k}
+
+    Raises ValueError for NaN scores and for a query whose class the gallery lacks.
+    """
+    query_label = torch.as_tensor(query_label)
+    gallery_label = torch.as_tensor(gallery_label)
+    scopes = [k for k in SCOPES if k <= len(gallery_label)]
+    levels = torch.arange(11, dtype=torch.float64) / 10
+    at_scope = torch.zeros(len(scopes), dtype=torch.float64)
+    at_recall = torch.zeros(11, dtype=torch.float64)
+    average_precision = []
+    for place, count in ranked(scores, query_label, gallery_label):
+        average_precision.append(average_precisions(place, count))
+        at_scope += torch.stack([(place <= k).sum().double() / k for k in scopes])
+        precision = torch.arange(1, place.shape[1] + 1) / place  # (b, K); 0 past a query's last item
+        best = precision.flip(1).cummax(1).values.flip(1)
+        needed = (levels[None, :] * count[:, None] - 1e-9).ceil().long().clamp(min=1)  # items of each recall
+        at_recall += best.gather(1, needed - 1).sum(0)
+    average_precision = torch.cat(average_precision)
+    at_scope = (100 * at_scope / len(query_label)).tolist()
+    at_recall = (100 * at_recall / len(query_label)).tolist()
+    per_class = {}
+    for c, name in enumerate(classes):
+        if (query_label == c).any():
+            per_class[name] = 100 * average_precision[query_label == c].mean().item()
+    return {"mAP": 100 * average_precision.mean().item(),
+            **{f"P@{k}": p for k, p in zip(scopes, at_scope)},
+            "per_class": per_class,
+            "precision_recall": {"recall": (100 * levels).tolist(), "precision": at_recall},
+            "precision_scope": {"scope": scopes, "precision": at_scope}}
+
+
+def class_chance(query_label, gallery_label):
+    """{"mAP"}: the expected mAP of a random order, in closed form; labels as in `class_metrics`.
+
+    Of R relevant items among G, place p holds one with probability R / G; then (R - 1) / (G - 1) of the
+    places before do.
+    """
+    count = torch.bincount(gallery_label, minlength=int(query_label.max()) + 1)[query_label].double()
+    G = len(gallery_label)
+    inverse = (1 / torch.arange(1, G + 1, dtype=torch.float64)).mean()  # the mean over p of 1 / p
+    return {"mAP": 100 * (inverse + (1 - inverse) * (count - 1) / max(1, G - 1)).mean().item()}
+
+
+def class_retrieval(images, texts, labels, captions, query, classes):
+    """`class_metrics` both ways and their average mAP, as rows {"model", "chance"}.
+
+    images (N, D), texts (C, D): unit norm; labels (N,); captions (N,): how many texts each instance has;
+    query bool (N,).
+    """
+    labels = torch.as_tensor(labels)
+    query = torch.as_tensor(query)
+    images, texts = images.cpu(), texts.cpu()
+    owner = torch.arange(len(labels)).repeat_interleave(torch.as_tensor(captions))
+    text_labels, text_query = labels[owner], query[owner]
+    sides = {"image_to_text": (images[query], labels[query], texts, text_labels),
+             "text_to_image": (texts[text_query], text_labels[text_query], images, labels)}
+    model_row, chance_row = {}, {}
+    for way, (queries, query_labels, gallery, gallery_labels) in sides.items():
+        def scores(begin, end):
+            return queries[begin:end] @ gallery.t()
+        model_row[way] = class_metrics(scores, query_labels, gallery_labels, classes)
+        chance_row[way] = class_chance(query_labels, gallery_labels)
+    for row in (model_row, chance_row):
+        row["mAP"] = (row["image_to_text"]["mAP"] + row["text_to_image"]["mAP"]) / 2
+    return {"model": model_row, "chance": chance_row}
+
+
+def classification_metrics(probabilities, labels, thresholds=None):
+    """Classification metrics of one task, in percent (0..100); None where no row is labelled.
+
+    probabilities (N, C), labels int64 (N,) in -1..C-1; rows of -1 are left out.
+
+      accuracy             the most probable class is right; of several equally probable classes the worst
+      counts, so that
+                           a constant earns nothing
+      macro_f1             mean over the classes among labels or predictions of F1 = 2 TP / (2 TP + FP + FN)
+      recall_at_precision  with thresholds (C,) from `precision_thresholds`: mean over the classes among the
+      labels of the
+                           share of their rows at or above the class's threshold
+      precision            what these thresholds reached here
+
+    Raises CheckpointError for NaN.
+    """
+    if torch.isnan(probabilities).any():
+        raise clip.CheckpointError("NaN in the predictions; a model that gives NaN cannot be evaluated")
+    probabilities, labels = probabilities[labels >= 0], labels[labels >= 0]
+    if not len(labels):
+        return None
+    C = probabilities.shape[1]
+    true = F.one_hot(labels, C).bool()
+    best_wrong = probabilities.masked_fill(true, -math.inf).max(1)
+    right = torch.ones(len(labels), dtype=torch.bool)
+    if C > 1:
+        right = probabilities.gather(1, labels[:, None])[:, 0] > best_wrong.values
+    predicted = F.one_hot(torch.where(right, labels, best_wrong.indices), C).bool()
+    hits = (predicted & true).sum(0)  # TP
+    total = predicted.sum(0) + true.sum(0)  # 2 TP + FP + FN
+    f1 = (2 * hits.double() / total.clamp(min=1))[total > 0]
+    out = {"accuracy": 100 * right.double().mean().item(), "macro_f1": 100 * f1.mean().item()}
+    if thresholds is not None:
+        above = probabilities >= thresholds
+        recall = (above & true).sum(0).double() / true.sum(0).clamp(min=1)
+        out["recall_at_precision"] = 100 * recall[true.any(0)].mean().item()
+        out["precision"] = 100 * (above & true).sum().item() / max(1, above.sum().item())
+    return out
+
+
+def precision_thresholds(probabilities, labels, precision):
+    """(C,): the lowest probability of each class at which its predictions are right often enough.
+
+    At or above a class's threshold, a share of at least `precision` (0..1) of the rows is of the class; inf
+    where no threshold reaches that. Chosen on validation data and used on test data. Arguments as in
+    `classification_metrics`.
+    """
+    probabilities, labels = probabilities[labels >= 0], labels[labels >= 0]
+    out = torch.full((probabilities.shape[1],), math.inf, dtype=probabilities.dtype)
+    for c in range(len(out)):
+        value, order = probabilities[:, c].sort(descending=True)
+        wanted = precision * torch.arange(1, len(order) + 1, dtype=torch.float64) - 1e-9
+        reached = (labels[order] == c).cumsum(0) >= wanted
+        last = torch.ones(len(value), dtype=torch.bool)  # of equal probabilities: all are taken, or none
+        last[:-1] = value[1:] < value[:-1]
+        if (reached & last).any():
+            out[c] = value[reached & last][-1]
+    return out
 
 
 # ---------------------------------------------------------------- a model on a data set
 
 @torch.no_grad()
 def encode_images(model, loader, amp):
-    """Yield (features of all views of a batch (A, D), as the model gives them; image_mask (B, V)) for a loader's batches."""
+    """Yield (features (A, D) of all views of a batch, as the model gives them; image_mask (B, V)) of a
+    loader's batches."""
+    device = next(model.parameters()).device
     for batch in loader.batches():
-        batch = data.to_device(batch, next(model.parameters()).device)
+        batch = data.to_device(batch, device)
         with clip.autocast(amp, model):
             features = model.encode_image(batch["images"][batch["image_mask"]])
         yield features.float(), batch["image_mask"]
@@ -265,56 +388,71 @@ def encode_images(model, loader, amp):
 @torch.no_grad()
 def encode_texts(model, loader, amp):
     """Yield the features of a loader's captions, (256, D) at a time."""
+    device = next(model.parameters()).device
     for tokens in loader.tokens.split(256):
         with clip.autocast(amp, model):
-            features = model.encode_text(tokens.to(next(model.parameters()).device))
+            features = model.encode_text(tokens.to(device))
         yield features.float()
 
 
 @torch.no_grad()
 def embed(model, instances, tokenizer, amp="auto", workers=0, loader=None):
-    """Unit-norm features, float32, on the model's device: images (N, D), the renormalised mean over an instance's views, and
-    texts (C, D), all captions in order. loader: an `evaluation_loader` kept from an earlier call."""
+    """Features of unit norm, float32, on the model's device.
+
+    Returns images (N, D), the renormalised mean over an instance's views, and texts (C, D), all captions in
+    order. loader: an `evaluation_loader` that was kept from an earlier call.
+    """
     was_training = model.training
     model.eval()
     loader = loader or evaluation_loader(model, instances, tokenizer, workers)
     images = []
     for views, mask in encode_images(model, loader, amp):
         owner = torch.arange(len(mask), device=mask.device).repeat_interleave(mask.sum(1))
-        views = F.normalize(views, dim=-1)
-        images.append(F.normalize(views.new_zeros(len(mask), views.shape[1]).index_add(0, owner, views), dim=-1))
+        sums = views.new_zeros(len(mask), views.shape[1]).index_add(0, owner, F.normalize(views, dim=-1))
+        images.append(F.normalize(sums, dim=-1))
     texts = [F.normalize(features, dim=-1) for features in encode_texts(model, loader, amp)]
     model.train(was_training)
     return torch.cat(images), torch.cat(texts)
 
 
-def evaluation_loader(model, instances, tokenizer, workers=0, **more):
+def evaluation_loader(model, instances, tokenizer, workers=0, **options):
     """All views and captions in order; a batch holds about 256 pictures."""
-    most = max(len(x.images) for x in instances)
-    return data.Loader(instances, tokenizer, model.config.context_length, model.config.image_resolution, max(1, 256 // most), workers=workers, **more)
+    batch_size = max(1, 256 // max(len(x.images) for x in instances))
+    config = model.config
+    return data.Loader(instances, tokenizer, config.context_length, config.image_resolution, batch_size,
+                       workers=workers, **options)
 
 
-def frozen_features(model, instances, names, tokenizer, cache, amp="auto", workers=0):
-    """data.Features of a frozen CLIP, computed once: every view and caption by itself, kept under the folder `cache` by a hash of the
-    weights and of what is embedded. They are streamed to disk and memory-mapped where large: memory does not grow with the data.
-    instances, names: of data.load_split."""
-    def seen(image):  # a path, or a view that may have a file
+def frozen_features(model, instances, classes, tokenizer, cache, amp="auto", workers=0):
+    """data.Features of a frozen CLIP, computed once, every view and every caption by itself.
+
+    They are kept under the folder `cache` by a hash of the weights and of what is embedded. They are streamed
+    to disk, and memory-mapped where they are large, so memory does not grow with the data. instances,
+    classes: of data.load_split.
+    """
+    def identity_of(image):  # a path, or a view that may have a file
         file = image if isinstance(image, str) else getattr(image, "file", None)
         return (image, os.path.getsize(file), os.path.getmtime(file)) if file else image
 
-    what = [clip.identity(model), model.config, amp, tokenizer.merges, [(x.id, [seen(i) for i in x.images], x.captions) for x in instances]]
-    key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
-    labels, captions, query = data.class_layout(instances, names)
-    views, arrays = np.array([len(x.images) for x in instances]), []
+    embedded = [(x.id, [identity_of(image) for image in x.images], x.captions) for x in instances]
+    inputs = [clip.identity(model), model.config, amp, tokenizer.merges, embedded]
+    key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
+    labels, captions, query = data.class_layout(instances, classes)
+    views = np.array([len(x.images) for x in instances])
     model.eval()
 
     def write(f, kind, rows):
-        loader = evaluation_loader(model, instances, tokenizer, workers, cache_bytes=0)  # every picture is read once
+        loader = evaluation_loader(model, instances, tokenizer, workers, cache_bytes=0)  # each is read once
         header = {"descr": "<f4", "fortran_order": False, "shape": (int(rows), model.config.embed_dim)}
         np.lib.format.write_array_header_1_0(f, header)
-        for part in (features for features, _ in encode_images(model, loader, amp)) if kind == "image" else encode_texts(model, loader, amp):
+        if kind == "image":
+            parts = (features for features, _ in encode_images(model, loader, amp))
+        else:
+            parts = encode_texts(model, loader, amp)
+        for part in parts:
             f.write(part.cpu().numpy().tobytes())
 
+    arrays = []
     for kind, rows in (("image", views.sum()), ("text", captions.sum())):
         path = os.path.join(cache, f"{key}-{kind}.npy")
         if not os.path.exists(path):
@@ -323,12 +461,14 @@ def frozen_features(model, instances, names, tokenizer, cache, amp="auto", worke
         try:
             arrays.append(np.load(path, mmap_mode="r" if os.path.getsize(path) > LARGE else None))
         except (OSError, ValueError, EOFError) as problem:
-            raise data.DataError(f"{path}: damaged ({str(problem)[:100]}); remove it, and it is computed again") from None
+            raise data.DataError(f"{path}: damaged ({str(problem)[:100]}); "
+                                 "remove it, and it is computed again") from None
     return data.Features(*arrays, views, captions, labels, query)
 
 
 def layout(instances):
-    """What evaluation needs to know beside features: dict(image_group (N,), text_group (C,), image_query (N,), text_query (C,))."""
+    """What retrieval needs to know beside features: dict(image_group (N,), text_group (C,), image_query,
+    text_query)."""
     numbers = {}
     group = torch.tensor([numbers.setdefault(x.group, len(numbers)) for x in instances])
     query = torch.tensor([x.query for x in instances])
@@ -337,7 +477,7 @@ def layout(instances):
 
 
 def caption_owner(instances):
-    """(C,): the instance of each caption."""
+    """(C,): the number of the instance that each caption belongs to."""
     return torch.arange(len(instances)).repeat_interleave(torch.tensor([len(x.captions) for x in instances]))
 
 
@@ -347,155 +487,219 @@ def evaluate(model, instances, tokenizer, amp="auto", workers=0, loader=None):
     return retrieval_metrics(images.cpu(), texts.cpu(), **layout(instances))
 
 
+def recalls(metrics):
+    """One line of text about `retrieval_metrics` on val: R@1 text-to-image / image-to-text, and rSum."""
+    to_image, to_text = (metrics[way]["R@1"] for way in WAYS)
+    return f"val R@1 {to_image:.1f} / {to_text:.1f}, rSum {metrics['rSum']:.1f}"
+
+
+def mean_of_metrics(several):
+    """The mean over several results of `retrieval_metrics`, metric by metric."""
+    out = {}
+    for way in WAYS:
+        out[way] = {}
+        for metric in several[0][way]:
+            out[way][metric] = float(np.mean([metrics[way][metric] for metrics in several]))
+    return out
+
+
 def retrieval_rows(name, images, texts, instances, fold=1000):
-    """Rows of a table, {row: metrics}: "model"; for coco also "model, 1K folds", the mean over folds of 1,000 images in order, each with its
-    own captions (the 5,000 of its test split: 5K and 1K as published); and `bounds`. images (N, D), texts (C, D): unit-norm."""
-    at, rows = layout(instances), {}
-    rows["model"] = retrieval_metrics(images.cpu(), texts.cpu(), **at)
+    """The rows of a retrieval table, {row: metrics}: "model", and those of `bounds`.
+
+    For coco also "model, 1K folds": the mean over folds of 1,000 images in order, each with its own captions
+    (its 5,000 test images are published whole, 5K, and as the mean of five folds, 1K). images (N, D), texts
+    (C, D): unit norm.
+    """
+    groups = layout(instances)
+    images, texts = images.cpu(), texts.cpu()
+    rows = {"model": retrieval_metrics(images, texts, **groups)}
     if name == "coco" and len(instances) > fold:
-        owner, found = caption_owner(instances), []
+        owner = caption_owner(instances)
+        folds = []
         for begin in range(0, len(instances) - fold + 1, fold):
-            inside = (owner >= begin) & (owner < begin + fold)
-            part = {key: value[begin:begin + fold] if key.startswith("image") else value[inside] for key, value in at.items()}
-            found.append(retrieval_metrics(images[begin:begin + fold].cpu(), texts.cpu()[inside], **part))
-        rows["model, 1K folds"] = {"rSum": float(np.mean([f["rSum"] for f in found])), **{
-            way: {m: float(np.mean([f[way][m] for f in found])) for m in found[0][way]} for way in ("text_to_image", "image_to_text")}}
+            here = {"image": slice(begin, begin + fold), "text": (owner >= begin) & (owner < begin + fold)}
+            part = {key: value[here[key.split("_")[0]]] for key, value in groups.items()}
+            folds.append(retrieval_metrics(images[here["image"]], texts[here["text"]], **part))
+        rsum = float(np.mean([metrics["rSum"] for metrics in folds]))
+        rows["model, 1K folds"] = {"rSum": rsum, **mean_of_metrics(folds)}
     return rows | bounds(name, instances)
 
 
 def bounds(name, instances, draws=5, seed=0):
-    """{"chance": metrics} of a random ranking, and for primitives also "ceiling": an oracle that reads every attribute a caption
-    states and guesses among the instances that fit, as the mean over `draws` random orders of what it finds equally probable."""
-    at, generator = layout(instances), torch.Generator().manual_seed(seed)
-    asked_images, asked_texts = at["image_group"][at["image_query"]], at["text_group"][at["text_query"]]
-    out = {"chance": {"text_to_image": chance(asked_texts, at["image_group"]), "image_to_text": chance(asked_images, at["text_group"])}}
+    """{"chance": metrics of a random ranking}, and for primitives also "ceiling".
+
+    The ceiling is an oracle that reads every attribute a caption states and guesses among the instances that
+    fit. It is the mean over `draws` random orders of what the oracle finds equally probable.
+    """
+    groups = layout(instances)
+    generator = torch.Generator().manual_seed(seed)
+    asked_images = groups["image_group"][groups["image_query"]]
+    asked_texts = groups["text_group"][groups["text_query"]]
+    rows = {"chance": {"text_to_image": chance(asked_texts, groups["image_group"]),
+                       "image_to_text": chance(asked_images, groups["text_group"])}}
     if name == "primitives":
-        matrix, runs = 1e9 * data.primitives_oracle(instances).double(), []  # different probabilities now differ by more than 1,000
+        # so large that unequal probabilities differ by more than the noise, and the noise by more than TIE
+        probability = 1e9 * data.primitives_oracle(instances).double()
+        results = []
         for _ in range(draws):
-            noisy = matrix + 1e3 * torch.rand(matrix.shape, generator=generator)  # so large that TIE is nothing against it
-            runs.append({"text_to_image": ranking_metrics(noisy[at["text_query"]], asked_texts, at["image_group"]),
-                         "image_to_text": ranking_metrics(noisy.t()[at["image_query"]], asked_images, at["text_group"])})
-        out["ceiling"] = {d: {m: float(np.mean([r[d][m] for r in runs])) for m in runs[0][d]} for d in runs[0]}
-    return out
+            noisy = probability + 1e3 * torch.rand(probability.shape, generator=generator)
+            to_image = ranking_metrics(noisy[groups["text_query"]], asked_texts, groups["image_group"])
+            to_text = ranking_metrics(noisy.t()[groups["image_query"]], asked_images, groups["text_group"])
+            results.append({"text_to_image": to_image, "image_to_text": to_text})
+        rows["ceiling"] = mean_of_metrics(results)
+    return rows
 
 
-def chance(query_group, gallery_group, ks=(1, 5, 10)):
-    """Expected `ranking_metrics` of a random order, in closed form (MedR: the first position reached by half of the queries)."""
-    count, G = torch.bincount(gallery_group, minlength=int(query_group.max()) + 1)[query_group], len(gallery_group)
-    place = torch.arange(1, G + 1, dtype=torch.float64)
-    discount, first, ndcg = 1 / torch.log2(place + 1), torch.zeros(G, dtype=torch.float64), dict.fromkeys(ks, 0.0)
-    for relevant, queries in zip(*(x.tolist() for x in count.unique(return_counts=True))):
-        part = queries / len(count)
-        here = (relevant / (G + 1 - place)).clamp(max=1)  # the first relevant item is at this place, given that none came before
-        first += part * here * torch.cat([torch.ones(1), (1 - here).cumprod(0)[:-1]])  # first[p]: it is at place p + 1
-        for k in ks:
-            ndcg[k] += part * relevant / G * (discount[:k].sum() / discount[:min(k, relevant)].sum()).item()
-    out = {f"R@{k}": first[:k].sum().item() for k in ks} | {f"P@{k}": count.double().mean().item() / G * min(k, G) / k for k in ks}
-    out |= {f"NDCG@{k}": ndcg[k] for k in ks} | {"MRR": (first / place).sum().item()}
-    return {name: 100 * value for name, value in out.items()} | {"MedR": 1.0 + (first.cumsum(0) < 0.5).sum().item(), "MeanR": (first * place).sum().item()}
+def table(rows, shapes=False):
+    """The text of a retrieval table. rows: {name: {"text_to_image": metrics, "image_to_text": metrics}}.
 
-
-def table(results, shapes=False):
-    """Text of a table. results: {row name: {"text_to_image": metrics, "image_to_text": metrics}}; shapes: Text2Shape's columns."""
-    columns = ("R@1", "R@5", "NDCG@5", "MRR", "MedR") if shapes else ("R@1", "R@5", "R@10", "MRR", "MedR")
-    thing = "shape" if shapes else "image"
-    heads = [("R" if shapes and c[:2] == "R@" else "") + c for c in columns]
-    width = max(map(len, results))
-    lines = [f"{'':{width}}   {f'text-to-{thing}':^{7 * len(columns)}}   {f'{thing}-to-text':^{7 * len(columns)}}",
-             " " * width + "   " + "   ".join(["".join(f"{h:>7}" for h in heads)] * 2)]
-    for name, row in results.items():
-        cells = ["".join(f"{row[d][c]:7.1f}" for c in columns) for d in ("text_to_image", "image_to_text")]
-        lines.append(f"{name:{width}}   " + "   ".join(cells))
+    shapes: with the columns and the words of Text2Shape.
+    """
+    columns = ("R@1", "R@5", "R@10", "MRR", "MedR")
+    heads, item = columns, "image"
+    if shapes:
+        columns = ("R@1", "R@5", "NDCG@5", "MRR", "MedR")
+        heads, item = ("RR@1", "RR@5", "NDCG@5", "MRR", "MedR"), "shape"
+    width = max(map(len, rows))
+    span = 7 * len(columns)
+    head = "".join(f"{name:>7}" for name in heads)
+    lines = [f"{'':{width}}   {f'text-to-{item}':^{span}}   {f'{item}-to-text':^{span}}",
+             f"{'':{width}}   {head}   {head}"]
+    for name, row in rows.items():
+        cells = ["".join(f"{row[way][column]:7.1f}" for column in columns) for way in WAYS]
+        lines.append(f"{name:{width}}   {cells[0]}   {cells[1]}")
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- pictures
 
-GREEN, RED, BLUE, ORANGE, CELL = (30, 150, 60), (200, 40, 40), (60, 100, 190), (230, 150, 40), 128
+GREEN, RED, GREY, BLUE, ORANGE = (30, 150, 60), (200, 40, 40), (160, 160, 160), (60, 100, 190), (230, 150, 40)
+CELL, PAD = 128, 8  # pixels: the side of a picture in a picture, and the space around it
 
 
 def gallery_picture(path, rows):
-    """Write a picture of queries and their results. rows: list of (query, [(result, right), ...]); a query or a result is a string
-    or an RGB array (CELL, CELL, 3); right: bool, or None where nothing is known. Right results are framed green, wrong ones red."""
-    from PIL import Image, ImageDraw, ImageFont
-    font, pad = ImageFont.load_default(13), 8
-    cell = CELL + 2 * pad
-    canvas = Image.new("RGB", (cell * (1 + max(len(r) for _, r in rows)) + pad, (cell + pad) * len(rows) + pad), "white")
+    """Write a picture of queries and their results.
+
+    rows: list of (query, [(result, right), ...]). A query or a result is a string or an RGB array (CELL,
+    CELL, 3); right is a bool, or None where nothing is known. Right results are framed green, wrong ones red.
+    """
+    font = ImageFont.load_default(13)
+    cell = CELL + 2 * PAD
+    columns = 1 + max(len(results) for _, results in rows)
+    canvas = Image.new("RGB", (cell * columns + PAD, (cell + PAD) * len(rows) + PAD), "white")
     draw = ImageDraw.Draw(canvas)
 
     def put(item, x, y):
         if not isinstance(item, str):
-            return canvas.paste(Image.fromarray(item), (x, y))
-        wrapped = (textwrap.wrap(item[:500], width) for width in range(24, 0, -1))
-        lines = next(lines for lines in wrapped if all(font.getlength(line) <= CELL - 4 for line in lines))
-        draw.multiline_text((x + 2, y + 2), "\n".join(lines if len(lines) <= 7 else lines[:6] + ["..."]), fill="black", font=font, spacing=3)
+            canvas.paste(Image.fromarray(item), (x, y))
+            return
+        for width in range(24, 0, -1):  # characters a line: the most that fit
+            lines = textwrap.wrap(item[:500], width)
+            if all(font.getlength(line) <= CELL - 4 for line in lines):
+                break
+        if len(lines) > 7:
+            lines = lines[:6] + ["..."]
+        draw.multiline_text((x + 2, y + 2), "\n".join(lines), fill="black", font=font, spacing=3)
 
     for i, (query, results) in enumerate(rows):
-        y = pad + i * (cell + pad)
-        put(query, pad, y + pad)
+        y = PAD + i * (cell + PAD)
+        put(query, PAD, y + PAD)
         for j, (result, right) in enumerate(results):
-            x = (j + 1) * cell + pad
-            colour = (160, 160, 160) if right is None else GREEN if right else RED
+            x = (j + 1) * cell + PAD
+            colour = {True: GREEN, False: RED, None: GREY}[right]
             draw.rectangle((x, y + 2, x + cell - 5, y + cell - 2), outline=colour, width=4)
-            put(result, x + pad - 2, y + pad)
+            put(result, x + PAD - 2, y + PAD)
     clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
 
 
-def draw_gallery(path, instances, of_text, of_image, seed=0, rows=6, top=5):
-    """A gallery of random queries of a split: `rows` text-to-image, then `rows` image-to-text. of_text: function of a caption's number -> the
-    scores of all instances (N,); of_image: of an instance's number -> the scores of all captions (C,)."""
-    rng, at = np.random.default_rng(seed), layout(instances)
-    captions, out = [c for x in instances for c in x.captions], []
-    picture = lambda i: data.pixels(instances[i].images[0], CELL)
-    draw = lambda asked: rng.permutation(asked.nonzero().flatten().numpy())[:rows].tolist()
-    best = lambda scores: scores.argsort(descending=True, stable=True)[:top].tolist()
-    for c in draw(at["text_query"]):
-        out.append((captions[c], [(picture(i), bool(at["image_group"][i] == at["text_group"][c])) for i in best(of_text(c))]))
-    for i in draw(at["image_query"]):
-        out.append((picture(i), [(captions[c], bool(at["text_group"][c] == at["image_group"][i])) for c in best(of_image(i))]))
+def draw_gallery(path, instances, caption_scores, image_scores, seed=0, rows=6, top=5):
+    """A gallery of random queries of a split: `rows` text-to-image, then `rows` image-to-text.
+
+    caption_scores: a function of a caption's number -> the scores of all instances (N,).
+    image_scores: a function of an instance's number -> the scores of all captions (C,).
+    """
+    rng = np.random.default_rng(seed)
+    groups = layout(instances)
+    captions = [caption for x in instances for caption in x.captions]
+
+    def picture(i):
+        return data.pixels(instances[i].images[0], CELL)
+
+    def draw(asked):
+        return rng.permutation(asked.nonzero().flatten().numpy())[:rows].tolist()
+
+    def best(scores):
+        return scores.argsort(descending=True, stable=True)[:top].tolist()
+
+    out = []
+    for c in draw(groups["text_query"]):
+        right = groups["image_group"] == groups["text_group"][c]
+        out.append((captions[c], [(picture(i), bool(right[i])) for i in best(caption_scores(c))]))
+    for i in draw(groups["image_query"]):
+        right = groups["text_group"] == groups["image_group"][i]
+        out.append((picture(i), [(captions[c], bool(right[c])) for c in best(image_scores(i))]))
     gallery_picture(path, out)
 
 
+def heat_picture(picture, weights, largest):
+    """RGB array (CELL, CELL, 3): `picture` in pale grey, red where `weights` (h, w) exceed an even share.
+
+    largest: the weight that is drawn in full red.
+    """
+    even = 1 / weights.size
+    heat = Image.fromarray(np.float32(weights - even) / max(largest - even, 1e-9))
+    heat = np.asarray(heat.resize((CELL, CELL), Image.Resampling.BILINEAR))[..., None].clip(0, 1)
+    pale = 0.35 * picture.mean(2, keepdims=True) + 0.65 * 255
+    return (pale * (1 - 0.85 * heat) + np.array(RED) * 0.85 * heat).astype(np.uint8)
+
+
 def attention_picture(path, rows):
-    """Write a picture of attention. rows: list of (RGB array (CELL, CELL, 3), caption, words, bars). words: [(word, weights (h, w), 0 or more)]:
-    where it looks; what exceeds an even share is drawn red over the picture, on one scale for all words of a row, and the largest weight
-    stands beside the word. bars: [(task, weight of the image in 0..1)], drawn as a chart of image against text."""
-    from PIL import Image, ImageDraw, ImageFont
-    font, pad, columns = ImageFont.load_default(13), 8, 8
-    line, cell = 22, CELL + 22
-    heights = [24 + (cell + pad) * max(1, -(-len(words) // (columns - 1))) + line * (len(bars) + bool(bars)) + 2 * pad for _, _, words, bars in rows]
-    canvas = Image.new("RGB", ((CELL + pad) * columns + pad, sum(heights) + pad), "white")
-    draw, y = ImageDraw.Draw(canvas), pad
-    for (picture, caption, words, bars), height in zip(rows, heights):
-        draw.text((pad, y), caption[:140], fill="black", font=font)
-        canvas.paste(Image.fromarray(picture), (pad, y + 24))
+    """Write a picture of attention. rows: list of (RGB array (CELL, CELL, 3), caption, words, bars).
+
+    words: [(word, weights (h, w), 0 or more)]: where the word looks, on one scale for all words of a row,
+    with the largest weight beside the word. bars: [(task, weight of the image in 0..1)], drawn as a chart of
+    image against text.
+    """
+    font = ImageFont.load_default(13)
+    columns, line, cell = 8, 22, CELL + 22
+    layouts = []  # of each row: its height, and where its chart begins
+    for _, _, words, bars in rows:
+        chart = 24 + (cell + PAD) * max(1, -(-len(words) // (columns - 1)))
+        layouts.append((chart + line * (len(bars) + bool(bars)) + 2 * PAD, chart))
+    total = sum(height for height, _ in layouts)
+    canvas = Image.new("RGB", ((CELL + PAD) * columns + PAD, total + PAD), "white")
+    draw = ImageDraw.Draw(canvas)
+    y = PAD
+    for (picture, caption, words, bars), (height, chart) in zip(rows, layouts):
+        draw.text((PAD, y), caption[:140], fill="black", font=font)
+        canvas.paste(Image.fromarray(picture), (PAD, y + 24))
+        largest = max((float(weights.max()) for _, weights in words), default=1.0)
         for k, (word, weights) in enumerate(words):
-            x, top = pad + (CELL + pad) * (1 + k % (columns - 1)), y + 24 + (cell + pad) * (k // (columns - 1))
-            even = 1 / weights.size
-            heat = Image.fromarray(np.float32(weights - even) / max(max(float(w.max()) for _, w in words) - even, 1e-9)).resize((CELL, CELL), Image.Resampling.BILINEAR)
-            heat = np.asarray(heat)[..., None].clip(0, 1)
-            grey = 0.35 * picture.mean(2, keepdims=True) + 0.65 * 255  # pale, so that the heat stands out
-            canvas.paste(Image.fromarray((grey * (1 - 0.85 * heat) + np.array(RED) * 0.85 * heat).astype(np.uint8)), (x, top))
-            draw.text((x, top + CELL + 2), f"{word[:12]}  {100 * float(weights.max()):.0f}%", fill="black", font=font)
-        below = y + 24 + (cell + pad) * max(1, -(-len(words) // (columns - 1)))
+            x = PAD + (CELL + PAD) * (1 + k % (columns - 1))
+            top = y + 24 + (cell + PAD) * (k // (columns - 1))
+            canvas.paste(Image.fromarray(heat_picture(picture, weights, largest)), (x, top))
+            text = f"{word[:12]}  {100 * float(weights.max()):.0f}%"
+            draw.text((x, top + CELL + 2), text, fill="black", font=font)
+        left, wide = PAD + CELL + PAD, 420
+        if bars:
+            draw.text((left, y + chart), "weight of the image", fill=BLUE, font=font)
+            draw.text((left + 300, y + chart), "weight of the text", fill=ORANGE, font=font)
         for k, (task, weight) in enumerate(bars):
-            if k == 0:
-                draw.text((pad + CELL + pad, below), "weight of the image", fill=BLUE, font=font)
-                draw.text((pad + CELL + pad + 300, below), "weight of the text", fill=ORANGE, font=font)
-            top, left, wide = below + line * (k + 1), pad + CELL + pad, 420
+            top = y + chart + line * (k + 1)
             split = left + round(wide * weight)
-            draw.text((pad, top), task[:18], fill="black", font=font)
+            percents = f"{100 * weight:.0f}% / {100 * (1 - weight):.0f}%"
+            draw.text((PAD, top), task[:18], fill="black", font=font)
             draw.rectangle((left, top + 2, split, top + line - 5), fill=BLUE)
             draw.rectangle((split, top + 2, left + wide, top + line - 5), fill=ORANGE)
-            draw.text((left + wide + pad, top), f"{100 * weight:.0f}% / {100 * (1 - weight):.0f}%", fill="black", font=font)
+            draw.text((left + wide + PAD, top), percents, fill="black", font=font)
         y += height
     clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
 
 
-# ---------------------------------------------------------------- around a training loop
+# ---------------------------------------------------------------- arguments
 
 def number(kind, accept, name):
-    """An argparse type: kind(text) where accept(value), else an error that says it is not `name`."""
+    """An argparse type: kind(text) where accept(value) is true, else an error that says it is not `name`."""
     def parse(text):
         value = kind(text)
         if not accept(value):
@@ -506,22 +710,27 @@ def number(kind, accept, name):
 
 
 positive_int = number(int, lambda v: v >= 1, "a positive whole number")
-whole = number(int, lambda v: v >= 0, "a whole number of 0 or more")
+non_negative_int = number(int, lambda v: v >= 0, "a whole number of 0 or more")
 positive = number(float, lambda v: 0 < v < math.inf, "a positive number")
-not_negative = number(float, lambda v: 0 <= v < math.inf, "a number of 0 or more")
-fraction = number(float, lambda v: 0 < v <= 1, "a share over 0, up to 1")
-share = number(float, lambda v: 0 <= v <= 1, "a share from 0 to 1")
-vocabulary = number(int, lambda v: v >= 514, "514 or more (every byte, inside and at the end of a word, start and end)")
+non_negative = number(float, lambda v: 0 <= v < math.inf, "a number of 0 or more")
+fraction = number(float, lambda v: 0 <= v <= 1, "a share from 0 to 1")
+positive_fraction = number(float, lambda v: 0 < v <= 1, "a share over 0, up to 1")
+vocabulary = number(int, lambda v: v >= 514,
+                    "514 or more (every byte, inside and at the end of a word, start and end)")
 
 
 def usable_device(text):
     try:
-        d = torch.device(text)
-        usable = (d.index or 0) < torch.cuda.device_count() if d.type == "cuda" else torch.zeros(1, device=d).item() == 0
-    except (RuntimeError, AssertionError):  # no such name; a kind that this machine or this torch does not have
+        device = torch.device(text)
+        if device.type == "cuda":
+            usable = (device.index or 0) < torch.cuda.device_count()
+        else:
+            usable = torch.zeros(1, device=device).item() == 0
+    except (RuntimeError, AssertionError):  # no such name, or a kind that this machine does not have
         usable = False
     if not usable:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; try cpu" + " or cuda" * torch.cuda.is_available())
+        choices = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; try {choices}")
     return text
 
 
@@ -533,22 +742,31 @@ class Parser(argparse.ArgumentParser):
 
 
 def common_arguments(description, **defaults):
-    """A parser with the arguments that every script has, with the same names and meanings; a script adds its own."""
+    """A parser with the arguments that every script has, with the same names and meanings; a script adds its
+    own."""
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="primitives", help="a data set's name, or a .jsonl or .csv file of your own")
+    p.add_argument("--data", default="primitives",
+                   help="a data set's name, or a .jsonl or .csv file of your own")
     p.add_argument("--root", help="folder of the data set (default data/<name>)")
-    p.add_argument("--download", action="store_true", help="fetch the data set where that is possible (text2shape)")
-    p.add_argument("--clip", default="tiny", help="tiny, small: from scratch; a published name, a file or a folder: pretrained weights")
+    p.add_argument("--download", action="store_true",
+                   help="fetch the data set where that is possible (text2shape)")
+    p.add_argument("--clip", default="tiny",
+                   help="tiny, small: from scratch; a published name, a file or a folder: pretrained weights")
     p.add_argument("--image-size", type=positive_int, help="another input size than the model's own")
-    p.add_argument("--vocab-size", type=vocabulary, default=1024, help="symbols of the vocabulary learned for a model from scratch")
+    p.add_argument("--vocab-size", type=vocabulary, default=1024,
+                   help="symbols of the vocabulary learned for a model from scratch")
     p.add_argument("--epochs", type=positive_int, help="passes over the training instances")
     p.add_argument("--batch-size", type=positive_int, help="instances per step, over all processes")
     p.add_argument("--lr", type=positive, help="peak learning rate")
-    p.add_argument("--weight-decay", type=not_negative)
-    p.add_argument("--seed", type=whole, default=0)
-    p.add_argument("--device", type=usable_device, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    p.add_argument("--workers", type=whole, default=1, help="processes that prepare batches")
-    p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16 autocast in the encoders")
+    p.add_argument("--weight-decay", type=non_negative)
+    p.add_argument("--eval-every", type=positive_int,
+                   help="epochs between evaluations on val (default: five in a run)")
+    p.add_argument("--seed", type=non_negative_int, default=0)
+    p.add_argument("--device", type=usable_device,
+                   help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    p.add_argument("--workers", type=non_negative_int, default=1, help="processes that prepare batches")
+    p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto",
+                   help="bfloat16 autocast in the encoders")
     p.add_argument("--compile", action="store_true", help="torch.compile the encoders' blocks")
     p.add_argument("--resume", action="store_true", help="go on from <out>/last.pt")
     p.add_argument("--out", help="folder of the run (default runs/<method>-<data>)")
@@ -556,9 +774,24 @@ def common_arguments(description, **defaults):
     return p
 
 
+def complete(args, method, defaults):
+    """Fill in what the command line left open: `defaults` of the script, evaluations, the folder. Returns
+    args."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.eval_every = args.eval_every or max(1, args.epochs // 5)
+    data_name, _ = os.path.splitext(os.path.basename(args.data))
+    args.out = args.out or os.path.join("runs", f"{method}-{data_name}")
+    return args
+
+
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn bad input into one line on stderr and exit code 2, Ctrl-C outside the loop into 130; a bug keeps its traceback."""
+    """Turn bad input into one line on stderr and exit code 2, Ctrl-C outside the loop into 130.
+
+    A bug keeps its traceback.
+    """
     clear = "\r\033[K" if sys.stderr.isatty() else ""  # a progress line may stand there
     try:
         yield
@@ -574,23 +807,257 @@ def one_line_errors():
     sys.exit(code)
 
 
+# ---------------------------------------------------------------- processes, data and CLIP of a run
+
+def join(args):
+    """Join the processes that torchrun started (gloo on CPU, nccl on GPU) and seed every generator.
+
+    Returns (rank, world, device): the number of this process, how many there are, and where it computes.
+    Without torchrun that is (0, 1, device).
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        clip.fast_float32()
+    if world > 1:
+        forever = datetime.timedelta(days=1)  # the others wait while the first downloads and evaluates
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=forever)
+    data.seed_everything(args.seed)
+    return rank, world, device
+
+
+def any_process(flag, device):
+    """True where the flag is set on any process, so that all of them do the same. All must ask."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    flag = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+
+@contextlib.contextmanager
+def first_process_first(device):
+    """The first process runs the block while the others wait; then they run it and find what the first has
+    made."""
+    first = int(os.environ.get("RANK", 0)) == 0
+    if not first:
+        any_process(False, device)
+    yield
+    if first:
+        any_process(False, device)
+
+
+def average_gradients(parameters):
+    """Replace every gradient by its mean over the processes (one message); does nothing in a single
+    process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def load_splits(args, device, load=data.load):
+    """-> [(instances, classes) of train, of val, of test], fetched first where --download asks for it.
+
+    The test split is needed only at the end, but what is missing in it is said before training.
+    """
+    if args.download:
+        with first_process_first(device):
+            data.load(args.data, args.root, "train", download=True)
+    return [load(args.data, args.root, split) for split in ("train", "val", "test")]
+
+
+def build_or_load(args, train, device):
+    """-> (CLIP, tokenizer).
+
+    --clip tiny or small: random weights, and a vocabulary that is learned from the training captions.
+    Otherwise pretrained weights, with the tokenizer that they were trained with.
+    """
+    if args.clip in clip.SCRATCH:
+        tokenizer = clip.Tokenizer.train([caption for x in train for caption in x.captions], args.vocab_size)
+        model = clip.build(args.clip, tokenizer, args.seed, args.image_size).to(device)
+    else:
+        model, _ = clip.load(args.clip, device, image_size=args.image_size)
+        tokenizer = model.tokenizer or clip.default_tokenizer()
+    if args.compile:
+        clip.compile_blocks(model)
+    return model, tokenizer
+
+
+def warmup_cosine(step, steps, warmup, peak=1.0):
+    """The learning rate of a step: a linear rise over the share `warmup` of the steps, then half a cosine
+    down to 0."""
+    warm = max(1, int(warmup * steps))
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
+
+
+# ---------------------------------------------------------------- a run
+
+class Run:
+    """What no reader of a training loop came for: the folder, the log, the checkpoints, the progress line,
+    the end.
+
+        run = eval.Run(args, "train_mxm", optimizer, steps, len(loader), pack, unpack) for step, batch in
+        run.batches(loader):   # from where an interrupted run stopped; saves and stops between steps
+            ...                                   # learning rate, forward, loss, backward: the script's own
+            run.check(loss, norm)                 # a NaN stops the run before it reaches the weights
+            optimizer.step()
+            if run.log(loss, samples):            # true after an epoch that is to be evaluated
+                run.keep_best(score, message, val=metrics)
+
+    It calls neither the model nor the loss nor the optimizer. Everything that changes is in the weights, the
+    optimizer and `state`, so a resumed run ends with the same bits. pack() gives what a checkpoint holds of
+    the model, unpack(checkpoint) is its inverse. modules: {name: module} that going on needs and evaluation
+    does not; only last.pt holds their weights. Only the first process writes and evaluates, and all processes
+    stop at the same step.
+    """
+
+    def __init__(self, args, method, optimizer, steps, steps_per_epoch, pack, unpack, modules=None):
+        self.args = args
+        self.method = method
+        self.optimizer = optimizer
+        self.steps = steps
+        self.steps_per_epoch = steps_per_epoch
+        self.pack = pack
+        self.modules = modules or {}
+        self.first = int(os.environ.get("RANK", 0)) == 0
+        self.device = optimizer.param_groups[0]["params"][0].device
+        self.state = {"step": 0, "loss_sum": 0.0, "best": -1.0, "waited": 0, "finished": False}
+        self.record = None  # what the log says of the epoch that has just ended
+        self.seconds = []  # of each step, without the loading of its batch
+        checkpoint = None
+        if self.first or args.resume:
+            checkpoint = open_run(args.out, vars(args), args.resume, self.first)
+        if checkpoint:
+            unpack(checkpoint)
+            for name, module in self.modules.items():
+                module.load_state_dict(checkpoint[name])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            self.state = checkpoint["state"]
+        elif self.first:
+            self.save("last.pt")  # so that there is always one; and a full disk is found before any work
+        self.progress = Progress(steps, self.state["step"], quiet=not self.first)
+        self.say = self.progress.line
+        self.saved = time.time()
+        self.stop = StopSignal()
+
+    def save(self, name):
+        """Write last.pt, from which a run goes on, or best.pt, which holds what evaluation needs."""
+        checkpoint = {"method": self.method, "settings": vars(self.args), **self.pack(),
+                      "state": self.state, "step": self.state["step"]}
+        if name == "last.pt":
+            checkpoint["optimizer"] = self.optimizer.state_dict()
+            checkpoint |= {name: clip.weights(module) for name, module in self.modules.items()}
+        clip.save_checkpoint(os.path.join(self.args.out, name), checkpoint)
+
+    def batches(self, loader):
+        """Yield (step, batch) from where the run stands to its end. After each step: log, save, stop if asked
+        to."""
+        if self.state["finished"]:
+            return
+        for batch in loader.batches(self.state["step"], self.steps):
+            began = time.perf_counter()
+            yield self.state["step"], batch
+            self.seconds.append(time.perf_counter() - began)
+            if self.first and self.record:
+                log_line(self.args.out, **self.record)
+            self.state["finished"] = any_process(self.state["finished"], self.device)
+            stopping = any_process(self.stop.requested, self.device)  # asked once: a later signal waits
+            if self.first and (self.record or stopping or time.time() - self.saved > SAVE_SECONDS):
+                self.save("last.pt")
+                self.saved = time.time()
+            self.record = None
+            if self.state["finished"]:
+                return
+            if stopping:
+                self.say(f"stopped at step {self.state['step']}; the same command with --resume goes on")
+                raise SystemExit(130)
+
+    def check(self, loss, norm):
+        """Stop the run where the loss or its gradient's norm is NaN or infinite, before the weights take it
+        up."""
+        if not math.isfinite(loss.item() + norm.item()):
+            raise SystemExit(f"error: the loss is {loss.item()}, its gradient's norm {norm.item()} at step "
+                             f"{self.state['step']}; try a lower --lr or --amp off. "
+                             f"{self.args.out}/last.pt is from before")
+
+    def log(self, loss, samples, **values):
+        """Count a step of so many samples. Returns True where an epoch has ended after which this process
+        evaluates.
+
+        values: further numbers for the progress line and the log.
+        """
+        state = self.state
+        state["step"] += 1
+        state["loss_sum"] += loss.item()
+        self.progress.step(state["step"], samples, loss=loss.item(), **values)
+        epoch, inside = divmod(state["step"], self.steps_per_epoch)
+        if inside:
+            return False
+        mean_loss = state["loss_sum"] / self.steps_per_epoch
+        state["loss_sum"] = 0.0
+        self.record = {"step": state["step"], "epoch": epoch, "loss": mean_loss, **values}
+        return self.first and (epoch % self.args.eval_every == 0 or epoch == self.args.epochs)
+
+    def keep_best(self, score, message, **evaluations):
+        """Log `evaluations`, say `message`, and write best.pt where `score` is the highest so far.
+
+        The score is one on val: a model is never chosen on test.
+        """
+        self.record |= evaluations
+        self.say(f"epoch {self.record['epoch']}: loss {self.record['loss']:.3f}, {message}")
+        self.state["waited"] += 1  # evaluations since the best one
+        if score > self.state["best"]:
+            self.state["best"] = score
+            self.state["waited"] = 0
+            self.save("best.pt")
+
+    def finish(self, message):
+        """End the run after this step, before its last one."""
+        self.state["finished"] = True
+        self.say(f"epoch {self.record['epoch']}: {message}")
+
+    def seconds_per_step(self):
+        """The median over this process's steps, or None where it made none."""
+        return sorted(self.seconds)[len(self.seconds) // 2] if self.seconds else None
+
+
 class Progress:
     """A live line on a terminal; elsewhere a plain line every `every` seconds."""
 
     def __init__(self, total, start=0, every=20.0, quiet=False):
         self.total, self.start, self.every, self.quiet = total, start, every, quiet
         self.began = self.last = time.time()
-        self.live, self.samples = sys.stderr.isatty(), 0
+        self.live = sys.stderr.isatty()
+        self.samples = 0
 
     def step(self, step, samples, **values):
-        now, self.samples = time.time(), self.samples + samples
-        if self.quiet or (now - self.last < (0.2 if self.live else self.every) and step < self.total):
+        now = time.time()
+        self.samples += samples
+        wait = 0.2 if self.live else self.every
+        if self.quiet or (now - self.last < wait and step < self.total):
             return
-        self.last, spent = now, now - self.began
-        left = spent / max(1, step - self.start) * (self.total - step)
-        text = (f"step {step}/{self.total}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-                + f"  {self.samples / max(spent, 1e-9):,.0f} samples/s  {int(left) // 60}:{int(left) % 60:02d} left")
-        print(f"\r\033[K{text}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
+        self.last = now
+        spent = now - self.began
+        left = int(spent / max(1, step - self.start) * (self.total - step))
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        speed = self.samples / max(spent, 1e-9)
+        text = f"step {step}/{self.total}  {shown}  {speed:,.0f} samples/s  {left // 60}:{left % 60:02d} left"
+        if self.live:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def line(self, text):
         """A line that stays."""
@@ -599,7 +1066,7 @@ class Progress:
 
 
 class StopSignal:
-    """Notes Ctrl-C and SIGTERM, so that the loop can finish its step and save; a second Ctrl-C stops at once."""
+    """Notes Ctrl-C and SIGTERM, so that the loop can finish its step and save. A second one stops at once."""
 
     def __init__(self):
         self.requested = False
@@ -612,42 +1079,51 @@ class StopSignal:
         self.requested = True
 
 
-def open_run(out, settings, resume, first=True):
-    """Prepare the folder of a run and write config.json. Returns the checkpoint to resume from, or None. first: False for the
-    processes of a group that only read.
+FREE = ("resume", "out", "workers", "device", "download", "root")  # what may differ when a run goes on
 
-    resume: read <out>/last.pt and refuse other settings than it was made with. Otherwise an earlier run in the folder is moved
-    aside (<out>.1, .2, ...), so that nothing saved is lost. Raises CheckpointError.
+
+def open_run(out, settings, resume, first=True):
+    """Prepare the folder of a run and write config.json. Returns the checkpoint to go on from, or None.
+
+    resume: read <out>/last.pt, and refuse other settings than it was made with. Otherwise an earlier run in
+    the folder is moved aside (<out>.1, <out>.2, ...), so that nothing saved is lost. first: False for the
+    processes of a group that only read. Raises CheckpointError.
     """
     out = os.path.normpath(out)
-    last, free = os.path.join(out, "last.pt"), ("resume", "out", "workers", "device", "download", "root")
+    last = os.path.join(out, "last.pt")
     checkpoint = None
     if resume:
         if not os.path.exists(last):
-            raise clip.CheckpointError(f"--resume: there is no {last}; give --out the run's folder, or start without --resume")
+            raise clip.CheckpointError(f"--resume: there is no {last}; give --out the run's folder, "
+                                       "or start without --resume")
         checkpoint = clip.load_checkpoint(last)
         for name, now in settings.items():
             before = checkpoint["settings"].get(name)
-            if name not in free and before != now:
-                raise clip.CheckpointError(f"--resume: --{name.replace('_', '-')} was {before} in {last} and is {now} now; "
-                                           f"repeat the old value, or start a new run in another --out")
+            if name not in FREE and before != now:
+                option = name.replace("_", "-")
+                raise clip.CheckpointError(f"--resume: --{option} was {before} in {last} and is {now} now; "
+                                           "repeat the old value, or start a new run in another --out")
         if not first:
             return checkpoint
     elif os.path.exists(last):
-        number = next(n for n in range(1, 1 << 30) if not os.path.exists(f"{out}.{n}"))
+        number = 1
+        while os.path.exists(f"{out}.{number}"):
+            number += 1
         try:
             os.rename(out, f"{out}.{number}")
         except OSError as e:
-            raise clip.CheckpointError(f"{out}: holds an earlier run that cannot be moved aside ({e.strerror}); choose another --out") from None
+            raise clip.CheckpointError(f"{out}: holds an earlier run that cannot be moved aside "
+                                       f"({e.strerror}); choose another --out") from None
         data.note(f"an earlier run was moved to {out}.{number} (--resume would have continued it)")
-    clip.write_file(os.path.join(out, "config.json"), lambda f: f.write(json.dumps(settings, indent=1).encode()))
+    write_json(os.path.join(out, "config.json"), settings)
     for name in os.listdir(out):
         if name.startswith(".writing-"):  # a file that was being written when an earlier process was killed
             os.unlink(os.path.join(out, name))
     log = os.path.join(out, "log.jsonl")
-    if resume and os.path.exists(log):  # forget what was logged after the checkpoint: it will be logged again
+    if resume and os.path.exists(log):  # what was logged after the checkpoint will be logged again
         with open(log) as f:
-            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= checkpoint["step"]]  # a kill can cut the last
+            complete_lines = [line for line in f if line.endswith("\n")]  # a kill can cut the last one
+        kept = [line for line in complete_lines if json.loads(line)["step"] <= checkpoint["step"]]
         clip.write_file(log, lambda f: f.write("".join(kept).encode()))
     return checkpoint
 
@@ -659,26 +1135,100 @@ def log_line(out, **values):
         with open(path, "a") as f:
             f.write(json.dumps(values) + "\n")
     except OSError as e:
-        raise clip.CheckpointError(f"{path}: cannot be written ({e.strerror}); free space, then --resume") from None
+        raise clip.CheckpointError(f"{path}: cannot be written ({e.strerror}); "
+                                   "free space, then --resume") from None
 
 
 def write_json(path, value):
     clip.write_file(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
-# ---------------------------------------------------------------- the command
+def report(args, device):
+    """Evaluate best.pt on the test split, print its table and write metrics.json.
+
+    The built-in shapes have a second test split, `unseen`: configurations that training never shows.
+    """
+    model, _, checkpoint = restore(os.path.join(args.out, "best.pt"), device)
+    results = {}
+    for split in ("test", "unseen") if args.data == "primitives" else ("test",):
+        rows, text = evaluation(model, checkpoint, args.data, args.root, split, args.amp, args.workers)
+        results[split] = rows
+        print(text)
+    path = os.path.join(args.out, "metrics.json")
+    write_json(path, results)
+    print(f"written to {path}")
+
+
+# ---------------------------------------------------------------- checkpoints: restore, evaluate, search
 
 def restore(path, device=None, clip_path=None):
-    """-> (model, tokenizer, checkpoint) of a checkpoint file. The script it names rebuilds the model; no other module is imported.
-    clip_path: where the CLIP lies now that a checkpoint without one (an adapter's) belongs to."""
+    """-> (model, tokenizer, checkpoint) of a checkpoint file.
+
+    The script that the checkpoint names rebuilds the model; no other module is imported. clip_path: where the
+    CLIP lies now that a checkpoint without one (an adapter's) belongs to.
+    """
     checkpoint = clip.load_checkpoint(path)
     if checkpoint.get("method") not in METHODS:
-        raise clip.CheckpointError(f"{path}: made by {checkpoint.get('method')!r}, which is none of {', '.join(METHODS)}")
+        raise clip.CheckpointError(f"{path}: made by {checkpoint.get('method')!r}, "
+                                   f"which is none of {', '.join(METHODS)}")
     if clip_path:
         checkpoint["settings"]["clip"] = clip_path
     model = importlib.import_module(checkpoint["method"]).restore(checkpoint, path)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    return model, model.tokenizer or (model.config and clip.default_tokenizer()), checkpoint  # no config: it reads features, not words
+    tokenizer = model.tokenizer
+    if tokenizer is None and model.config:  # without a config it reads features, not words
+        tokenizer = clip.default_tokenizer()
+    return model, tokenizer, checkpoint
+
+
+def embedded(model, checkpoint, name, root, split, amp="auto", workers=0):
+    """-> (instances of a split, and `embed` of them: images (N, D), texts (C, D))."""
+    load = data.load_regions if checkpoint.get("regions") else data.load
+    instances, _ = load(name, root, split)
+    tokenizer = model.tokenizer or clip.default_tokenizer()
+    return instances, *embed(model, instances, tokenizer, amp, workers)
+
+
+def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gallery=None):
+    """What a checkpoint's model reaches on a split -> ({row: metrics}, the text of a table).
+
+    A method whose results are no ranks of cosines has an `evaluation` of its own, which is called instead.
+    gallery: a path for a picture of queries and their top results.
+    """
+    method = importlib.import_module(checkpoint["method"])
+    if hasattr(method, "evaluation"):
+        return method.evaluation(model, checkpoint, name, root, split, amp, workers, gallery)
+    instances, images, texts = embedded(model, checkpoint, name, root, split, amp, workers)
+    rows = retrieval_rows(name, images, texts, instances)
+    named = {f"{split} {row}": metrics for row, metrics in rows.items()}
+    text = table(named, shapes=name in ("primitives", "text2shape"))
+    text += f"\n{split}: rSum {rows['model']['rSum']:.1f}"
+    if "ceiling" in rows:
+        reached, ceiling = (rows[row]["text_to_image"]["R@1"] for row in ("model", "ceiling"))
+        text += f", {100 * reached / ceiling:.0f}% of the ceiling's text-to-shape RR@1"
+    if gallery:
+        draw_gallery(gallery, instances, lambda c: images @ texts[c], lambda i: texts @ images[i])
+    return rows, text
+
+
+def answer(model, checkpoint, name, root, args):
+    """Print what the words of --query find among a split's images, and draw it where --gallery asks for
+    it."""
+    tokenizer = model.tokenizer or (model.config and clip.default_tokenizer())
+    if not tokenizer or not hasattr(model, "encode_text"):
+        raise clip.CheckpointError(f"--query: this model of {checkpoint['method']} "
+                                   "reads no words to search with")
+    instances, images, _ = embedded(model, checkpoint, name, root, args.split, args.amp, args.workers)
+    words = tokenizer([args.query], model.config.context_length, truncate=True).to(images.device)
+    with torch.no_grad():
+        query = F.normalize(model.encode_text(words).float(), dim=-1)
+    scores, index = search(query, images, min(args.top, len(instances)))
+    results = [instances[i] for i in index[0].tolist()]
+    for score, x in zip(scores[0].tolist(), results):
+        print(f"{score:6.3f}  {x.id}  {x.captions[0]}")
+    if args.gallery:
+        pictures = [(data.pixels(x.images[0], CELL), None) for x in results]
+        gallery_picture(args.gallery, [(args.query, pictures)])
 
 
 def main(argv=None):
@@ -688,17 +1238,20 @@ def main(argv=None):
     p.add_argument("--data", help="default: the data the model was trained on")
     p.add_argument("--root", help="folder of the data set")
     p.add_argument("--split", default="test")
-    p.add_argument("--gallery", metavar="PNG", help="write a picture of queries and their top results, or of what is predicted")
-    p.add_argument("--attention", metavar="PNG", help="write a picture of what a model with attention between the modalities looks at")
-    p.add_argument("--query", help="search the split's images with your own words (videos: the mean of their frames)")
+    p.add_argument("--gallery", metavar="PNG",
+                   help="write a picture of queries and their top results, or of what is predicted")
+    p.add_argument("--attention", metavar="PNG",
+                   help="write a picture of what a model with attention between the modalities looks at")
+    p.add_argument("--query",
+                   help="search the split's images with your own words (videos: the mean of their frames)")
     p.add_argument("--top", type=positive_int, default=5, help="results of --query")
     p.add_argument("--device", type=usable_device)
-    p.add_argument("--workers", type=whole, default=0)
+    p.add_argument("--workers", type=non_negative_int, default=0)
     p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto")
     p.add_argument("--out", help="folder for metrics.json (default: the checkpoint's)")
     args = p.parse_args(argv)
 
-    model, tokenizer, checkpoint = restore(args.checkpoint, args.device, args.clip)
+    model, _, checkpoint = restore(args.checkpoint, args.device, args.clip)
     method = importlib.import_module(checkpoint["method"])
     if next(model.parameters()).device.type == "cpu":
         clip.fast_float32()
@@ -706,47 +1259,25 @@ def main(argv=None):
     name = args.data or settings["data"]
     root = args.root or (settings["root"] if name == settings["data"] else None)
     if args.attention and not hasattr(method, "attention_picture"):
-        raise clip.CheckpointError(f"--attention: {checkpoint['method']} has no attention between the modalities; train_cmaclip has")
-    if args.query is not None and not (hasattr(model, "encode_text") and tokenizer):
-        raise clip.CheckpointError(f"--query: this model of {checkpoint['method']} reads no words to search with")
-    if hasattr(method, "evaluation") and args.query is None:  # a method with metrics of its own
-        found, text = method.evaluation(model, checkpoint, name, root, args.split, args.amp, args.workers)
-    else:
-        instances, _ = (data.load_regions if checkpoint.get("regions") else data.load)(name, root, args.split)
-        images, texts = embed(model, instances, tokenizer, args.amp, args.workers)
-        if args.query is not None:
-            return answer(model, tokenizer, instances, images, args)
-        found = retrieval_rows(name, images, texts, instances)
-        text = table({row.replace("model", f"{name} {args.split}"): metrics for row, metrics in found.items()}, shapes=name in ("primitives", "text2shape"))
+        raise clip.CheckpointError(f"--attention: {checkpoint['method']} has no attention between the "
+                                   "modalities; train_cmaclip has")
+    if args.query is not None:
+        answer(model, checkpoint, name, root, args)
+        return
+    rows, text = evaluation(model, checkpoint, name, root, args.split, args.amp, args.workers, args.gallery)
     print(text)
     path = os.path.join(args.out or os.path.dirname(args.checkpoint) or ".", "metrics.json")
-    kept = {}
+    earlier = {}
     if os.path.exists(path):
         with contextlib.suppress(ValueError), open(path) as f:
-            kept = json.load(f)
-    write_json(path, kept | {args.split if name == settings["data"] else f"{name} {args.split}": found})
+            earlier = json.load(f)
+    write_json(path, earlier | {args.split if name == settings["data"] else f"{name} {args.split}": rows})
     print(f"written to {path}")
     if args.gallery:
-        if hasattr(method, "gallery"):
-            method.gallery(model, checkpoint, name, root, args.split, args.gallery)
-        else:
-            draw_gallery(args.gallery, instances, lambda c: images @ texts[c], lambda i: texts @ images[i])
         print(f"written to {args.gallery}")
     if args.attention:
         method.attention_picture(model, checkpoint, name, root, args.split, args.attention)
         print(f"written to {args.attention}")
-
-
-def answer(model, tokenizer, instances, images, args):
-    """Print what --query finds among the images, and draw it where --gallery asks for it."""
-    words = tokenizer([args.query], model.config.context_length, truncate=True).to(images.device)
-    with torch.no_grad():
-        query = F.normalize(model.encode_text(words).float(), dim=-1)
-    found_scores, found = search(query, images, min(args.top, len(instances)))
-    for s, i in zip(found_scores[0].tolist(), found[0].tolist()):
-        print(f"{s:6.3f}  {instances[i].id}  {instances[i].captions[0]}")
-    if args.gallery:
-        gallery_picture(args.gallery, [(args.query, [(data.pixels(instances[i].images[0], CELL), None) for i in found[0].tolist()])])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Every loss, as a plain function of tensors, and what several processes need to compute one loss together.
+"""Every loss of the five methods, as a plain function of tensors, and the gathering of features over
+processes.
 
-Features are unit-norm float32 rows unless said otherwise; s = exp(logit_scale), at most 100. All losses are computed in
-float32: wrap the encoders in autocast, not these. Knows nothing of models or data sets.
+Features are rows of unit norm unless a docstring says otherwise. s = exp(logit_scale) is at most 100.
+All losses are computed in float32: run the encoders under autocast, but not these functions.
+This file knows nothing of models or data sets.
 """
-import datetime
 import math
-import os
 
 import torch
 import torch.distributed as dist
@@ -14,18 +14,9 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- several processes
 
-def join(device=None):
-    """Join the processes that torchrun started (gloo on CPU, nccl on GPU). Returns (rank, world, device); (0, 1, device) without."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(days=1))  # the first process downloads and evaluates while the others wait
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return rank, world, device
+def several_processes():
+    """Whether torchrun started more than one process and they have joined (eval.join)."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 class _AllGather(torch.autograd.Function):
@@ -38,44 +29,49 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = grad.contiguous()
-        dist.all_reduce(grad)  # what every process's loss asks of every row
+        dist.all_reduce(grad)  # the sum of what every process's loss asks of every row
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(x):
-    """(B, ...) of this process -> (world B, ...) of all, in the order of ranks; gradients flow back to where rows came from.
-    Every process must have the same B; `gather_rows` is for those that do not.
+    """Gather the rows of all processes: (B, ...) of this one -> (world B, ...), in the order of ranks.
 
-    With the same loss of all rows computed on every process, the gradient of this process's rows is `world` times that
-    loss's; `average_gradients`, which divides by `world`, makes the parameters' gradients those of one process with all rows.
+    B must be the same on every process; `gather_rows` is for the other case. Gradients flow back to the
+    process that a row came from. Every process then computes the same loss of all rows, so the gradient that
+    reaches its own rows is `world` times that of the loss; `eval.average_gradients` divides by `world`, and
+    the parameters' gradients are those of a single process with all rows.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several_processes():
         return x
     return _AllGather.apply(x.contiguous())
 
 
 def gather_rows(x, owner):
-    """x (A, D) and owner (A,), int64 of 0 or more, where A may differ between processes -> both from all processes."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    """Gather x (A, D) and owner (A,), int64 of 0 or more, where A may differ between processes."""
+    if not several_processes():
         return x, owner
     most = torch.tensor([len(x)], device=x.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     fill = int(most) - len(x)
-    x, owner = gather(F.pad(x, (0, 0, 0, fill))), gather(F.pad(owner, (0, fill), value=-1))
+    x = gather(F.pad(x, (0, 0, 0, fill)))
+    owner = gather(F.pad(owner, (0, fill), value=-1))
     return x[owner >= 0], owner[owner >= 0]
 
 
 class BatchNorm(torch.nn.BatchNorm1d):
-    """BatchNorm1d of rows (A, D) whose statistics in training are those of all processes' rows, so that several equal one (torch's
-    SyncBatchNorm does this on GPUs only). A may differ between processes."""
+    """BatchNorm1d of rows (A, D) with the statistics of all processes' rows, so that several processes equal
+    one.
+
+    torch's SyncBatchNorm does this on GPUs only. A may differ between processes.
+    """
 
     def forward(self, x):
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not self.training or not several_processes():
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            count = torch.full((1, x.shape[1]), float(len(x)), device=x.device)
-            total, squares, count = gather(torch.cat([x.sum(0, keepdim=True), x.square().sum(0, keepdim=True), count])[None]).sum(0)  # each (D,)
+            sums = torch.stack([x.sum(0), x.square().sum(0), torch.full_like(x[0], len(x))])  # (3, D)
+            total, squares, count = gather(sums[None]).sum(0)  # each (D,)
             mean = total / count
             variance = (squares / count - mean.square()).clamp(min=0)
             with torch.no_grad():
@@ -85,121 +81,135 @@ class BatchNorm(torch.nn.BatchNorm1d):
             return (x - mean) / (variance + self.eps).sqrt() * self.weight + self.bias
 
 
-def average_gradients(parameters):
-    """Replace every gradient by its mean over the processes (one message); does nothing in a single process."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-        g.copy_(part.view_as(g))
-
-
-def any_process(flag, device):
-    """True where the flag is set on any process (so that all of them stop at the same step)."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return flag
-    flag = torch.tensor([float(flag)], device=device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
-
-
-# ---------------------------------------------------------------- contrastive losses on multifold data (MXM-CLR, section 5.1)
-# images (A, D) and texts (C, D) are all observations of a batch; image_owner (A,) and text_owner (C,), int64, say which instance
-# each shows. Owners may be any numbers; every instance has at least one observation of each modality.
-
-def _logits(images, texts, scale, image_owner, text_owner):
-    logits = scale * images.float() @ texts.float().t()  # (A, C)
-    return logits, image_owner[:, None] == text_owner[None, :]  # positive: the same instance
-
+# ---------------------------------------------------------------- multifold contrastive losses (MXM-CLR)
+# images (A, D) and texts (C, D) are all observations of a batch. image_owner (A,) and text_owner (C,), int64,
+# say which instance each shows. Owners may be any numbers; every instance has at least one observation of
+# each modality. l_ij = s v_i . t_j is the logit of image i and text j; a pair is positive where both show the
+# same instance.
 
 def clip_loss(images, texts, scale):
-    """Radford et al. 2021, figure 3: rows are pairs, everything off the diagonal is negative; mean of both directions."""
-    logits, target = scale * images.float() @ texts.float().t(), torch.arange(len(images), device=images.device)
+    """CLIP's loss (Radford et al. 2021, figure 3): row i of images and texts is a pair, all else is negative.
+
+    Mean of the cross-entropies of both directions.
+    """
+    logits = scale * images.float() @ texts.float().t()
+    target = torch.arange(len(images), device=images.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
 
+def _directions(images, texts, scale, image_owner, text_owner):
+    """-> ((logits (A, C), positive bool (A, C)), the same transposed): image to text, then text to image."""
+    logits = scale * images.float() @ texts.float().t()
+    positive = image_owner[:, None] == text_owner[None, :]
+    return (logits, positive), (logits.t(), positive.t())
+
+
 def hard_loss(images, texts, scale, image_owner, text_owner):
-    """MXM-CLR's hard relation: every cross-modal pair of observations of one instance is a positive, and no positive is
-    another's negative. Mean over positive pairs (i, j) of -log(e^l_ij / (e^l_ij + sum over other instances' k of e^l_ik)),
-    and the same with i and j exchanged."""
-    logits, positive = _logits(images, texts, scale, image_owner, text_owner)
+    """MXM-CLR's hard relation: every pair of one instance is positive, and no positive is another's negative.
+
+    Mean over positive pairs (i, j), and over both directions, of
+
+        -log( e^l_ij / (e^l_ij + sum over k of other instances of e^l_ik) )
+    """
     total = 0
-    for l, p in ((logits, positive), (logits.t(), positive.t())):
-        negatives = l.masked_fill(p, -math.inf).logsumexp(1, keepdim=True)
-        total = total + F.softplus(negatives - l)[p].mean() / 2  # -log(a / (a + b)) = softplus(log b - log a)
+    for logits, positive in _directions(images, texts, scale, image_owner, text_owner):
+        negatives = logits.masked_fill(positive, -math.inf).logsumexp(1, keepdim=True)
+        # -log(a / (a + b)) = softplus(log b - log a)
+        total = total + F.softplus(negatives - logits)[positive].mean() / 2
     return total
 
 
 def hard_uniform_loss(images, texts, scale, image_owner, text_owner):
-    """Cross-entropy against targets uniform over an observation's positives (Khosla et al. 2020's L_out, across modalities):
-    positives compete with each other, so that each is held at the same score."""
-    logits, positive = _logits(images, texts, scale, image_owner, text_owner)
+    """Cross-entropy against targets that are uniform over an observation's positives, mean of both
+    directions.
+
+    This is L_out of Khosla et al. 2020 (arXiv 2004.11362) across modalities. The positives of an observation
+    compete with each other, so all of them are held at the same score.
+    """
     total = 0
-    for l, p in ((logits, positive), (logits.t(), positive.t())):
-        total = total - ((l.log_softmax(1) * p).sum(1) / p.sum(1)).mean() / 2
+    for logits, positive in _directions(images, texts, scale, image_owner, text_owner):
+        log_likelihood = (logits.log_softmax(1) * positive).sum(1) / positive.sum(1)
+        total = total - log_likelihood.mean() / 2
     return total
 
 
 def mil_nce_loss(images, texts, scale, image_owner, text_owner):
-    """Miech et al. 2020, arXiv 1912.06430, equation 1: -log of the positives' summed probability; one good positive is enough."""
-    logits, positive = _logits(images, texts, scale, image_owner, text_owner)
+    """MIL-NCE (Miech et al. 2020, arXiv 1912.06430, equation 1): -log of the summed probability of the
+    positives.
+
+    One good positive is enough. Mean of both directions.
+    """
     total = 0
-    for l, p in ((logits, positive), (logits.t(), positive.t())):
-        total = total + (l.logsumexp(1) - l.masked_fill(~p, -math.inf).logsumexp(1)).mean() / 2
+    for logits, positive in _directions(images, texts, scale, image_owner, text_owner):
+        of_positives = logits.masked_fill(~positive, -math.inf).logsumexp(1)
+        total = total + (logits.logsumexp(1) - of_positives).mean() / 2
     return total
 
 
 def instance_means(features, owner):
-    """features (A, D), owner (A,) -> (renormalised mean per instance (N, D), position of each row's instance (A,)), instances in
-    the order of their numbers."""
+    """The renormalised mean of each instance's features.
+
+    features (A, D), owner (A,) -> (means (N, D), position (A,)). Instances are in the order of their numbers,
+    and position says which of them each row belongs to.
+    """
     instances, position = owner.unique(return_inverse=True)
     sums = features.new_zeros(len(instances), features.shape[1]).index_add(0, position, features)
     return F.normalize(sums, dim=-1), position
 
 
 def soft_relation(images, texts, scale, image_owner, text_owner, sharpness=1.0):
-    """(N, N) rows q_i = softmax_j( sharpness s (v_i . v_j + t_i . t_j) / 2 ): how alike two instances are, judged with all of their
-    observations (v, t: renormalised means over an instance's images and texts). No gradient.
+    """How alike the N instances of a batch are, judged with all of their observations. No gradient.
 
-    The relation comes from the features that it trains, so what they cannot tell apart yet is called alike and stays so. A
-    sharpness over 1 counts only instances that agree in nearly everything; at 2 it is the product of both modalities' softmaxes.
+    Returns (N, N), rows q_i = softmax_j( sharpness s (v_i . v_j + t_i . t_j) / 2 ), with v and t the
+    renormalised means of an instance's images and texts.
+
+    The relation comes from the very features that it trains, so what they cannot tell apart yet is called
+    alike. A sharpness over 1 counts only instances that agree in nearly everything.
     """
     with torch.no_grad():
-        v, t = instance_means(images.float(), image_owner)[0], instance_means(texts.float(), text_owner)[0]
+        v, _ = instance_means(images.float(), image_owner)
+        t, _ = instance_means(texts.float(), text_owner)
         return (sharpness * scale * (v @ v.t() + t @ t.t()) / 2).softmax(1)
 
 
 def group_relation(group):
-    """(N, N): the relation where it is known. group (N,), integers: instances of one group are equally alike, others not at all."""
+    """The relation (N, N) where it is known. group (N,), integers: instances of one group are equally
+    alike."""
     same = (group[:, None] == group[None, :]).float()
     return same / same.sum(1, keepdim=True)
 
 
 def soft_loss(images, texts, scale, image_owner, text_owner, relation=None):
-    """MXM-CLR's soft relation: each observation's scores against the *instances* of the other modality, softmax_j(s v . t_j), are
-    held to its instance's row of `relation` (N, N; default `soft_relation` of the same features) by cross-entropy, both directions."""
+    """MXM-CLR's soft relation: each observation is compared with the *instances* of the other modality.
+
+    softmax_j(s v . t_j), with t_j the mean of instance j's texts, is held to the row of `relation` that
+    belongs to the observation's instance, by cross-entropy; mean of both directions. relation (N, N);
+    default: `soft_relation` of the same features.
+    """
     if relation is None:
         relation = soft_relation(images, texts, scale, image_owner, text_owner)
-    (v, v_at), (t, t_at) = instance_means(images.float(), image_owner), instance_means(texts.float(), text_owner)
+    v, v_position = instance_means(images.float(), image_owner)
+    t, t_position = instance_means(texts.float(), text_owner)
     total = 0
-    for x, at, means in ((images, v_at, t), (texts, t_at, v)):
-        total = total - (relation[at] * (scale * x.float() @ means.t()).log_softmax(1)).sum(1).mean() / 2
+    for x, position, means in ((images, v_position, t), (texts, t_position, v)):
+        log_probability = (scale * x.float() @ means.t()).log_softmax(1)
+        total = total - (relation[position] * log_probability).sum(1).mean() / 2
     return total
 
 
 def mxm_loss(images, texts, scale, image_owner, text_owner, weight, relation=None):
-    """MXM-CLR's hybrid: (1 - weight) hard + weight soft, weight (lambda) in [0, 1]."""
+    """MXM-CLR's hybrid: (1 - weight) hard + weight soft, with weight (lambda) in [0, 1]."""
     hard = hard_loss(images, texts, scale, image_owner, text_owner)
-    return hard if weight == 0 else (1 - weight) * hard + weight * soft_loss(images, texts, scale, image_owner, text_owner, relation)
+    if weight == 0:
+        return hard
+    return (1 - weight) * hard + weight * soft_loss(images, texts, scale, image_owner, text_owner, relation)
 
 
-# ---------------------------------------------------------------- supervised retrieval losses (CLIP4CMR, section 5.2)
-# images (N, D) and texts (M, D) are unit-norm, image_labels (N,) and text_labels (M,) int64 classes. Positive pairs are an image
-# and a text of one class, negative pairs of two; d is the squared Euclidean distance. Each loss that has an anchor takes images
-# and texts as anchors in turn and averages both directions.
+# ---------------------------------------------------------------- supervised retrieval losses (CLIP4CMR)
+# images (N, D) and texts (M, D) have unit norm; image_labels (N,) and text_labels (M,) are int64 classes. An
+# image and a text are a positive pair where their classes agree, else a negative one. d is the squared
+# Euclidean distance. A loss that has an anchor takes images and texts as anchors in turn and averages both
+# directions.
 
 def _distances(a, b):
     """Squared Euclidean distances of the rows of a (N, D) and b (M, D) -> (N, M)."""
@@ -208,7 +218,7 @@ def _distances(a, b):
 
 
 def _square_root(d):
-    """Euclidean from squared distances; the gradient of 0 is 0, not infinite."""
+    """Euclidean from squared distances; the gradient at 0 is 0, not infinite."""
     return d.clamp(min=1e-12).sqrt()
 
 
@@ -216,25 +226,35 @@ def _both_directions(loss, scores, positive):
     return (loss(scores, positive) + loss(scores.t(), positive.t())) / 2
 
 
+def _same_class(image_labels, text_labels):
+    return image_labels[:, None] == text_labels[None, :]
+
+
 def contrastive_loss(images, texts, image_labels, text_labels, margin=0.2):
-    """Chopra et al. 2005 across modalities: (sum of d over positive pairs + sum of max(0, margin - d) over negative pairs) / N."""
-    d, positive = _distances(images, texts), image_labels[:, None] == text_labels[None, :]
+    """Chopra et al. 2005 across modalities, with N the number of images:
+
+        (sum of d over positive pairs + sum of max(0, margin - d) over negative pairs) / N
+    """
+    d = _distances(images, texts)
+    positive = _same_class(image_labels, text_labels)
     return (d[positive].sum() + F.relu(margin - d[~positive]).sum()) / len(images)
 
 
 def modality_invariant_loss(images, texts, image_labels, text_labels):
-    """Sum of d over positive pairs / N: both modalities of a class are drawn together, nothing is pushed apart."""
-    return _distances(images, texts)[image_labels[:, None] == text_labels[None, :]].sum() / len(images)
+    """Sum of d over positive pairs / N. The modalities of a class are drawn together and nothing is pushed
+    apart."""
+    return _distances(images, texts)[_same_class(image_labels, text_labels)].sum() / len(images)
 
 
 def triplet_loss(images, texts, image_labels, text_labels, margin=0.2):
-    """Mean over positive pairs of the sum over the anchor's negatives of max(0, d_positive - d_negative + margin).
+    """Mean over positive pairs of the sum over the anchor's negatives of max(0, d_positive - d_negative +
+    margin).
 
-    N^3 triplets without N^3 memory: where a triplet is active its value is linear in two distances, so the loss is a weighted sum
-    of distances, and the weights are counts: of a positive, the negatives nearer than d + margin; of a negative, minus the
-    positives farther than d - margin.
+    N^3 triplets without N^3 memory: an active triplet is linear in two distances, so the loss is a weighted
+    sum of distances. The weights are counts. A positive's is the number of negatives nearer than d + margin;
+    a negative's is minus the number of positives farther than d - margin.
     """
-    def one(d, positive):
+    def one_direction(d, positive):
         with torch.no_grad():
             negatives = d.masked_fill(positive, math.inf).sort(1).values
             positives = d.masked_fill(~positive, -math.inf).sort(1).values
@@ -243,116 +263,149 @@ def triplet_loss(images, texts, image_labels, text_labels, margin=0.2):
             weight = torch.where(positive, nearer, -farther).to(d.dtype)
             constant = margin * nearer[positive].sum()
         return ((weight * d).sum() + constant) / positive.sum().clamp(min=1)
-    return _both_directions(one, _distances(images, texts), image_labels[:, None] == text_labels[None, :])
+    return _both_directions(one_direction, _distances(images, texts), _same_class(image_labels, text_labels))
 
 
 def lifted_structure_loss(images, texts, image_labels, text_labels, margin=1.0):
-    """Oh Song et al. 2016, arXiv 1511.06452, across modalities, with Euclidean (unsquared) distances: mean over positive pairs of
-    (d + log sum over the anchor's negatives of e^(margin - d) + log sum over the positive's negatives of e^(margin - d)) / 2."""
-    d, positive = _square_root(_distances(images, texts)), image_labels[:, None] == text_labels[None, :]
+    """Oh Song et al. 2016 (arXiv 1511.06452) across modalities, with unsquared distances. Mean over positive
+    pairs of
+
+        ( d + log sum over the image's negatives of e^(margin - d)
+            + log sum over the text's negatives of e^(margin - d) ) / 2
+    """
+    d = _square_root(_distances(images, texts))
+    positive = _same_class(image_labels, text_labels)
     pushed = (margin - d).masked_fill(positive, -math.inf)
-    of_image, of_text = pushed.logsumexp(1, keepdim=True), pushed.logsumexp(0, keepdim=True)
+    of_image = pushed.logsumexp(1, keepdim=True)
+    of_text = pushed.logsumexp(0, keepdim=True)
     total = d + _finite(of_image) + _finite(of_text)
     return total[positive].sum() / positive.sum().clamp(min=1) / 2
 
 
 def _finite(x):
-    """0 in place of the -inf of an empty sum (an anchor without negatives), with no gradient there."""
+    """0, without a gradient, in place of the -inf of an empty sum (an anchor that has no negatives)."""
     return torch.where(x == -math.inf, torch.zeros_like(x), x)
 
 
 def n_pairs_loss(images, texts, image_labels, text_labels):
-    """Sohn 2016: mean over positive pairs of log(1 + sum over the anchor's negatives of e^(cos_negative - cos_positive))."""
-    def one(similarity, positive):
-        negatives = similarity.masked_fill(positive, -math.inf).logsumexp(1, keepdim=True)
-        return F.softplus(negatives - similarity)[positive].sum() / positive.sum().clamp(min=1)
-    return _both_directions(one, images.float() @ texts.float().t(), image_labels[:, None] == text_labels[None, :])
+    """Sohn 2016: mean over positive pairs of log(1 + sum over the anchor's negatives of e^(cos_negative -
+    cos_positive))."""
+    def one_direction(cosine, positive):
+        negatives = cosine.masked_fill(positive, -math.inf).logsumexp(1, keepdim=True)
+        return F.softplus(negatives - cosine)[positive].sum() / positive.sum().clamp(min=1)
+    cosine = images.float() @ texts.float().t()
+    return _both_directions(one_direction, cosine, _same_class(image_labels, text_labels))
 
 
 def supervised_contrastive_loss(images, texts, image_labels, text_labels, temperature=0.07):
-    """Khosla et al. 2020, arXiv 2004.11362, equation 2, across modalities: mean over anchors that have a positive of the mean over
-    its positives of -log softmax of cosines / temperature."""
-    def one(similarity, positive):
-        has = positive.any(1)
-        of_positives = (similarity.log_softmax(1) * positive).sum(1) / positive.sum(1).clamp(min=1)
-        return -of_positives[has].sum() / has.sum().clamp(min=1)
-    return _both_directions(one, images.float() @ texts.float().t() / temperature, image_labels[:, None] == text_labels[None, :])
+    """Khosla et al. 2020 (arXiv 2004.11362), equation 2, across modalities.
+
+    Mean over the anchors that have a positive, of the mean over its positives, of -log softmax(cosines /
+    temperature).
+    """
+    def one_direction(logits, positive):
+        has_positive = positive.any(1)
+        of_positives = (logits.log_softmax(1) * positive).sum(1) / positive.sum(1).clamp(min=1)
+        return -of_positives[has_positive].sum() / has_positive.sum().clamp(min=1)
+    logits = images.float() @ texts.float().t() / temperature
+    return _both_directions(one_direction, logits, _same_class(image_labels, text_labels))
 
 
-# Class-wise losses see one modality's features x (N, D) at a time; a script adds those of both.
+# Class-wise losses see the features x (N, D) of one modality at a time; train_clip4cmr.py adds those of both.
 
 def label_regression_loss(logits, labels):
-    """Mean Euclidean distance of the classifier's outputs (N, C) from one-hot labels."""
+    """Mean Euclidean distance of the classifier's outputs (N, C) from the one-hot labels."""
     return _square_root((logits.float() - F.one_hot(labels, logits.shape[1])).square().sum(1)).mean()
 
 
 def prototype_contrastive_loss(x, prototypes, labels):
-    """PCL: cross-entropy over minus the squared distances to the prototypes (C, D), unit-norm."""
+    """PCL: cross-entropy over minus the squared distances to the prototypes (C, D), which have unit norm."""
     return F.cross_entropy(-_distances(x, prototypes), labels)
 
 
 def proxy_nca_loss(x, prototypes, labels):
-    """Movshovitz-Attias et al. 2017, arXiv 1703.07464: as PCL with the own prototype left out of the denominator; needs 2 classes."""
+    """Proxy-NCA (Movshovitz-Attias et al. 2017, arXiv 1703.07464): PCL with the right prototype left out of
+    the denominator. Needs two classes or more."""
     d = _distances(x, prototypes)
-    own = F.one_hot(labels, len(prototypes)).bool()
-    return (d[own] + (-d).masked_fill(own, -math.inf).logsumexp(1)).mean()
+    right = F.one_hot(labels, len(prototypes)).bool()
+    return (d[right] + (-d).masked_fill(right, -math.inf).logsumexp(1)).mean()
 
 
 def proxy_anchor_loss(x, prototypes, labels, margin=0.1, alpha=32.0):
-    """Kim et al. 2020, arXiv 2003.13911, equation 4, with cosines: over the classes of the batch, the mean of log(1 + sum over their
-    samples of e^(-alpha (cos - margin))); over all classes, the mean of log(1 + sum over the other samples of e^(alpha (cos + margin)))."""
-    similarity, own = x.float() @ prototypes.float().t(), F.one_hot(labels, len(prototypes)).bool()
-    pull = (-alpha * (similarity - margin)).masked_fill(~own, -math.inf).logsumexp(0)
-    push = (alpha * (similarity + margin)).masked_fill(own, -math.inf).logsumexp(0)
-    return F.softplus(pull)[own.any(0)].mean() + F.softplus(push).mean()
+    """Proxy-Anchor (Kim et al. 2020, arXiv 2003.13911, equation 4), with cosines:
+
+        mean over the classes of the batch of log(1 + sum over their samples of e^(-alpha (cos - margin)))
+        + mean over all classes of log(1 + sum over the other samples of e^(alpha (cos + margin)))
+    """
+    cosine = x.float() @ prototypes.float().t()
+    right = F.one_hot(labels, len(prototypes)).bool()
+    pull = (-alpha * (cosine - margin)).masked_fill(~right, -math.inf).logsumexp(0)
+    push = (alpha * (cosine + margin)).masked_fill(right, -math.inf).logsumexp(0)
+    return F.softplus(pull)[right.any(0)].mean() + F.softplus(push).mean()
 
 
-# ---------------------------------------------------------------- retrieval with queues (USER, section 5.3)
-# images (N, D), texts (N, D): unit-norm, row j of both is one pair. A queue (K, D) holds unit-norm momentum embeddings of the other
-# modality. own, bool, marks what shows the same thing as a query and is no negative of it: (N, N) of the batch, where the diagonal
-# is always set, (N, K) of a queue. All are finite for every cosine: exponents go into logsumexp, never into exp.
+# ---------------------------------------------------------------- retrieval with queues (USER)
+# images (N, D) and texts (N, D) have unit norm; row j of both is one pair. A queue (K, D) holds unit-norm
+# momentum embeddings of the other modality. same, bool, marks what shows the same thing as a query and is
+# therefore no negative of it: (N, N) in the batch, where the diagonal is always set, (N, K) in a queue. All
+# losses are finite for every cosine: exponents go into logsumexp, never into exp.
 
-
-def _one_plus(exponents):
+def _log_one_plus(exponents):
     """log(1 + sum over the last dimension of e^x), with a finite gradient where all x are -inf."""
     return F.pad(exponents, (1, 0)).logsumexp(-1)
 
 
-def uto_loss(images, texts, own, mu=90.0, gamma=0.5):
-    """USER's unified training objective on a batch: with S_ij = v_i . t_j, the mean over j of log(1 + sum over the i not of `own` of
-    e^(mu (S_ij - gamma))) / mu + the same of S_ji - log(1 + max(0, S_jj))."""
-    similarity = images.float() @ texts.float().t()
-    pushed = (mu * (similarity - gamma)).masked_fill(own, -math.inf)
-    return (_one_plus(pushed.t()) / mu + _one_plus(pushed) / mu - torch.log1p(similarity.diagonal().clamp(min=0))).mean()
+def uto_loss(images, texts, same, mu, gamma):
+    """USER's unified training objective on a batch, with S_ij = v_i . t_j: the mean over j of
+
+        log(1 + sum over i not `same` of e^(mu (S_ij - gamma))) / mu
+        + log(1 + sum over i not `same` of e^(mu (S_ji - gamma))) / mu
+        - log(1 + max(0, S_jj))
+    """
+    cosine = images.float() @ texts.float().t()
+    pushed = (mu * (cosine - gamma)).masked_fill(same, -math.inf)
+    pull = torch.log1p(cosine.diagonal().clamp(min=0))
+    return (_log_one_plus(pushed.t()) / mu + _log_one_plus(pushed) / mu - pull).mean()
 
 
-def uto_queue_loss(queries, keys, queue, own, mu=90.0, gamma=0.5):
-    """The objective's queue term, one direction: queries (N, D) of one modality, keys (N, D) the momentum embeddings of their
-    counterparts, queue (K, D) of older such keys: the negatives."""
-    pushed = (mu * (queries.float() @ queue.float().t() - gamma)).masked_fill(own, -math.inf)
-    return (_one_plus(pushed) / mu - torch.log1p((queries.float() * keys.float()).sum(1).clamp(min=0))).mean()
+def uto_queue_loss(queries, keys, queue, same, mu, gamma):
+    """The queue term of USER's objective in one direction.
+
+    queries (N, D) of one modality; keys (N, D), the momentum embeddings of their counterparts in the other;
+    queue (K, D) of older such keys, which are the negatives.
+    """
+    pushed = (mu * (queries.float() @ queue.float().t() - gamma)).masked_fill(same, -math.inf)
+    pull = torch.log1p((queries.float() * keys.float()).sum(1).clamp(min=0))
+    return (_log_one_plus(pushed) / mu - pull).mean()
 
 
-def info_nce_loss(images, texts, own, temperature=0.05):
-    """Cross-entropy of each pair against the rest of the batch, mean of both directions; a baseline."""
-    return (info_nce_queue_loss(images, texts, texts, own, temperature) + info_nce_queue_loss(texts, images, images, own.t(), temperature)) / 2
+def info_nce_loss(images, texts, same, temperature=0.05):
+    """A baseline: cross-entropy of each pair against the rest of the batch, mean of both directions."""
+    to_text = info_nce_queue_loss(images, texts, texts, same, temperature)
+    to_image = info_nce_queue_loss(texts, images, images, same.t(), temperature)
+    return (to_text + to_image) / 2
 
 
-def info_nce_queue_loss(queries, keys, queue, own, temperature=0.05):
-    """MoCo's loss (He et al. 2020, equation 1): cross-entropy of the own key against the queue; a baseline."""
-    negatives = (queries.float() @ queue.float().t() / temperature).masked_fill(own, -math.inf)
+def info_nce_queue_loss(queries, keys, queue, same, temperature=0.05):
+    """A baseline, MoCo's loss (He et al. 2020, equation 1): cross-entropy of a query's key against the
+    queue."""
+    negatives = (queries.float() @ queue.float().t() / temperature).masked_fill(same, -math.inf)
     positive = (queries.float() * keys.float()).sum(1, keepdim=True) / temperature
     return (torch.cat([positive, negatives], 1).logsumexp(1) - positive[:, 0]).mean()
 
 
-def hardest_triplet_loss(images, texts, own, margin=0.2):
-    """VSE++ (Faghri et al. 2018, equation 6): hinge against the hardest negative of the batch, sum of both directions; a baseline."""
-    similarity = images.float() @ texts.float().t()
-    others, positive = similarity.masked_fill(own, -math.inf), similarity.diagonal()
-    return (F.relu(margin + others.amax(1) - positive) + F.relu(margin + others.amax(0) - positive)).mean()
+def hardest_triplet_loss(images, texts, same, margin=0.2):
+    """A baseline, VSE++ (Faghri et al. 2018, equation 6): hinge against the batch's hardest negative, both
+    directions."""
+    cosine = images.float() @ texts.float().t()
+    positive = cosine.diagonal()
+    negatives = cosine.masked_fill(same, -math.inf)
+    to_text = F.relu(margin + negatives.amax(1) - positive)
+    to_image = F.relu(margin + negatives.amax(0) - positive)
+    return (to_text + to_image).mean()
 
 
-def hardest_triplet_queue_loss(queries, keys, queue, own, margin=0.2):
-    """The same against the hardest key of a queue, one direction."""
-    hardest = (queries.float() @ queue.float().t()).masked_fill(own, -math.inf).amax(1)
+def hardest_triplet_queue_loss(queries, keys, queue, same, margin=0.2):
+    """The same hinge against the hardest key of a queue, in one direction."""
+    hardest = (queries.float() @ queue.float().t()).masked_fill(same, -math.inf).amax(1)
     return F.relu(margin + hardest - (queries.float() * keys.float()).sum(1)).mean()

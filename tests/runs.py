@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 import clip
+import data
 import eval
-import losses
 import study
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -50,6 +50,12 @@ def in_process(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)
     with kept_signals():
         yield
+
+
+@pytest.fixture(autouse=True)
+def remarks(monkeypatch):
+    """A remark is made once in a process: here once in a test."""
+    monkeypatch.setattr(data, "_noted", set())
 
 
 def make_squares(folder):
@@ -141,6 +147,15 @@ def assert_same_run(a, b):
     assert set(os.listdir(b)) - {"costs.json"} == set(FILES)  # costs: seconds and memory, of train_adapter.py
 
 
+def metrics(out):
+    return json.loads((out / "metrics.json").read_text())
+
+
+def evaluated(checkpoint, *more):
+    """Run the evaluation command."""
+    eval.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--amp", "off", *map(str, more)])
+
+
 def log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -206,7 +221,7 @@ SELDOM = ("at the first step", "in the middle of an epoch without a save", *STOP
 
 def interrupt(case, script):
     """Let this process meet its case: at call `count` of a function something happens before, after or instead of it."""
-    kill, step = lambda *a: die(), (losses, "average_gradients")
+    kill, step = lambda *a: die(), (eval, "average_gradients")
     (module, name), count, act = {
         "at the first step": (step, 1, kill),
         "in the middle of an epoch without a save": (step, 5, kill),
@@ -216,7 +231,7 @@ def interrupt(case, script):
         "between best.pt and the log": ((eval, "log_line"), 1, kill),
         "while writing the log": ((eval, "log_line"), 2, half_a_line),
         "between the log and last.pt": ((eval, "log_line"), 2, after(kill)),
-        "before the report": ((script, "report"), 1, kill),
+        "before the report": ((script if hasattr(script, "report") else eval, "report"), 1, kill),
         "Ctrl-C": (step, 5, before(lambda a: die(signal.SIGINT))),
         "SIGTERM": (step, 5, before(lambda a: die(signal.SIGTERM))),
         "SIGTERM to its workers too": (step, 5, before(lambda a: from_outside(signal.SIGTERM))),
@@ -231,7 +246,7 @@ def interrupt(case, script):
         calls[0] += 1
         return act(plain, a, k) if calls[0] == count else plain(*a, **k)
     setattr(module, name, function)
-    script.SAVE_SECONDS = 300 if case in SELDOM else 0
+    eval.SAVE_SECONDS = 300 if case in SELDOM else 0
 
 
 def become(script, argv, case):

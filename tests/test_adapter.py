@@ -22,7 +22,7 @@ import eval
 import runs
 import test_data_videos as layouts
 import train_adapter
-from runs import COLOURS, SMALL, assert_documented_commands_parse, in_process, kept_signals, log, make_squares, refused  # noqa: F401
+from runs import COLOURS, SMALL, assert_documented_commands_parse, in_process, kept_signals, log, make_squares, metrics, evaluated, remarks, refused  # noqa: F401
 from train_adapter import Tuned, main, onto, settings, similarity, video_metrics
 
 TUNES = ("adapter", "adapter-unshared", "full", "head", "bitfit", "prompt")
@@ -58,12 +58,6 @@ def shaken(*tuning, seed=0, model=None):
     return tuned.eval(), bare
 
 
-@pytest.fixture(autouse=True)
-def remarks(monkeypatch):
-    """A remark is made once in a process: here once in a test."""
-    monkeypatch.setattr(data, "_noted", set())
-
-
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory):
     """The path of the .jsonl file; the CLIPs clip.pt, other.pt and resnet.pt lie beside it."""
@@ -88,14 +82,6 @@ def whole(squares, tmp_path_factory):
     with kept_signals():
         main(arguments(squares, "--out", out, "--train-metrics"))
     return out
-
-
-def metrics(out):
-    return json.loads((out / "metrics.json").read_text())
-
-
-def evaluated(checkpoint, *more):
-    eval.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--amp", "off", *map(str, more)])
 
 
 # ---------------------------------------------------------------- adapters

@@ -18,7 +18,7 @@ import data
 import eval
 import losses
 import train_clip4cmr
-from runs import (COLOURS, ROOT, assert_documented_commands_parse, command, in_process, kept_signals, log, make_squares,  # noqa: F401
+from runs import (COLOURS, ROOT, assert_documented_commands_parse, command, in_process, kept_signals, log, make_squares, metrics, evaluated, remarks,  # noqa: F401
                   refused)  # in_process acts by being here
 from train_clip4cmr import CLIP4CMR, FINETUNED, FROZEN, main, settings, standardise, terms, total_loss
 
@@ -48,20 +48,6 @@ def on_squares(squares, *more):
     """Two epochs on the squares' 21 training rows of a known outer colour."""
     return ["--data", str(squares), "--task", "outer", "--epochs", "2", "--batch-size", "7", "--eval-every", "1", "--dim", "16", "--workers", "0",
             "--device", "cpu", "--amp", "off", *map(str, more)]
-
-
-def metrics(out):
-    return json.loads((out / "metrics.json").read_text())
-
-
-def evaluated(checkpoint, *more):
-    eval.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--amp", "off", *map(str, more)])
-
-
-@pytest.fixture(autouse=True)
-def remarks(monkeypatch):
-    """A remark is made once in a process: here once in a test."""
-    monkeypatch.setattr(data, "_noted", set())
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import clip
 import data
 import eval
 import train_cmaclip
-from runs import (COLOURS, ROOT, assert_documented_commands_parse, command, in_process, kept_signals, log, make_squares,  # noqa: F401
+from runs import (COLOURS, ROOT, assert_documented_commands_parse, command, in_process, kept_signals, log, make_squares, metrics, evaluated, remarks,  # noqa: F401
                   refused)  # in_process acts by being here
 from train_cmaclip import CMACLIP, choose_tasks, corrupt_batch, corrupted, main, multitask_loss, pairs, predict, settings
 
@@ -36,12 +36,6 @@ def small_clip(captions, seed=0, resnet=False):
                       clip.Config(16, 16, 1, 32, 8, 16, tokenizer.vocab_size, 32, 2, 1, 2))
     model.tokenizer = tokenizer
     return model
-
-
-@pytest.fixture(autouse=True)
-def remarks(monkeypatch):
-    """A remark is made once in a process: here once in a test."""
-    monkeypatch.setattr(data, "_noted", set())
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +64,6 @@ def arguments(path, *more):
     """One epoch of three steps (of the things) from the small CLIP beside them, in this process."""
     return ["--data", str(path), "--clip", os.path.join(os.path.dirname(path), "clip.pt"), "--epochs", "1", "--batch-size", "16",
             "--lr", "1e-2", "--clip-lr", "3e-3", "--workers", "0", "--device", "cpu", "--amp", "off", *map(str, more)]
-
-
-def metrics(out):
-    return json.loads((out / "metrics.json").read_text())
-
-
-def evaluated(checkpoint, *more):
-    eval.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--amp", "off", *map(str, more)])
 
 
 @pytest.fixture(scope="module")

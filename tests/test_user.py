@@ -20,7 +20,7 @@ import data
 import eval
 import losses
 import train_user
-from runs import (FILES, SMALL, arguments, assert_documented_commands_parse, in_process, kept_signals, log, make_squares,  # noqa: F401
+from runs import (FILES, SMALL, arguments, assert_documented_commands_parse, in_process, kept_signals, log, make_squares, metrics,  # noqa: F401
                   refused)  # in_process acts by being here
 from train_user import GPO, SGE, USER, Queue, augmented, guided_enhancement, main, momentum_update, settings, total_loss
 
@@ -560,10 +560,6 @@ def test_checkpoints(spied, squares):
 
 
 # ---------------------------------------------------------------- other runs
-
-def metrics(out):
-    return json.loads((out / "metrics.json").read_text())
-
 
 def evaluated(out, *more):
     eval.main(["--checkpoint", str(out / "best.pt"), "--device", "cpu", "--amp", "off", "--out", str(out / "again"), *map(str, more)])
