@@ -1,4 +1,5 @@
-"""What tests of whole runs share: a small data set, commands, comparisons bit for bit, and processes that are interrupted at bad moments."""
+"""What tests of whole runs share: small data sets and CLIPs, commands, comparisons bit for bit, and processes
+that are interrupted at bad moments."""
 import contextlib
 import importlib
 import io
@@ -27,17 +28,20 @@ import study
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ENV = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 50), "white": (245, 245, 245),
-           "black": (10, 10, 10), "pink": (250, 150, 190), "brown": (120, 70, 30)}
+COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 50),
+           "white": (245, 245, 245), "black": (10, 10, 10), "pink": (250, 150, 190), "brown": (120, 70, 30)}
 FILES = ["best.pt", "config.json", "last.pt", "log.jsonl", "metrics.json"]  # of a finished run
 TINY = clip.MODELS["tiny"]
-SMALL = (replace(TINY[0], embed_dim=32, vision_width=32, vision_layers=1, vision_heads=1, transformer_width=32, transformer_layers=1,
-                 transformer_heads=1), None)
+SMALL = (replace(TINY[0], embed_dim=32, vision_width=32, vision_layers=1, vision_heads=1,
+                 transformer_width=32, transformer_layers=1, transformer_heads=1), None)
 
+
+# ---------------------------------------------------------------- fixtures
 
 @contextlib.contextmanager
 def kept_signals():
-    """main() notes Ctrl-C and SIGTERM instead of stopping; what it leaves behind in this process is undone."""
+    """main() notes Ctrl-C and SIGTERM instead of stopping; what it leaves behind in this process is
+    undone."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -46,32 +50,45 @@ def kept_signals():
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch):
-    """For every test of a module that imports this: main() may be called. Waiting for the disk is left out: no test cuts the power."""
+    """For every test of a module that imports this: main() may be called, and a remark is made once in a
+    test.
+
+    Waiting for the disk is left out: no test cuts the power.
+    """
     monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setattr(data, "_noted", set())
     with kept_signals():
         yield
 
 
-@pytest.fixture(autouse=True)
-def remarks(monkeypatch):
-    """A remark is made once in a process: here once in a test."""
-    monkeypatch.setattr(data, "_noted", set())
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory):
+    return make_squares(tmp_path_factory.mktemp("squares"))
 
 
 def make_squares(folder):
-    """24 / 8 / 8 two-coloured squares, two views and two or three captions each, with the tasks `inner` and `outer`: every class three times
-    in train, but every tenth row without `outer`. Returns the path of the .jsonl file."""
-    names, rows = list(COLOURS), []
+    """24 / 8 / 8 two-coloured squares, two views and two or three captions each, with the tasks `inner` and
+    `outer`.
+
+    Every class occurs three times in train, but every tenth row has no `outer`. Returns the path of the
+    .jsonl file.
+    """
+    names = list(COLOURS)
+    rows = []
     for i in range(40):
-        outer, inner = names[i % 8], names[(i % 8 + 1 + i // 8) % 8]
+        outer = names[i % 8]
+        inner = names[(i % 8 + 1 + i // 8) % 8]
         for view in range(2):
             picture = np.full((24, 24, 3), COLOURS[outer], np.uint8)
             picture[6 + view:16 + view, 8:18] = COLOURS[inner]
             Image.fromarray(picture).save(os.path.join(folder, f"{i}-{view}.png"))
-        captions = [f"a {inner} square on {outer}", f"{outer} around {inner}", f"the frame is {outer} and the middle {inner}"]
+        captions = [f"a {inner} square on {outer}", f"{outer} around {inner}",
+                    f"the frame is {outer} and the middle {inner}"]
+        labels = {"inner": inner}
+        if i % 10 != 3:
+            labels["outer"] = outer
         rows.append({"id": f"s{i}", "images": [f"{i}-0.png", f"{i}-1.png"], "captions": captions[:2 + i % 2],
-                     "labels": {"inner": inner} | ({"outer": outer} if i % 10 != 3 else {}),
-                     "split": "train" if i < 24 else "val" if i < 32 else "test"})
+                     "labels": labels, "split": "train" if i < 24 else "val" if i < 32 else "test"})
     path = os.path.join(folder, "squares.jsonl")
     with open(path, "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
@@ -79,23 +96,40 @@ def make_squares(folder):
 
 
 def make_features(folder):
-    """train.npz and test.npz: 19 / 5 / 12 noisy features of four classes (5: the ids that a hash makes validation data)."""
+    """train.npz and test.npz: 19 / 5 / 12 noisy features of four classes (5: a hash of their ids says
+    validation)."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(4, 22))
     for name, rows in (("train", 24), ("test", 12)):
         label = np.arange(rows) % 4
         noisy = centres[label] + 0.5 * rng.normal(size=(rows, 22))
-        np.savez(os.path.join(folder, f"{name}.npz"), image=noisy[:, :12], text=noisy[:, 12:], label=label, ids=[f"row{i}" for i in range(rows)])
+        np.savez(os.path.join(folder, f"{name}.npz"), image=noisy[:, :12], text=noisy[:, 12:], label=label,
+                 ids=[f"row{i}" for i in range(rows)])
 
+
+# ---------------------------------------------------------------- commands and what they leave
 
 def arguments(squares, *more):
     """Three epochs of three steps, in this process alone."""
-    return ["--data", str(squares), "--batch-size", "8", "--epochs", "3", "--eval-every", "1", "--vocab-size", "600", "--image-size", "16",
-            "--workers", "0", "--device", "cpu", "--amp", "off", *map(str, more)]
+    return ["--data", str(squares), "--batch-size", "8", "--epochs", "3", "--eval-every", "1",
+            "--vocab-size", "600", "--image-size", "16", "--workers", "0", "--device", "cpu", "--amp", "off",
+            *map(str, more)]
 
 
-def command(*words, **more):
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300, **more)
+def command(*words):
+    """Run `python *words` as a user does. Nothing it started is left behind, whatever happens here."""
+    process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=ENV, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        kill_group(process.pid)
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def kill_group(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def refused(capsys, argv, main):
@@ -106,8 +140,22 @@ def refused(capsys, argv, main):
         main(argv)
     lines = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and lines[-1].startswith("error: ") and len(lines[-1]) < 600
-    assert all(line.startswith(("note: ", argv[1] if len(argv) > 1 else "-", "epoch ", "step ")) for line in lines[:-1]), lines
+    expected = ("note: ", argv[1] if len(argv) > 1 else "-", "epoch ", "step ")
+    assert all(line.startswith(expected) for line in lines[:-1]), lines
     return lines[-1]
+
+
+def evaluated(checkpoint, *more):
+    """Run the evaluation command."""
+    eval.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--amp", "off", *map(str, more)])
+
+
+def metrics(out):
+    return json.loads((out / "metrics.json").read_text())
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def assert_documented_commands_parse(script):
@@ -116,7 +164,9 @@ def assert_documented_commands_parse(script):
         text = script.__doc__ + f.read()
     lines = re.findall(rf"^ *(?:python|torchrun\b.*) {script.__name__}\.py\b([^#\n]*)", text, re.MULTILINE)
     assert len(lines) >= 7
-    lines += [arguments for name, rows in study.STUDIES.values() if name == script.__name__ + ".py" for arguments in rows.values()]
+    for name, rows in study.STUDIES.values():
+        if name == script.__name__ + ".py":
+            lines += rows.values()
     assert all(script.settings(shlex.split(line)).epochs for line in lines if "--help" not in line)
 
 
@@ -127,9 +177,8 @@ def assert_same(a, b):
         assert a.dtype == b.dtype and torch.equal(a, b)
     elif isinstance(a, dict):
         assert a.keys() == b.keys()
-        for key in a:
-            if key not in ("out", "resume", "workers"):
-                assert_same(a[key], b[key])
+        for key in a.keys() - {"out", "resume", "workers"}:
+            assert_same(a[key], b[key])
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b)
         for x, y in zip(a, b):
@@ -139,25 +188,13 @@ def assert_same(a, b):
 
 
 def assert_same_run(a, b):
-    """Weights, optimizer, state and settings of last.pt and best.pt, and the log and the metrics of two folders, bit for bit."""
+    """Weights, optimizer, state and settings of last.pt and best.pt, the log and the metrics of two
+    folders."""
     for name in ("last.pt", "best.pt"):
         assert_same(clip.load_checkpoint(a / name), clip.load_checkpoint(b / name))
     for name in ("log.jsonl", "metrics.json"):
         assert (a / name).read_text() == (b / name).read_text()
     assert set(os.listdir(b)) - {"costs.json"} == set(FILES)  # costs: seconds and memory, of train_adapter.py
-
-
-def metrics(out):
-    return json.loads((out / "metrics.json").read_text())
-
-
-def evaluated(checkpoint, *more):
-    """Run the evaluation command."""
-    eval.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--amp", "off", *map(str, more)])
-
-
-def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def wait_for(process, condition):
@@ -167,21 +204,21 @@ def wait_for(process, condition):
         assert process.poll() is None, process.communicate()
 
 
-# ---------------------------------------------------------------- processes that are interrupted, and several of one run
+# ---------------------------------------------------------------- processes that are interrupted
 
 def die(number=signal.SIGKILL):
     os.kill(os.getpid(), number)
 
 
-def half_a_file(plain, a, k):
-    whole = io.BytesIO()
-    plain(a[0], whole)
-    a[1].write(whole.getvalue()[:len(whole.getvalue()) // 2])
+def half_a_file(save, a, k):
+    complete = io.BytesIO()
+    save(a[0], complete)
+    a[1].write(complete.getvalue()[:len(complete.getvalue()) // 2])
     a[1].flush()
     die()
 
 
-def half_a_line(plain, a, k):
+def half_a_line(log_line, a, k):
     with open(os.path.join(a[0], "log.jsonl"), "a") as f:
         f.write('{"step": 6, "lo')
         f.flush()
@@ -194,8 +231,13 @@ def full_at(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
+def log_full(a):
+    full_at(os.path.getsize(os.path.join(a[0], "log.jsonl")) + 9)
+
+
 def from_outside(number):
-    """A signal to this process and its workers, as of a scheduler or of a terminal's Ctrl-C: a process of its own sends it."""
+    """A signal to this process and its workers, as of a scheduler or a terminal's Ctrl-C: another process
+    sends it."""
     group, pid = os.getpid(), os.fork()
     if not pid:
         os.killpg(group, number)
@@ -203,49 +245,64 @@ def from_outside(number):
     os.waitpid(pid, 0)
 
 
+def of_second(number):
+    if os.environ["RANK"] == "1":
+        die(number)
+
+
+def instead(act):
+    return lambda function, a, k: act()
+
+
 def before(act):
-    return lambda plain, a, k: (act(a), plain(*a, **k))[1]
+    return lambda function, a, k: (act(a), function(*a, **k))[1]
 
 
 def after(act):
-    return lambda plain, a, k: (plain(*a, **k), act(a))[0]
+    return lambda function, a, k: (function(*a, **k), act(a))[0]
 
 
-# case -> the step that last.pt must be at after it, with three steps an epoch and three epochs
-KILLED = {"at the first step": 0, "in the middle of an epoch without a save": 3, "in the middle of an epoch": 4, "while writing last.pt": 3,
-          "while writing best.pt": 2, "between best.pt and the log": 2, "while writing the log": 5, "between the log and last.pt": 5, "before the report": 9}
-STOPPED = {"Ctrl-C": 5, "SIGTERM": 5, "Ctrl-C while logging": 3, "SIGTERM to its workers too": 5}
-FULL = {"a disk that fills up": 4, "a disk full for the log": 5}
-SELDOM = ("at the first step", "in the middle of an epoch without a save", *STOPPED, "SIGTERM to the second process")  # the others save at every step
+# case -> (the step that last.pt must be at after it, with three epochs of three steps,
+#          at which call of which function, what happens instead of, before or after it)
+STEP, SAVE, LOG, REPORT = "average_gradients", "save", "log_line", "report"
+KILLED = {
+    "at the first step": (0, STEP, 1, instead(die)),
+    "in the middle of an epoch without a save": (3, STEP, 5, instead(die)),
+    "in the middle of an epoch": (4, STEP, 5, instead(die)),
+    "while writing last.pt": (3, SAVE, 6, half_a_file),
+    "while writing best.pt": (2, SAVE, 4, half_a_file),
+    "between best.pt and the log": (2, LOG, 1, instead(die)),
+    "while writing the log": (5, LOG, 2, half_a_line),
+    "between the log and last.pt": (5, LOG, 2, after(lambda a: die())),
+    "before the report": (9, REPORT, 1, instead(die)),
+}
+STOPPED = {
+    "Ctrl-C": (5, STEP, 5, before(lambda a: die(signal.SIGINT))),
+    "SIGTERM": (5, STEP, 5, before(lambda a: die(signal.SIGTERM))),
+    "Ctrl-C while logging": (3, LOG, 1, after(lambda a: die(signal.SIGINT))),
+    "SIGTERM to its workers too": (5, STEP, 5, before(lambda a: from_outside(signal.SIGTERM))),
+    "SIGTERM to the second process": (5, STEP, 5, before(lambda a: of_second(signal.SIGTERM))),
+}
+FULL = {
+    "a disk that fills up": (4, STEP, 5, before(lambda a: full_at(1 << 13))),
+    "a disk full for the log": (5, LOG, 2, before(log_full)),
+}
+CASES = KILLED | STOPPED | FULL
+# in these cases last.pt is written as seldom as in a real run, in all others after every step
+SELDOM = ("at the first step", "in the middle of an epoch without a save", *STOPPED)
 
 
 def interrupt(case, script):
-    """Let this process meet its case: at call `count` of a function something happens before, after or instead of it."""
-    kill, step = lambda *a: die(), (eval, "average_gradients")
-    (module, name), count, act = {
-        "at the first step": (step, 1, kill),
-        "in the middle of an epoch without a save": (step, 5, kill),
-        "in the middle of an epoch": (step, 5, kill),
-        "while writing last.pt": ((torch, "save"), 6, half_a_file),
-        "while writing best.pt": ((torch, "save"), 4, half_a_file),
-        "between best.pt and the log": ((eval, "log_line"), 1, kill),
-        "while writing the log": ((eval, "log_line"), 2, half_a_line),
-        "between the log and last.pt": ((eval, "log_line"), 2, after(kill)),
-        "before the report": ((script if hasattr(script, "report") else eval, "report"), 1, kill),
-        "Ctrl-C": (step, 5, before(lambda a: die(signal.SIGINT))),
-        "SIGTERM": (step, 5, before(lambda a: die(signal.SIGTERM))),
-        "SIGTERM to its workers too": (step, 5, before(lambda a: from_outside(signal.SIGTERM))),
-        "SIGTERM to the second process": (step, 5, before(lambda a: os.environ["RANK"] == "1" and die(signal.SIGTERM))),
-        "Ctrl-C while logging": ((eval, "log_line"), 1, after(lambda a: die(signal.SIGINT))),
-        "a disk that fills up": (step, 5, before(lambda a: full_at(1 << 13))),
-        "a disk full for the log": ((eval, "log_line"), 2, before(lambda a: full_at(os.path.getsize(os.path.join(a[0], "log.jsonl")) + 9))),
-    }[case]
-    plain, calls = getattr(module, name), [0]
+    """Let this process meet its case."""
+    _, name, count, act = CASES[case]
+    module = {SAVE: torch, REPORT: script if hasattr(script, REPORT) else eval}.get(name, eval)
+    function = getattr(module, name)
+    calls = []
 
-    def function(*a, **k):
-        calls[0] += 1
-        return act(plain, a, k) if calls[0] == count else plain(*a, **k)
-    setattr(module, name, function)
+    def changed(*a, **k):
+        calls.append(name)
+        return act(function, a, k) if len(calls) == count else function(*a, **k)
+    setattr(module, name, changed)
     eval.SAVE_SECONDS = 300 if case in SELDOM else 0
 
 
@@ -267,7 +324,9 @@ def become(script, argv, case):
             runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")
         code = 0
     except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else print(e.code, file=sys.stderr) or 1
+        code = e.code if isinstance(e.code, int) else 1
+        if code != e.code:
+            print(e.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -277,13 +336,18 @@ def become(script, argv, case):
 
 
 def serve():
-    """Importing takes seconds, a short run does not: import once, then fork the process or the processes of a run for every line of stdin.
-    Each really ends by its signal; the answer is how, and what it said. Their tiny CLIP is SMALL, and a kill needs no waiting for the disk."""
+    """Importing takes seconds, a short run does not: import once, then fork the processes of a run for every
+    line of stdin. Each really ends by its signal; the answer is how, and what it said. Their tiny CLIP is
+    SMALL."""
     torch.set_num_threads(1)
-    clip.MODELS["tiny"], os.fsync = SMALL, lambda file: None
+    clip.MODELS["tiny"] = SMALL
+    os.fsync = lambda file: None  # a kill needs no waiting for the disk
+    children = {}  # pid -> (its stdout, its stderr)
+    signal.signal(signal.SIGTERM, lambda *_: (list(map(kill_group, children)), os._exit(0)))
     for line in sys.stdin:
-        asked, children = json.loads(line), []
+        asked = json.loads(line)
         count = asked.pop("processes")
+        children.clear()
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = str(free.getsockname()[1])
@@ -291,25 +355,37 @@ def serve():
             pipes = os.pipe(), os.pipe()  # no files: these may be full
             pid = os.fork()
             if not pid:
-                os.dup2(pipes[0][1], 1), os.dup2(pipes[1][1], 2)
-                os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": port} if count > 1 else {})
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.dup2(pipes[0][1], 1)
+                os.dup2(pipes[1][1], 2)
+                if count > 1:
+                    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost",
+                                   "MASTER_PORT": port}
                 become(**asked)
             for _, write in pipes:
                 os.close(write)
-            children.append((pid, *(open(read) for read, _ in pipes)))
-        print(json.dumps([(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), out.read(), err.read()) for pid, out, err in children]), flush=True)
+            children[pid] = [open(read) for read, _ in pipes]
+        answer = []
+        for pid, (out, err) in children.items():
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            kill_group(pid)  # workers that a killed process has left
+            answer.append((code, out.read(), err.read()))
+        print(json.dumps(answer), flush=True)
 
 
 @pytest.fixture(scope="module")
 def forked():
-    """forked(script, argv, case, processes) -> for each process of the run (how it ended, its stdout, its stderr)."""
-    server = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    """forked(script, argv, case, processes) -> for each process of the run (how it ended, its stdout, its
+    stderr)."""
+    server = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=ENV, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(script, argv, case=None, processes=1):
-        print(json.dumps(dict(script=script, argv=argv, case=case, processes=processes)), file=server.stdin, flush=True)
+        asked = dict(script=script, argv=argv, case=case, processes=processes)
+        print(json.dumps(asked), file=server.stdin, flush=True)
         return [tuple(process) for process in json.loads(server.stdout.readline())]
     yield run
-    server.kill()
+    server.terminate()
     server.communicate()
 
 

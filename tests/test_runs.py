@@ -1,8 +1,9 @@
-"""Tests of whole runs of every script on a small data set: the same bits again, killed and resumed, on two processes, with bad input.
+"""Tests of whole runs of every script on a small data set: the same bits again, killed and resumed, on two
+processes, with bad input.
 
     python -m pytest tests/test_runs.py -k cmaclip
-
-What is particular to a method is tested in the file of its name.
+ What is particular to a method is tested in the file of its name. A fork joins with one row in RUNS, as
+README.md shows; eval.Run is tested in all its cases with train_mxm.py, since every script goes through it.
 """
 import ast
 import importlib
@@ -20,38 +21,44 @@ import torch
 
 import clip
 import eval
-import losses
-from runs import (COLOURS, ENV, FILES, FULL, KILLED, ROOT, SMALL, STOPPED, TINY, arguments, assert_same_run, command, forked, in_process,  # noqa: F401
-                  kept_signals, log, make_features, make_squares, refused, wait_for)  # (forked and in_process are fixtures)
+from runs import (CASES, COLOURS, ENV, FILES, KILLED, ROOT, SMALL, STOPPED, TINY, arguments,  # noqa: F401
+                  assert_same_run, command, evaluated, forked, in_process, kept_signals, log, make_features,
+                  make_squares, metrics, refused, wait_for)
 
 HEADS = ["--dim", "32", "--hidden", "16", "--lr", "0.01"]
-FEATURES, FROZEN = ["--features", "train.npz", "test.npz", *HEADS], ["--clip", "{folder}/frozen.pt", "--cache", "{folder}/cache", *HEADS]
+FEATURES = ["--features", "train.npz", "test.npz", *HEADS]
+FROZEN = ["--clip", "{folder}/frozen.pt", "--cache", "{folder}/cache", *HEADS]
 QUEUES = ["--dim", "16", "--momentum", "0.9", "--lr", "0.01", "--clip-lr", "0.001"]
 ADAPTER = ["--clip", "{folder}/frozen.pt", "--frames", "2", "--lr", "0.01"]
-# name -> (script, its arguments, those where several processes must do what one does: nothing is drawn in a step, since each would draw its own)
+# name -> (script, its arguments, those where several processes must do what one does: nothing is drawn in a
+# step, since each process would draw its own)
 RUNS = {
     "mxm": ("train_mxm", [], ["--batch-size", "12", "--captions", "3", "--soft-warmup", "0"]),
-    "clip4cmr": ("train_clip4cmr", HEADS[:4], [*HEADS[:4], "--batch-size", "12", "--dropout", "0", "--text-fraction", "0.6", "--prototypes", "learned",
-                                               "--loss", "pcl+triplet:0.1+cross-entropy"]),
-    "clip4cmr-features": ("train_clip4cmr", FEATURES, [*FEATURES, "--batch-size", "18", "--dropout", "0"]),  # of 19: one process gets none of the last
-    "clip4cmr-frozen": ("train_clip4cmr", FROZEN, [*FROZEN, "--cache", "{folder}/another", "--batch-size", "12", "--dropout", "0"]),
-    "cmaclip": ("train_cmaclip", ["--train-noise-image", "0.3", "--dropout", "0.1", "--layers", "1"], ["--batch-size", "12", "--dropout", "0"]),
+    "clip4cmr": ("train_clip4cmr", HEADS[:4],
+                 [*HEADS[:4], "--batch-size", "12", "--dropout", "0", "--text-fraction", "0.6",
+                  "--prototypes", "learned", "--loss", "pcl+triplet:0.1+cross-entropy"]),
+    # a batch of 18 of 19 rows: of the last batch one process gets none
+    "clip4cmr-features": ("train_clip4cmr", FEATURES, [*FEATURES, "--batch-size", "18", "--dropout", "0"]),
+    "clip4cmr-frozen": ("train_clip4cmr", FROZEN,
+                        [*FROZEN, "--cache", "{folder}/another", "--batch-size", "12", "--dropout", "0"]),
+    "cmaclip": ("train_cmaclip", ["--train-noise-image", "0.3", "--dropout", "0.1", "--layers", "1"],
+                ["--batch-size", "12", "--dropout", "0"]),
     # queues that a batch does not divide, and that are full after two steps
-    "user": ("train_user", [*QUEUES, "--queue", "12", "--infonce-first", "0"], [*QUEUES, "--batch-size", "12", "--queue", "20", "--dropout", "0", "--augment", "0"]),
+    "user": ("train_user", [*QUEUES, "--queue", "12", "--infonce-first", "0"],
+             [*QUEUES, "--batch-size", "12", "--queue", "20", "--dropout", "0", "--augment", "0"]),
     "adapter": ("train_adapter", ADAPTER, [*ADAPTER, "--batch-size", "12"]),
 }
 PICTURES = ["mxm", "clip4cmr", "cmaclip", "user", "adapter"]  # these read pictures at every step
-CHOSEN = {"train_mxm": ["rSum"], "train_user": ["rSum"], "train_adapter": ["rSum"], "train_clip4cmr": ["mAP"], "train_cmaclip": ["mean", "accuracy"]}  # the metric on val that best.pt is chosen by
-SHARP = ["at the first step", "in the middle of an epoch", "while writing last.pt", "while writing best.pt", "between the log and last.pt",
-         "before the report", "Ctrl-C", "SIGTERM", "SIGTERM to its workers too", "a disk that fills up"]
-CASES = KILLED | STOPPED | FULL
+# the keys of the metric on val that best.pt is chosen by; elsewhere rSum
+CHOSEN = {"train_clip4cmr": ["mAP"], "train_cmaclip": ["mean", "accuracy"]}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The data: pictures, features, and a CLIP with its tokenizer."""
     folder = tmp_path_factory.mktemp("data")
-    make_squares(folder), make_features(folder)
+    make_squares(folder)
+    make_features(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(clip.MODELS, "tiny", SMALL)
         texts = [f"the frame is {colour} and the middle a {colour} square on around" for colour in COLOURS]
@@ -73,52 +80,63 @@ def small(monkeypatch):
 
 def words(name, folder, *more, still=False):
     """The arguments of a run."""
-    return arguments(folder / "squares.jsonl", "--root", folder, *(x.format(folder=folder) for x in RUNS[name][1 + still]), *more)
+    particular = [word.format(folder=folder) for word in RUNS[name][2 if still else 1]]
+    return arguments(folder / "squares.jsonl", "--root", folder, *particular, *more)
 
 
 def script(name):
     return importlib.import_module(RUNS[name][0])
 
 
-def reporter(module):
-    """Where the function lies that reports the end of a run of this script."""
-    return module if hasattr(module, "report") else eval
+def reporter(name):
+    """The module of the function that reports the end of a run of this script."""
+    return script(name) if hasattr(script(name), "report") else eval
+
+
+def chosen_metric(name):
+    """The keys under which an evaluation on val holds the metric that best.pt is chosen by."""
+    return CHOSEN.get(RUNS[name][0], ["rSum"])
 
 
 def chosen(name, val):
-    for key in CHOSEN[RUNS[name][0]]:
+    for key in chosen_metric(name):
         val = val[key]
     return val
 
 
 def pretend(patch, name, *values):
     """The metric on val has these values, in order."""
-    values, keys = iter(values), CHOSEN[RUNS[name][0]]
-    module, function = {"train_mxm": (eval, "evaluate"), "train_user": (eval, "evaluate"), "train_adapter": (script(name), "video_metrics"),
-                        "train_clip4cmr": (eval, "class_retrieval"),
-                        "train_cmaclip": (script(name), "scores")}[RUNS[name][0]]
+    functions = {"train_adapter": (script(name), "video_metrics"),
+                 "train_clip4cmr": (eval, "class_retrieval"),
+                 "train_cmaclip": (script(name), "scores")}
+    module, function = functions.get(RUNS[name][0], (eval, "evaluate"))
     plain = getattr(module, function)
+    values = iter(values)
 
     def changed(*a, **k):
-        found = plain(*a, **k)
-        inner = found["model"] if function == "class_retrieval" else found
-        for key in keys[:-1]:
-            inner = inner[key]
-        inner[keys[-1]] = next(values)
-        return found
+        result = plain(*a, **k)
+        val = result["model"] if function == "class_retrieval" else result
+        *outer, last = chosen_metric(name)
+        for key in outer:
+            val = val[key]
+        val[last] = next(values)
+        return result
     patch.setattr(module, function, changed)
 
 
-def evaluated(out, folder):
+def metrics_on_test(out, folder):
     """What eval.py finds on the test split with best.pt."""
-    eval.main(["--checkpoint", str(out / "best.pt"), "--root", str(folder), "--out", str(folder / "evaluated"), "--device", "cpu", "--amp", "off"])
-    return json.loads((folder / "evaluated" / "metrics.json").read_text())["test"]
+    evaluated(out / "best.pt", "--root", folder, "--out", folder / "evaluated")
+    return metrics(folder / "evaluated")["test"]
 
 
 def weights(checkpoint):
-    """All that a run changes: of the CLIP, of the heads, of adapters; momentum encoders and queues under names of their own."""
-    more = {f"{part}.{name}": value for part in ("momentum", "queue") for name, value in checkpoint.get(part, {}).items()}
-    return checkpoint.get("clip", {"state_dict": {}})["state_dict"] | checkpoint.get("heads", {}) | checkpoint.get("trained", {}) | more
+    """All that a run changes: of the CLIP, of heads, of adapters, of the momentum encoders and queues."""
+    out = dict(checkpoint.get("clip", {"state_dict": {}})["state_dict"])
+    out |= checkpoint.get("heads", {}) | checkpoint.get("trained", {})
+    for part in ("momentum", "queue"):
+        out |= {f"{part}.{key}": value for key, value in checkpoint.get(part, {}).items()}
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +154,8 @@ class Cut(BaseException):
 
 
 def cut_at(patch, step):
-    plain, calls = eval.average_gradients, []
+    plain = eval.average_gradients
+    calls = []
 
     def cut(parameters):
         calls.append(0)
@@ -149,9 +168,12 @@ def cut_at(patch, step):
 # ---------------------------------------------------------------- a run
 
 def test_the_command_trains_reports_and_is_deterministic(name, folder, forked, tmp_path, monkeypatch, capsys):
-    """In a process of its own, with a worker process: the same bits as the run in this process, and a table at the end. With MXM-CLR that is
-    the command as a user types it, which takes seconds to start; further down so are the others'."""
-    argv = words(name, folder, "--out", tmp_path / "run", "--workers", 1)
+    """In a process of its own, with a worker process: the same bits as the run in this process, and a table.
+
+    With MXM-CLR that is the command as a user types it, which takes seconds to start; others are forked.
+    """
+    out = tmp_path / "run"
+    argv = words(name, folder, "--out", out, "--workers", 1)
     if name == "mxm":
         monkeypatch.setitem(clip.MODELS, "tiny", TINY)
         done = command(RUNS[name][0] + ".py", *argv)
@@ -160,59 +182,72 @@ def test_the_command_trains_reports_and_is_deterministic(name, folder, forked, t
         [(ended, table, said)] = forked(RUNS[name][0], argv)
     assert ended == 0, said
     script(name).main(words(name, folder, "--out", tmp_path / "whole"))
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-    timeless = lambda text: [line for line in text.splitlines() if " s per step" not in line]
-    assert timeless(table) == timeless(capsys.readouterr().out.replace(f"{tmp_path}/whole", f"{tmp_path}/run")) and "test" in table
-    assert table.splitlines()[-1] == f"written to {tmp_path}/run/metrics.json"
+    assert_same_run(tmp_path / "whole", out)
+
+    def timeless(text):
+        return [line for line in text.splitlines() if " s per step" not in line]
+    assert timeless(table) == timeless(capsys.readouterr().out.replace(f"{tmp_path}/whole", str(out)))
+    assert "test" in table and table.splitlines()[-1] == f"written to {out}/metrics.json"
     assert "step 9/9  loss " in said and "\x1b" not in said
-    assert all(line.startswith(("note: ", f"{folder}", "epoch ", "step ")) for line in said.splitlines()), said  # no warning, of any library
-    lines, config = log(tmp_path / "run"), json.loads((tmp_path / "run" / "config.json").read_text())
-    assert [(r["step"], r["epoch"]) for r in lines] == [(3, 1), (6, 2), (9, 3)] and lines[2]["loss"] < lines[0]["loss"]
-    assert config["epochs"] == 3 and config["workers"] == 1 and config["out"] == str(tmp_path / "run")
+    expected = ("note: ", f"{folder}", "epoch ", "step ")
+    assert all(line.startswith(expected) for line in said.splitlines()), said  # no warning, of any library
+    lines = log(out)
+    assert [(r["step"], r["epoch"]) for r in lines] == [(3, 1), (6, 2), (9, 3)]
+    assert lines[2]["loss"] < lines[0]["loss"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["epochs"] == 3 and config["workers"] == 1 and config["out"] == str(out)
     assert config["lr"] == (0.01 if "--lr" in RUNS[name][1] else script(name).SCRATCH["lr"])
-    best, metrics = clip.load_checkpoint(tmp_path / "run" / "best.pt"), json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert best["state"]["best"] == max(chosen(name, r["val"]) for r in lines) and best["method"] == RUNS[name][0]
-    assert metrics["test"] == evaluated(tmp_path / "run", folder)
+    best = clip.load_checkpoint(out / "best.pt")
+    assert best["method"] == RUNS[name][0] and "optimizer" not in best
+    assert best["state"]["best"] == max(chosen(name, r["val"]) for r in lines)
+    assert metrics(out)["test"] == metrics_on_test(out, folder)
 
 
 def test_another_seed_is_another_run(name, folder, whole, tmp_path):
     script(name).main(words(name, folder, "--out", tmp_path, "--seed", 1))
     a, b = (weights(clip.load_checkpoint(out / "last.pt")) for out in (whole, tmp_path))
-    drawn = ("visual.conv1.weight", "image_head.0.weight", "project.0.weight", "image_fc.weight", "queue.images", "extra.down.text_0_mlp.weight")
+    drawn = ("visual.conv1.weight", "image_head.0.weight", "project.0.weight", "image_fc.weight",
+             "queue.images", "extra.down.text_0_mlp.weight")
     differ = [key for key in drawn if key in a and not torch.equal(a[key], b[key])]
-    assert len(differ) == (1 if name in ("mxm", "clip4cmr-features", "clip4cmr-frozen", "adapter") else 3 if name == "user" else 2)
+    assert len(differ) == {"clip4cmr": 2, "cmaclip": 2, "user": 3}.get(name, 1)
 
 
 def test_best_is_the_best_on_val_and_is_what_the_report_is_about(name, folder, tmp_path, monkeypatch):
+    argv = words(name, folder, "--out", tmp_path)
     with monkeypatch.context() as patch:
         pretend(patch, name, 90.0, 300.0, 200.0)
-        patch.setattr(reporter(script(name)), "report", lambda *a: None)
-        script(name).main(words(name, folder, "--out", tmp_path))
-    best, last = clip.load_checkpoint(tmp_path / "best.pt"), clip.load_checkpoint(tmp_path / "last.pt")
+        patch.setattr(reporter(name), "report", lambda *a: None)
+        script(name).main(argv)
+    best = clip.load_checkpoint(tmp_path / "best.pt")
+    last = clip.load_checkpoint(tmp_path / "last.pt")
     assert best["step"] == 6 and last["step"] == 9 and last["state"]["best"] == best["state"]["best"] == 300
-    script(name).main(words(name, folder, "--out", tmp_path, "--resume"))  # nothing left but the report
-    assert json.loads((tmp_path / "metrics.json").read_text())["test"] == evaluated(tmp_path, folder)
+    script(name).main([*argv, "--resume"])  # nothing left but the report
+    assert metrics(tmp_path)["test"] == metrics_on_test(tmp_path, folder)
 
 
 # ---------------------------------------------------------------- killed, stopped, full
 
 @pytest.mark.parametrize("name, case", [
-    *(("mxm", case) for case in CASES), *((name, case) for name in ("clip4cmr", "cmaclip", "user", "adapter") for case in SHARP),
-    *(("clip4cmr-features", case) for case in SHARP if "workers" not in case),
-    *(("clip4cmr-frozen", case) for case in ("in the middle of an epoch", "before the report"))], indirect=["name"])
+    *(("mxm", case) for case in CASES if "second process" not in case),
+    *((name, case) for name in RUNS if name != "mxm" for case in ("in the middle of an epoch", "SIGTERM"))],
+    indirect=["name"])
 def test_interrupted_then_resumed_equals_never_interrupted(name, case, folder, whole, forked, tmp_path):
     out = tmp_path / "run"
-    argv = words(name, folder, "--out", out, *["--workers", 1] * ("workers" in case))
+    argv = words(name, folder, "--out", out)
+    if "workers" in case:
+        argv += ["--workers", "1"]
     [(ended, _, said)] = forked(RUNS[name][0], argv, case)
     step = clip.load_checkpoint(out / "last.pt")["step"]  # it can be loaded, and is as new as was promised
-    assert step == CASES[case]
+    assert step == CASES[case][0]
     if case in KILLED:
         assert ended == -signal.SIGKILL
     elif case in STOPPED:
-        assert ended == 130 and said.splitlines()[-1] == f"stopped at step {step}; the same command with --resume goes on"
+        assert ended == 130
+        assert said.splitlines()[-1] == f"stopped at step {step}; the same command with --resume goes on"
     else:
         last = said.splitlines()[-1]
-        assert ended == 2 and last.startswith("error: ") and "cannot be written" in last and "Traceback" not in said
+        assert ended == 2 and last.startswith("error: ") and "cannot be written" in last
+        assert "Traceback" not in said
         assert not [file for file in os.listdir(out) if file.startswith(".writing")]
     [(ended, _, said)] = forked(RUNS[name][0], [*argv, "--resume"])
     assert ended == 0, said
@@ -221,61 +256,76 @@ def test_interrupted_then_resumed_equals_never_interrupted(name, case, folder, w
 
 def test_the_command_killed_from_outside_then_resumed_then_ended_by_a_scheduler(folder, tmp_path):
     argv = words("clip4cmr", folder, "--out", tmp_path, "--epochs", 2000, "--eval-every", 2000)
-    start = lambda *more: subprocess.Popen([sys.executable, "train_clip4cmr.py", *argv, *more], cwd=ROOT, env=ENV, stderr=subprocess.PIPE,
-                                            stdout=subprocess.DEVNULL, text=True, start_new_session=True)
-    lines = lambda: len((tmp_path / "log.jsonl").read_text().splitlines()) if (tmp_path / "log.jsonl").exists() else 0
-    process = start()
-    wait_for(process, lambda: lines() >= 2)
-    process.kill()
-    process.communicate()
+    log_file = tmp_path / "log.jsonl"
+
+    def start(*more):
+        return subprocess.Popen([sys.executable, "train_clip4cmr.py", *argv, *more], cwd=ROOT, env=ENV,
+                                stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                                start_new_session=True)
+
+    def logged(lines):
+        return lambda: log_file.exists() and len(log_file.read_text().splitlines()) >= lines
+    with start() as process:
+        wait_for(process, logged(2))
+        process.kill()
+        process.communicate()
     assert process.returncode == -signal.SIGKILL
     step = clip.load_checkpoint(tmp_path / "last.pt")["step"]
     assert 3 <= step < 6000
-    process = start("--resume", "--workers", "1")
-    wait_for(process, lambda: lines() >= step // 3 + 2)
-    os.killpg(process.pid, signal.SIGTERM)  # the worker gets it too
-    _, said = process.communicate()
-    assert process.returncode == 130 and "--resume goes on" in said.splitlines()[-1] and "Traceback" not in said
+    with start("--resume", "--workers", "1") as process:
+        wait_for(process, logged(step // 3 + 2))
+        os.killpg(process.pid, signal.SIGTERM)  # the worker gets it too
+        _, said = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in said
+    assert "--resume goes on" in said.splitlines()[-1]
     after = clip.load_checkpoint(tmp_path / "last.pt")["step"]
     assert after >= step + 6 and f"stopped at step {after};" in said
-    assert [r["step"] for r in log(tmp_path)] == list(range(3, after + 1, 3))  # nothing twice, nothing missing
+    # nothing twice, nothing missing
+    assert [r["step"] for r in log(tmp_path)] == list(range(3, after + 1, 3))
 
 
 OTHERS = {
     "mxm": (("loss", "hard"), ("captions", 1), ("soft-weight", 0.1)),
-    "clip4cmr": (("loss", "triplet"), ("task", "outer"), ("dim", 8), ("patience", 3), ("image-fraction", 0.5), ("clip-lr", 0.1)),
+    "clip4cmr": (("loss", "triplet"), ("task", "outer"), ("dim", 8), ("patience", 3), ("image-fraction", 0.5),
+                 ("clip-lr", 0.1)),
     "clip4cmr-features": (("dropout", 0.5), ("prototypes", "learned")),
     "clip4cmr-frozen": (("hidden", 8), ("finetune", None)),
-    "user": (("enhance", "sge"), ("queue", 16), ("momentum", 0.5), ("loss", "triplet"), ("augment", 0.5), ("lr-drop", 0.9)),
+    "user": (("enhance", "sge"), ("queue", 16), ("momentum", 0.5), ("loss", "triplet"), ("augment", 0.5),
+             ("lr-drop", 0.9)),
     "adapter": (("tune", "full"), ("rank", 4), ("share", 0), ("frames", 1)),
-    "cmaclip": (("fusion", "concat"), ("tasks", "outer"), ("dropout", 0.5), ("train-noise-image", 0.1), ("layers", 2), ("precision", 0.5)),
+    "cmaclip": (("fusion", "concat"), ("tasks", "outer"), ("dropout", 0.5), ("train-noise-image", 0.1),
+                ("layers", 2), ("precision", 0.5)),
 }
 
 
 def test_resume_refuses_what_is_no_continuation(name, folder, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
-    resume, main = words(name, folder, "--out", tmp_path / "run", "--resume"), script(name).main
-    for option, value in (("lr", 0.5), ("epochs", 4), ("seed", 3), *OTHERS[name]):
+    resume = words(name, folder, "--out", tmp_path / "run", "--resume")
+    main = script(name).main
+    for option, value in (("lr", 0.5), ("epochs", 4), ("seed", 3), *OTHERS.get(name, ())):
         line = refused(capsys, [*resume, f"--{option}"] + [value] * (value is not None), main)
         assert f"--{option} was" in line and f"is {True if value is None else value} now" in line
-    another, argv = script("cmaclip" if name == "mxm" else "mxm"), arguments(folder / "squares.jsonl", "--out", tmp_path / "run", "--resume")
+    another = script("cmaclip" if name == "mxm" else "mxm")
+    argv = arguments(folder / "squares.jsonl", "--out", tmp_path / "run", "--resume")
     assert "--resume: --" in refused(capsys, argv, another.main)  # a run of another method
-    assert "there is no" in refused(capsys, words(name, folder, "--out", tmp_path / "nothing", "--resume"), main)
+    nowhere = words(name, folder, "--out", tmp_path / "nothing", "--resume")
+    assert "there is no" in refused(capsys, nowhere, main)
     (tmp_path / "run" / "last.pt").write_bytes((whole / "last.pt").read_bytes()[:5000])
     assert "last.pt: is damaged" in refused(capsys, resume, main)
-    for file in ("log.jsonl", "best.pt", "metrics.json", "config.json"):  # what was refused has touched nothing
+    for file in ("log.jsonl", "best.pt", "metrics.json", "config.json"):  # all as it was
         assert (tmp_path / "run" / file).read_bytes() == (whole / file).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["clip4cmr-frozen", "adapter"], indirect=True)
 def test_resume_refuses_another_frozen_clip(name, folder, tmp_path, capsys, monkeypatch):
-    """Its features are no continuation, and its weights are not in the checkpoint: a file of the same name may have been trained anew."""
+    """Its weights are not in the checkpoint, and a file of the same name may have been trained anew."""
     argv = words(name, folder, "--out", tmp_path / "run", "--clip", tmp_path / "clip.pt")
     shutil.copy(folder / "frozen.pt", tmp_path / "clip.pt")
     with monkeypatch.context() as patch, pytest.raises(Cut):
         cut_at(patch, 5)
         script(name).main(argv)
-    checkpoint, before = clip.load_checkpoint(tmp_path / "clip.pt"), (tmp_path / "run" / "last.pt").read_bytes()
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    checkpoint = clip.load_checkpoint(tmp_path / "clip.pt")
     checkpoint["clip"]["state_dict"]["visual.proj"] *= 1.5
     clip.save_checkpoint(tmp_path / "clip.pt", checkpoint)
     assert "clip.pt" in refused(capsys, [*argv, "--resume"], script(name).main)
@@ -299,9 +349,14 @@ class InfiniteGradient(torch.autograd.Function):
 
 @pytest.mark.parametrize("spoil", [lambda x: x * math.nan, InfiniteGradient.apply], ids=["loss", "gradient"])
 def test_a_loss_that_is_nan_stops_before_the_weights_take_it_up(name, spoil, folder, tmp_path, monkeypatch):
-    module, function = script(name), "multitask_loss" if name == "cmaclip" else "total_loss"
-    plain, calls = getattr(module, function), []
-    monkeypatch.setattr(module, function, lambda *a: (calls.append(0), spoil(plain(*a)) if len(calls) == 6 else plain(*a))[1])
+    function = "multitask_loss" if name == "cmaclip" else "total_loss"
+    plain = getattr(script(name), function)
+    calls = []
+
+    def spoiled(*a):
+        calls.append(0)
+        return spoil(plain(*a)) if len(calls) == 6 else plain(*a)
+    monkeypatch.setattr(script(name), function, spoiled)
     with pytest.raises(SystemExit, match="at step 5; try a lower --lr"):
         script(name).main(words(name, folder, "--out", tmp_path))
     checkpoint = clip.load_checkpoint(tmp_path / "last.pt")
@@ -315,51 +370,57 @@ STOPS_EARLY = pytest.mark.parametrize("name", ["clip4cmr", "clip4cmr-features"],
 
 @STOPS_EARLY
 def test_patience_stops_early(name, folder, tmp_path, monkeypatch, capsys):
-    """After as many evaluations on val without a better one; an equal one is none. A resumed run goes on counting where it was."""
-    train, argv = script(name), words(name, folder, "--epochs", 20, "--patience", 3)
+    """After as many evaluations without a better one; an equal one is none. A resumed run goes on
+    counting."""
+    argv = words(name, folder, "--epochs", 20, "--patience", 3)
+    a, b = tmp_path / "a", tmp_path / "b"
+    monkeypatch.setattr(reporter(name), "report", lambda *a: None)
     with monkeypatch.context() as patch:
         pretend(patch, name, 50.0, 60.0, 60.0, 70.0, 70.0, 40.0, 60.0, 90.0)
-        patch.setattr(reporter(train), "report", lambda *a: None)
-        train.main([*argv, "--out", str(tmp_path / "a")])
-    assert [r["val"]["mAP"] for r in log(tmp_path / "a")] == [50, 60, 60, 70, 70, 40, 60]
-    best, last = clip.load_checkpoint(tmp_path / "a" / "best.pt"), clip.load_checkpoint(tmp_path / "a" / "last.pt")
-    assert best["step"] == 12 and last["state"]["waited"] == 3
-    assert capsys.readouterr().err.splitlines()[-1] == "epoch 7: no better val mAP than 70.0 in 3 evaluations; stopped"
-    with monkeypatch.context() as patch:
+        script(name).main([*argv, "--out", str(a)])
+    assert [r["val"]["mAP"] for r in log(a)] == [50, 60, 60, 70, 70, 40, 60]
+    assert clip.load_checkpoint(a / "best.pt")["step"] == 12
+    assert clip.load_checkpoint(a / "last.pt")["state"]["waited"] == 3
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "epoch 7: no better val mAP than 70.0 in 3 evaluations; stopped"
+    with monkeypatch.context() as patch, pytest.raises(Cut):
         cut_at(patch, 17)  # in the sixth epoch, after one evaluation in vain
         pretend(patch, name, 50.0, 60.0, 60.0, 70.0, 70.0)
-        with pytest.raises(Cut):
-            train.main([*argv, "--out", str(tmp_path / "b")])
+        script(name).main([*argv, "--out", str(b)])
     with monkeypatch.context() as patch:
-        patch.setattr(reporter(train), "report", lambda *a: None)
         pretend(patch, name, 40.0, 60.0, 90.0)
-        train.main([*argv, "--out", str(tmp_path / "b"), "--resume"])
-    assert (tmp_path / "b" / "log.jsonl").read_text() == (tmp_path / "a" / "log.jsonl").read_text()
+        script(name).main([*argv, "--out", str(b), "--resume"])
+    assert (b / "log.jsonl").read_text() == (a / "log.jsonl").read_text()
 
 
 @STOPS_EARLY
 def test_killed_after_an_early_stop_resumes_to_only_the_report(name, folder, forked, tmp_path):
     argv = words(name, folder, "--epochs", 100, "--patience", 2)
-    [(ended, _, said)] = forked(RUNS[name][0], [*argv, "--out", str(tmp_path / "whole")])
+    run, train = tmp_path / "run", RUNS[name][0]
+    [(ended, _, said)] = forked(train, [*argv, "--out", str(tmp_path / "whole")])
     assert ended == 0, said
-    found = [r["val"]["mAP"] for r in log(tmp_path / "whole")]
-    best = found.index(max(found))
-    assert len(found) == best + 3 < 100 and clip.load_checkpoint(tmp_path / "whole" / "best.pt")["step"] == 3 * (best + 1)
-    [(ended, _, said)] = forked(RUNS[name][0], [*argv, "--out", str(tmp_path / "run")], "before the report")
-    assert ended == -signal.SIGKILL and "in 2 evaluations; stopped" in said.splitlines()[-1] and not (tmp_path / "run" / "metrics.json").exists()
-    before = {file: (tmp_path / "run" / file).read_bytes() for file in ("last.pt", "best.pt", "log.jsonl")}
-    [(ended, _, said)] = forked(RUNS[name][0], [*argv, "--out", str(tmp_path / "run"), "--resume"])
-    assert ended == 0 and "stopped" not in said and not any(line.startswith(("step", "epoch")) for line in said.splitlines()), said
-    assert all((tmp_path / "run" / file).read_bytes() == content for file, content in before.items())
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    scores = [r["val"]["mAP"] for r in log(tmp_path / "whole")]
+    best = scores.index(max(scores))
+    assert len(scores) == best + 3 < 100
+    assert clip.load_checkpoint(tmp_path / "whole" / "best.pt")["step"] == 3 * (best + 1)
+    [(ended, _, said)] = forked(train, [*argv, "--out", str(run)], "before the report")
+    assert ended == -signal.SIGKILL and "in 2 evaluations; stopped" in said.splitlines()[-1]
+    assert not (run / "metrics.json").exists()
+    before = {file: (run / file).read_bytes() for file in ("last.pt", "best.pt", "log.jsonl")}
+    [(ended, _, said)] = forked(train, [*argv, "--out", str(run), "--resume"])
+    assert ended == 0 and "stopped" not in said
+    assert not any(line.startswith(("step", "epoch")) for line in said.splitlines()), said
+    assert all((run / file).read_bytes() == content for file, content in before.items())
+    assert_same_run(tmp_path / "whole", run)
 
 
 @STOPS_EARLY
 def test_two_processes_stop_early_together(name, folder, forked, tmp_path):
-    ended = forked(RUNS[name][0], words(name, folder, "--epochs", 100, "--patience", 1, "--out", tmp_path), processes=2)
+    argv = words(name, folder, "--epochs", 100, "--patience", 1, "--out", tmp_path)
+    ended = forked(RUNS[name][0], argv, processes=2)
     assert [code for code, _, _ in ended] == [0, 0], ended
-    found = [r["val"]["mAP"] for r in log(tmp_path)]
-    assert len(found) == found.index(max(found)) + 2 < 100 and ended[0][2].count("stopped") == 1
+    scores = [r["val"]["mAP"] for r in log(tmp_path)]
+    assert len(scores) == scores.index(max(scores)) + 2 < 100 and ended[0][2].count("stopped") == 1
 
 
 # ---------------------------------------------------------------- several processes
@@ -376,7 +437,7 @@ def assert_equal_runs(a, b):
     one, two = weights(one), weights(two)
     for key, x in one.items():
         difference = (x - two[key]).abs()
-        if key.endswith("in_proj_bias"):  # a key's bias has no gradient but what rounding leaves, and Adam makes every gradient large
+        if key.endswith("in_proj_bias"):  # a key's bias has rounding's gradient, which Adam makes large
             difference = difference.view(3, -1)[[0, 2]]
         assert difference.max() <= 1e-5 * max(1, x.abs().max()), key
 
@@ -386,7 +447,8 @@ def test_torchrun_equals_one_process(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(clip.MODELS, "tiny", TINY)
     argv = words("cmaclip", folder, "--epochs", 1, still=True)
     script("cmaclip").main([*argv, "--out", str(tmp_path / "1")])
-    done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_cmaclip.py", *argv, "--out", tmp_path / "2")
+    done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_cmaclip.py",
+                   *argv, "--out", tmp_path / "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("macro F1") == 1 and done.stderr.count("M trained parameters") == 1
     assert_equal_runs(tmp_path / "1", tmp_path / "2")
@@ -394,10 +456,13 @@ def test_torchrun_equals_one_process(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "cmaclip"], indirect=True)
 def test_two_processes_equal_one(name, folder, forked, tmp_path):
-    """With half the batch each. MXM-CLR's instances have two and three captions, some of CLIP4CMR's no text."""
+    """With half the batch each. MXM-CLR's instances have two and three captions, some of CLIP4CMR's no
+    text."""
     argv = words(name, folder, "--epochs", 1, still=True)
-    ended = forked(RUNS[name][0], [*argv, "--out", str(tmp_path / "2")], processes=2)  # first, so that they make the frozen features
-    assert [code for code, _, _ in ended] == [0, 0] and ended[1][1:] == ("", ""), ended  # the second says nothing
+    out = [*argv, "--out", str(tmp_path / "2")]
+    ended = forked(RUNS[name][0], out, processes=2)  # first, so that they make the frozen features
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert ended[1][1:] == ("", "")  # the second says nothing
     assert ended[0][1].count("written to") == 1
     script(name).main([*argv, "--out", str(tmp_path / "1")])
     assert_equal_runs(tmp_path / "1", tmp_path / "2")
@@ -406,11 +471,13 @@ def test_two_processes_equal_one(name, folder, forked, tmp_path):
 @pytest.mark.parametrize("name", PICTURES, indirect=True)
 def test_two_processes_stopped_then_resumed_equal_two_never_stopped(name, folder, forked, tmp_path):
     """SIGTERM reaches one of them only. With what each process draws in its steps."""
-    run = lambda out, *more: forked(RUNS[name][0], words(name, folder, "--out", tmp_path / out), *more, processes=2)
+    def run(out, *more, case=None):
+        return forked(RUNS[name][0], words(name, folder, "--out", tmp_path / out, *more), case, processes=2)
     assert [code for code, _, _ in run("whole")] == [0, 0]
-    ended = run("run", "SIGTERM to the second process")
-    assert [code for code, _, _ in ended] == [130, 130] and ended[0][2].splitlines()[-1].startswith("stopped at step 5;") and ended[1][2] == "", ended
-    ended = forked(RUNS[name][0], words(name, folder, "--out", tmp_path / "run", "--resume"), processes=2)
+    ended = run("run", case="SIGTERM to the second process")
+    assert [code for code, _, _ in ended] == [130, 130], ended
+    assert ended[0][2].splitlines()[-1].startswith("stopped at step 5;") and ended[1][2] == ""
+    ended = run("run", "--resume")
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -418,32 +485,35 @@ def test_two_processes_stopped_then_resumed_equal_two_never_stopped(name, folder
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("option, value, says", [
-    ("--epochs", 0, "not a positive whole number"), ("--batch-size", -8, "not a positive whole number"), ("--lr", 0, "not a positive number"),
-    ("--lr", "nan", "not a positive number"), ("--lr", "fast", "--lr"), ("--weight-decay", -0.1, "0 or more"), ("--seed", -1, "0 or more"),
-    ("--workers", -1, "0 or more"), ("--image-size", 0, "positive"), ("--vocab-size", 100, "514 or more"), ("--eval-every", 0, "positive"),
-    ("--device", "gpu", "no device"),
-    ("--batch-size", 25, "--batch-size 25 is larger than"), ("--image-size", 33, "multiple of 8"), ("--clip", "ViT-B-32", "did you mean 'ViT-B/32'"),
-    ("--clip", "tyni", "did you mean 'tiny'"), ("--data", "flikr8k", "did you mean 'flickr8k'"), ("--data", "no.jsonl", "no.jsonl"), ("--bacth", 3, "--bacth")])
+    ("--epochs", 0, "not a positive whole number"), ("--batch-size", -8, "not a positive whole number"),
+    ("--lr", 0, "not a positive number"), ("--lr", "nan", "not a positive number"), ("--lr", "fast", "--lr"),
+    ("--weight-decay", -0.1, "0 or more"), ("--seed", -1, "0 or more"), ("--workers", -1, "0 or more"),
+    ("--image-size", 0, "positive"), ("--vocab-size", 100, "514 or more"), ("--eval-every", 0, "positive"),
+    ("--device", "gpu", "no device"), ("--batch-size", 25, "--batch-size 25 is larger than"),
+    ("--image-size", 33, "multiple of 8"), ("--clip", "ViT-B-32", "did you mean 'ViT-B/32'"),
+    ("--clip", "tyni", "did you mean 'tiny'"), ("--data", "flikr8k", "did you mean 'flickr8k'"),
+    ("--data", "no.jsonl", "no.jsonl"), ("--bacth", 3, "--bacth")])
 @pytest.mark.parametrize("name", PICTURES, indirect=True)
 def test_bad_settings(name, option, value, says, folder, tmp_path, capsys):
-    line = refused(capsys, words(name, folder, "--out", tmp_path / "run", option, value), script(name).main)
-    assert says in line and not (tmp_path / "run").exists()
+    argv = words(name, folder, "--out", tmp_path / "run", option, value)
+    assert says in refused(capsys, argv, script(name).main) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", PICTURES, indirect=True)
 def test_bad_input_of_other_kinds(name, folder, tmp_path, capsys):
-    main, out = script(name).main, ["--out", tmp_path / "run"]
-    nowhere = words(name, folder, "--data", "flickr8k", "--root", tmp_path / "nowhere", *out)
-    assert "flickr8k" in refused(capsys, nowhere, main)
+    def line(*more):
+        return refused(capsys, words(name, folder, "--out", tmp_path / "run", *more), script(name).main)
+    assert "flickr8k" in line("--data", "flickr8k", "--root", tmp_path / "nowhere")
     (tmp_path / "file").write_text("no folder, no weights")
-    line = refused(capsys, words(name, folder, "--out", tmp_path / "file" / "run"), main)
-    assert "file/run" in line and "cannot be written" in line
-    assert "file: " in refused(capsys, words(name, folder, *out, "--clip", tmp_path / "file"), main)
-    rows = [json.loads(line) for line in open(folder / "squares.jsonl")]
+    said = line("--out", tmp_path / "file" / "run")
+    assert "file/run" in said and "cannot be written" in said
+    assert "file: " in line("--clip", tmp_path / "file")
+    rows = [json.loads(row) for row in open(folder / "squares.jsonl")]
     for row in rows:
-        row["images"] = [str(folder / x) for x in row["images"]]
-    (tmp_path / "untested.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows if r["split"] != "test"))
-    assert "no rows in split 'test'" in refused(capsys, words(name, folder, *out, "--data", tmp_path / "untested.jsonl"), main)  # said before training
+        row["images"] = [str(folder / image) for image in row["images"]]
+    untested = [json.dumps(row) + "\n" for row in rows if row["split"] != "test"]
+    (tmp_path / "untested.jsonl").write_text("".join(untested))
+    assert "no rows in split 'test'" in line("--data", tmp_path / "untested.jsonl")  # said before training
     assert not (tmp_path / "run").exists()
 
 
@@ -463,25 +533,57 @@ def test_the_evaluation_command_says_it_in_one_line(folder, forked):
 @pytest.mark.parametrize("name", PICTURES, indirect=True)
 def test_a_damaged_picture_in_the_middle_of_training(name, workers, folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "data")
-    order = np.random.default_rng([0, 0]).permutation(24)  # of the first epoch: this one is met at its last step
+    order = np.random.default_rng([0, 0]).permutation(24)  # of the first epoch: met at its last step
     damaged = [tmp_path / "data" / f"{order[-1]}-{view}.png" for view in range(2)]
     for path in damaged:
         path.write_bytes(path.read_bytes()[:60])
     argv = words(name, tmp_path / "data", "--out", tmp_path / "run", "--workers", workers)
     line = refused(capsys, argv, script(name).main)
-    assert any(str(path) in line for path in damaged) and "damaged" in line and clip.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 0
+    assert any(str(path) in line for path in damaged) and "damaged" in line
+    assert clip.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 0
     for path in damaged:
         shutil.copy(folder / path.name, path)  # repaired: it goes on
     script(name).main([*argv, "--resume"])
     assert len(log(tmp_path / "run")) == 3
 
 
-def test_scripts_import_nothing_of_each_other():
-    """Import arrows: losses knows nothing of the project, eval nothing of losses, no method another."""
-    scripts = {name: {"clip", "losses", "data", "eval"} for name in eval.METHODS if os.path.exists(os.path.join(ROOT, f"{name}.py"))}
-    assert scripts.keys() >= {run[0] for run in RUNS.values()}
-    for name, known in ({"losses": set(), "eval": {"clip", "data"}} | scripts).items():
+# ---------------------------------------------------------------- the project as a whole
+
+def test_files_import_nothing_but_what_the_design_says():
+    """losses and clip know nothing of the project, data knows clip, eval knows both, no method knows
+    another."""
+    known = {"clip": set(), "losses": set(), "data": {"clip"}, "eval": {"clip", "data"}}
+    known |= {name: {"clip", "losses", "data", "eval"} for name in eval.METHODS}
+    for name, allowed in known.items():
         tree = ast.parse(open(os.path.join(ROOT, name + ".py")).read())
         imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
         imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert {m for m in imported if os.path.exists(os.path.join(ROOT, f"{m}.py"))} == known
+        ours = {module for module in imported if os.path.exists(os.path.join(ROOT, f"{module}.py"))}
+        assert ours == allowed, name
+
+
+def test_a_fork_joins_with_one_row(tmp_path):
+    """What README.md says of a fork: a copy of a script, its name in eval.METHODS, one row in RUNS. This one
+    has another loss, and passes the tests of whole runs."""
+    fork = tmp_path / "fork"
+    ignored = shutil.ignore_patterns(".git", "runs", "data", "__pycache__", "*venv", ".pytest_cache")
+    shutil.copytree(ROOT, fork, ignore=ignored)
+    shutil.copy(fork / "train_mxm.py", fork / "train_fork.py")
+    row = '    "fork": ("train_fork", [], ["--batch-size", "12"]),'
+    changes = {
+        "train_fork.py": [("train_mxm", "train_fork"), ('args, "mxm"', 'args, "fork"'),
+                          ('default="hybrid"', 'default="hard"'),
+                          ("return losses.hard_loss(*batch)", "return 2 * losses.hard_loss(*batch)")],
+        "eval.py": [("METHODS = (", 'METHODS = ("train_fork", ')],
+        "tests/test_runs.py": [("RUNS = {", "RUNS = {\n" + row)],
+    }
+    for file, replacements in changes.items():
+        text = (fork / file).read_text()
+        for old, new in replacements:
+            assert old in text
+            text = text.replace(old, new, 1 if "RUNS" in old else -1)
+        (fork / file).write_text(text)
+    tests = "fork and (deterministic or best or interrupted or moved or nan or two_processes_equal)"
+    done = command("-m", "pytest", "-p", "no:cacheprovider", "--rootdir", fork,
+                   fork / "tests" / "test_runs.py", "-k", tests)
+    assert done.returncode == 0 and "8 passed" in done.stdout, done.stdout
