@@ -1,13 +1,14 @@
 """Speed, as ratios against a peer or a physical limit measured in the same run; medians of several.
 
-    python tests/bench.py            # needs open_clip_torch and transformers for the peers' lines; about four minutes
-    python tests/bench.py --quick    # fewer repetitions
-
-"of bare products" divides by the time of the model's matrix products alone, on the same operands' shapes and with the same
-library. Peers run as they come; this project's lines are given with `clip.fast_float32()`, which its scripts call, and without.
+    python tests/bench.py            # needs open_clip_torch and transformers for the peers' lines; about four
+    minutes python tests/bench.py --quick    # fewer repetitions
+ "of bare products" divides by the time of the model's matrix products alone, on the same operands' shapes and
+with the same library. Peers run as they come; this project's lines are given with `clip.fast_float32()`,
+which its scripts call, and without.
 """
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -65,58 +66,77 @@ def within(function, on):
 
 
 def peers(model):
-    """{name: (encode_image, encode_text)} of the installed peers, with the same weights."""
-    found = {}
+    """{name: (encode_image, encode_text, module)} of the installed peers, with the same weights."""
+    out = {}
     with contextlib.suppress(ImportError):
         import open_clip
-        o = open_clip.create_model("ViT-B-32-quickgelu")
-        o.load_state_dict(model.state_dict(), strict=False)
-        o.eval()
-        found["open_clip"] = (o.encode_image, o.encode_text, o)
+        peer = open_clip.create_model("ViT-B-32-quickgelu")
+        peer.load_state_dict(model.state_dict(), strict=False)
+        peer.eval()
+        out["open_clip"] = (peer.encode_image, peer.encode_text, peer)
     with contextlib.suppress(ImportError):
         import transformers
-        h = transformers.CLIPModel(transformers.CLIPConfig(projection_dim=512)).eval()
-        hugging_face_state(h, model)
-        pooled = lambda out: getattr(out, "pooler_output", out)
-        found["transformers"] = (lambda x: pooled(h.get_image_features(pixel_values=x)), lambda t: pooled(h.get_text_features(input_ids=t.long())), h)
-    return found
+        peer = transformers.CLIPModel(transformers.CLIPConfig(projection_dim=512)).eval()
+        copy_to_hugging_face(peer, model)
+
+        def encode_image(images):
+            features = peer.get_image_features(pixel_values=images)
+            return getattr(features, "pooler_output", features)
+
+        def encode_text(tokens):
+            features = peer.get_text_features(input_ids=tokens.long())
+            return getattr(features, "pooler_output", features)
+        out["transformers"] = (encode_image, encode_text, peer)
+    return out
 
 
-def hugging_face_state(h, model):
+LAYERS = {"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
+          "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+OTHER_KEYS = {  # transformers' key without the encoder's name -> ours; {} is "visual." or nothing
+    "logit_scale": "logit_scale", "visual_projection.weight": "visual.proj",
+    "text_projection.weight": "text_projection",
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "{}positional_embedding",
+    "embeddings.class_embedding": "visual.class_embedding",
+    "embeddings.patch_embedding.weight": "visual.conv1.weight",
+    "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias",
+    "pre_layrnorm.weight": "visual.ln_pre.weight", "pre_layrnorm.bias": "visual.ln_pre.bias",
+    "post_layernorm.weight": "visual.ln_post.weight", "post_layernorm.bias": "visual.ln_post.bias"}
+
+
+def copy_to_hugging_face(peer, model):
     """Copy our weights into a transformers CLIPModel."""
-    ours, theirs = model.state_dict(), h.state_dict()
-    names = {"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-    for key, value in theirs.items():
-        side, rest = ("visual.", key[len("vision_model."):]) if key.startswith("vision_model.") else ("", key.removeprefix("text_model."))
-        if rest.startswith("encoder.layers."):
-            _, _, number, part = rest.split(".", 3)
-            stem, kind = part.rsplit(".", 1)
-            block = f"{side}transformer.resblocks.{number}."
-            if stem in names:
-                source = ours[f"{block}{names[stem]}.{kind}"]
-            else:
-                source = ours[f"{block}attn.in_proj_{kind}"].chunk(3)["qkv".index(stem[len("self_attn.")])]
+    ours = model.state_dict()
+    for key, value in peer.state_dict().items():
+        side = "visual." if key.startswith("vision_model.") else ""
+        rest = key.removeprefix("vision_model.").removeprefix("text_model.")
+        if not rest.startswith("encoder.layers."):
+            source = ours[OTHER_KEYS[rest].format(side)]
+            value.copy_(source.t() if "projection" in rest else source)
+            continue
+        _, _, number, part = rest.split(".", 3)
+        stem, kind = part.rsplit(".", 1)
+        block = f"{side}transformer.resblocks.{number}."
+        if stem in LAYERS:
+            value.copy_(ours[f"{block}{LAYERS[stem]}.{kind}"])
         else:
-            source = {"logit_scale": lambda: ours["logit_scale"], "visual_projection.weight": lambda: ours["visual.proj"].t(),
-                      "text_projection.weight": lambda: ours["text_projection"].t(), "embeddings.token_embedding.weight": lambda: ours["token_embedding.weight"],
-                      "embeddings.position_embedding.weight": lambda: ours[side + "positional_embedding"],
-                      "embeddings.class_embedding": lambda: ours["visual.class_embedding"], "embeddings.patch_embedding.weight": lambda: ours["visual.conv1.weight"],
-                      "final_layer_norm.weight": lambda: ours["ln_final.weight"], "final_layer_norm.bias": lambda: ours["ln_final.bias"],
-                      "pre_layrnorm.weight": lambda: ours["visual.ln_pre.weight"], "pre_layrnorm.bias": lambda: ours["visual.ln_pre.bias"],
-                      "post_layernorm.weight": lambda: ours["visual.ln_post.weight"], "post_layernorm.bias": lambda: ours["visual.ln_post.bias"]}[rest]()
-        value.copy_(source)
+            q_k_or_v = "qkv".index(stem.removeprefix("self_attn.")[0])
+            value.copy_(ours[f"{block}attn.in_proj_{kind}"].chunk(3)[q_k_or_v])
 
 
 def bare_products(model, rows, side):
     """The matrix products of one encoder pass over `rows` tokens, nothing else."""
     blocks = (model.visual.transformer if side == "image" else model.transformer).resblocks
     width = blocks[0].mlp.c_fc.in_features
-    x, h = torch.randn(rows, width), torch.randn(rows, 4 * width)
-    weights = [(b.attn.in_proj_weight, b.attn.out_proj.weight, b.mlp.c_fc.weight, b.mlp.c_proj.weight) for b in blocks]
+    x = torch.randn(rows, width)
+    h = torch.randn(rows, 4 * width)
 
     def products():
-        for qkv, out, up, down in weights:
-            F.linear(x, qkv), F.linear(x, out), F.linear(x, up), F.linear(h, down)
+        for block in blocks:
+            F.linear(x, block.attn.in_proj_weight)
+            F.linear(x, block.attn.out_proj.weight)
+            F.linear(x, block.mlp.c_fc.weight)
+            F.linear(h, block.mlp.c_proj.weight)
     return products
 
 
@@ -126,19 +146,22 @@ def line(what, value, against, unit="x"):
 
 @torch.no_grad()
 def encoders(repeat):
+    """Images and real captions through ViT-B/32, beside the peers and beside the bare products."""
     model = clip.build("ViT-B/32", seed=1).eval()
-    images = torch.randn(32, 3, 224, 224)
     with open(CAPTIONS) as f:
         captions = [s["raw"] for image in json.load(f)["images"] for s in image["sentences"]][:128]
     texts = clip.tokenize(captions)
-    rows = int((texts.argmax(1) + 1).sum())
+    text_rows = int((texts.argmax(1) + 1).sum())
     others = peers(model)
-    for side, encode, data_, count in (("image", model.encode_image, images, 32 * 50), ("text", model.encode_text, texts, rows)):
-        functions = {"fast": within(lambda: encode(data_), True), "plain": lambda: encode(data_),
-                     "bare fast": within(bare_products(model, count, side), True), "bare plain": bare_products(model, count, side)}
-        for name, pair in others.items():
-            functions[name] = lambda f=pair[side == "text"]: f(data_)
-            error = (F.normalize(functions[name](), dim=-1) - F.normalize(encode(data_), dim=-1)).abs().max()
+    inputs = {"image": (model.encode_image, torch.randn(32, 3, 224, 224), 32 * 50),
+              "text": (model.encode_text, texts, text_rows)}
+    for side, (encode, batch, rows) in inputs.items():
+        bare = bare_products(model, rows, side)
+        functions = {"fast": within(partial(encode, batch), True), "plain": partial(encode, batch),
+                     "bare fast": within(bare, True), "bare plain": bare}
+        for name, peer in others.items():
+            functions[name] = partial(peer[side == "text"], batch)
+            error = (F.normalize(functions[name](), dim=-1) - F.normalize(encode(batch), dim=-1)).abs().max()
             assert error < 1e-5, (name, side, error)
         t = median_times(functions, repeat)
         for mode in ("fast", "plain"):
@@ -149,22 +172,25 @@ def encoders(repeat):
 
 
 def training(model, others, repeat):
-    """Forward, CLIP's loss, backward and AdamW: the same step for ours and the peer."""
-    def step_of(encode_image, encode_text, parameters, images, texts):
-        optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+    """Forward, CLIP's loss, backward and AdamW: the same step for ours and the peers."""
+    images = torch.randn(16, 3, 224, 224)
+    texts = clip.tokenize(["two dogs run over a green meadow after a red ball ."] * 16)
+
+    def step_of(encode_image, encode_text, module):
+        optimizer = torch.optim.AdamW(module.train().parameters(), lr=1e-6, fused=True)
 
         def step():
-            loss = losses.clip_loss(F.normalize(encode_image(images), dim=-1), F.normalize(encode_text(texts), dim=-1), 20.0)
+            image_features = F.normalize(encode_image(images), dim=-1)
+            text_features = F.normalize(encode_text(texts), dim=-1)
+            loss = losses.clip_loss(image_features, text_features, 20.0)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         return step
 
-    images, texts = torch.randn(16, 3, 224, 224), clip.tokenize(["two dogs run over a green meadow after a red ball ."] * 16)
-    ours = step_of(model.train().encode_image, model.encode_text, model.parameters(), images, texts)
+    ours = step_of(model.encode_image, model.encode_text, model)
     functions = {"fast": within(ours, True), "plain": ours}
-    for name, (encode_image, encode_text, peer) in others.items():
-        functions[name] = step_of(encode_image, encode_text, peer.train().parameters(), images, texts)
+    functions |= {name: step_of(*peer) for name, peer in others.items()}
     t = median_times(functions, max(3, repeat // 3))
     for mode in ("fast", "plain"):
         for name in others:
@@ -172,18 +198,20 @@ def training(model, others, repeat):
 
 
 def tiny(repeat):
-    """The built-in job: a training step against its bare products (forward and twice that backward), and the loader."""
+    """The built-in job: a training step against its bare products (forward and twice that backward), and the
+    loader."""
     instances, _ = data.load("primitives")
     tokenizer = clip.Tokenizer.train([c for x in instances for c in x.captions], 1024)
     model = clip.build("tiny", tokenizer).train()
     loader = data.Loader(instances, tokenizer, 32, 32, 64, 2, 2, train=True, workers=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     batches = [data.to_device(loader.make(i), "cpu") for i in range(4)]
-    turn = iter(range(10 ** 9))
+    turn = itertools.cycle(batches)
 
     def step():
-        batch = batches[next(turn) % 4]
-        images, texts = F.normalize(model.encode_image(batch["images"].flatten(0, 1)), dim=-1), F.normalize(model.encode_text(batch["tokens"].flatten(0, 1)), dim=-1)
+        batch = next(turn)
+        images = F.normalize(model.encode_image(batch["images"].flatten(0, 1)), dim=-1)
+        texts = F.normalize(model.encode_text(batch["tokens"].flatten(0, 1)), dim=-1)
         owner = batch["index"].repeat_interleave(2)
         loss = losses.hard_loss(images, texts, model.logit_scale.exp(), owner, owner)
         optimizer.zero_grad()
@@ -193,98 +221,119 @@ def tiny(repeat):
     rows = int((batches[0]["tokens"].flatten(0, 1).argmax(1) + 1).sum())
     products = [bare_products(model, 128 * 17, "image"), bare_products(model, rows, "text")]
 
+    @torch.no_grad()
     def bare():
-        with torch.no_grad():
-            for _ in range(3):
-                for p in products:
-                    p()
-    t = median_times({"fast": within(step, True), "plain": step, "bare fast": within(bare, True), "bare plain": bare}, repeat)
+        for products_of_side in products * 3:
+            products_of_side()
+    functions = {"fast": within(step, True), "plain": step,
+                 "bare fast": within(bare, True), "bare plain": bare}
+    t = median_times(functions, repeat)
     for mode in ("fast", "plain"):
-        line(f"training step, tiny, 64 x 2 views x 2 captions, {mode}: time", t[mode] / t[f"bare {mode}"], "of bare products")
+        line(f"training step, tiny, 64 x 2 views x 2 captions, {mode}: time", t[mode] / t[f"bare {mode}"],
+             "of bare products")
 
-    stream = loader.batches(0, 200)  # one worker, nothing rendered yet: its slowest hour
-    next(stream)
-    begin = time.perf_counter()
-    for _ in range(63):
-        next(stream)
-    cold = (time.perf_counter() - begin) / 63
-    for _ in range(63):
-        next(stream)
-    begin = time.perf_counter()
-    for _ in range(63):
-        next(stream)
-    warm = (time.perf_counter() - begin) / 63
-    line("loader, one worker, first epoch (rendering): batches", t["fast"] / cold, "per tiny training step")
-    line("loader, one worker, third epoch: batches", t["fast"] / warm, "per tiny training step")
+    def seconds_per_batch():
+        begin = time.perf_counter()
+        for _ in range(63):
+            next(stream)
+        return (time.perf_counter() - begin) / 63
+    stream = loader.batches(0, 200)
+    next(stream)  # the worker has started; nothing is rendered yet: its slowest hour
+    first, _, third = (seconds_per_batch() for _ in range(3))
+    line("loader, one worker, first epoch (rendering): batches", t["fast"] / first, "per tiny training step")
+    line("loader, one worker, third epoch: batches", t["fast"] / third, "per tiny training step")
 
 
 def megabytes(name):
     """VmRSS (memory held now) or VmHWM (the most so far) of this process; nan where there is no /proc."""
     with contextlib.suppress(OSError), open("/proc/self/status") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith(name)) * 1024 / 1e6
+        return next(int(row.split()[1]) for row in f if row.startswith(name)) * 1024 / 1e6
     return float("nan")
 
 
 def retrieval_by_class(repeat, n=10_000, part=20):
-    """mAP over the whole ranking, with its curves, against a plain loop over queries and their sorted items. Runs first: a peak does not go down."""
+    """mAP over the whole ranking, with its curves, against a plain loop over queries and their sorted items.
+
+    Runs first: a peak of memory does not go down.
+    """
     images, texts = (F.normalize(torch.randn(n, 64), dim=1) for _ in range(2))
-    labels, names = torch.arange(n) % 10, [str(c) for c in range(10)]
-    ours = lambda queries: lambda: eval.class_metrics(lambda b, e: images[b:min(e, queries)] @ texts.t(), labels[:queries], labels, names)["mAP"]
+    labels = torch.arange(n) % 10
+    names = [str(c) for c in range(10)]
     scores, gallery = (images[:part] @ texts.t()).tolist(), labels.tolist()
+
+    def ours(queries):
+        def scores_of(begin, end):
+            return images[begin:min(end, queries)] @ texts.t()
+        return eval.class_metrics(scores_of, labels[:queries], labels, names)["mAP"]
 
     def plain():
         total = 0.0
         for row, label in zip(scores, gallery):
-            found, precision = 0, 0.0
+            hits, precision = 0, 0.0
             for place, j in enumerate(sorted(range(n), key=row.__getitem__, reverse=True), 1):
                 if gallery[j] == label:
-                    found += 1
-                    precision += found / place
-            total += precision / found
+                    hits += 1
+                    precision += hits / place
+            total += precision / hits
         return 100 * total / part
-    assert abs(ours(part)() - plain()) < 0.01  # of about 10: scores within eval.TIE of each other are ties for one, not for the other
+    assert abs(ours(part) - plain()) < 0.01  # of about 10: scores within eval.TIE are ties for one only
     before = megabytes("VmRSS")
-    t = median_times({"ours": ours(n), "plain": plain}, repeat)
+    t = median_times({"ours": partial(ours, n), "plain": plain}, repeat)
     peak = megabytes("VmHWM") - before
-    line(f"class mAP and curves, {n:,} x {n:,}: time", t["ours"], f"and {peak:.0f} MB at most above the features, of 64 dimensions", "s")
-    line(f"class mAP, {n:,} x {n:,}: speed per query", t["plain"] / part / (t["ours"] / n), "a plain Python loop's over ready scores, equal mAP")
+    line(f"class mAP and curves, {n:,} x {n:,}: time", t["ours"],
+         f"and {peak:.0f} MB at most above the features, of 64 dimensions", "s")
+    line(f"class mAP, {n:,} x {n:,}: speed per query", t["plain"] / part / (t["ours"] / n),
+         "a plain Python loop's over ready scores, equal mAP")
 
 
 def class_losses(repeat, batch=300, dim=1024, classes=10):
-    """CLIP4CMR's losses, forward and backward, against the one product of images and texts that the pair-wise ones cannot do without."""
+    """CLIP4CMR's losses, forward and backward, against the product of images and texts that pair-wise ones
+    need."""
     model = train_clip4cmr.CLIP4CMR(None, (8, 8), classes, dim, fixed=False)
     images, texts = (F.normalize(torch.randn(batch, dim), dim=1) for _ in range(2))
     image_labels, text_labels = torch.randint(classes, (2, batch))
-    x, y, gradient = images.clone().requires_grad_(), texts.clone().requires_grad_(), torch.randn(batch, batch)
+    x, y = images.clone().requires_grad_(), texts.clone().requires_grad_()
+    gradient = torch.randn(batch, batch)
 
-    def step(name):
-        train_clip4cmr.total_loss(model, {name: 1.0}, x, image_labels, y, text_labels).backward()
-        x.grad = y.grad = model.classifier.grad = model.prototypes.grad = None
+    def ten_steps(name):
+        for _ in range(10):
+            train_clip4cmr.total_loss(model, {name: 1.0}, x, image_labels, y, text_labels).backward()
+            x.grad = y.grad = model.classifier.grad = model.prototypes.grad = None
 
     def bare():
-        images @ texts.t(), gradient @ texts, gradient.t() @ images
+        for _ in range(10):
+            images @ texts.t()
+            gradient @ texts
+            gradient.t() @ images
     names = [*train_clip4cmr.PAIR_WISE, *train_clip4cmr.CLASS_WISE]
-    times = lambda f, on: within(lambda: [f() for _ in range(10)], on)
-    t = median_times({(name, on): times(f, on) for on in (True, False) for name, f in [("bare", bare), *((n, partial(step, n)) for n in names)]}, repeat)
+    functions = {"bare": bare} | {name: partial(ten_steps, name) for name in names}
+    both_modes = {(name, on): within(f, on) for on in (True, False) for name, f in functions.items()}
+    t = median_times(both_modes, repeat)
     for name in names:
-        fast_, plain = (t[name, on] / t["bare", on] for on in (True, False))
-        line(f"{name} loss, {batch} x {dim:,}, fast: time", fast_, f"of a bare product, forward and backward; plain: {plain:.2f}x")
+        fast_ratio, plain_ratio = (t[name, on] / t["bare", on] for on in (True, False))
+        line(f"{name} loss, {batch} x {dim:,}, fast: time", fast_ratio,
+             f"of a bare product, forward and backward; plain: {plain_ratio:.2f}x")
 
 
 def video_step(tune, videos=2, frames=12):
-    """A function that does one step of train_adapter.py: whole videos and a caption each, at ViT-B/32 with random weights."""
+    """A function that does one step of train_adapter.py: whole videos and a caption each, at ViT-B/32."""
     model = train_adapter.Tuned(clip.build("ViT-B/32", seed=1), tune).eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.98), fused=True)
-    images, mask, tokens = torch.randn(videos * frames, 3, 224, 224), torch.ones(videos, frames, dtype=torch.bool), torch.zeros(videos, 32, dtype=torch.int32)
-    tokens[:, 0], tokens[:, 1:12], tokens[:, 12] = 49406, torch.randint(1000, 40_000, (videos, 11)), 49407  # MSR-VTT's captions are as long
+    images = torch.randn(videos * frames, 3, 224, 224)
+    mask = torch.ones(videos, frames, dtype=torch.bool)
+    tokens = torch.zeros(videos, 32, dtype=torch.int32)
+    tokens[:, 0] = 49406
+    tokens[:, 1:12] = torch.randint(1000, 40_000, (videos, 11))  # MSR-VTT's captions are as long
+    tokens[:, 12] = 49407
 
     def step():
         rows, texts = model.encode_image(images), model.encode_text(tokens)
-        loss = train_adapter.total_loss(texts, train_adapter.as_videos(rows, mask), mask, model.clip.logit_scale.exp())
+        videos_ = train_adapter.as_videos(rows, mask)
+        loss = train_adapter.total_loss(texts, videos_, mask, model.clip.logit_scale.exp())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, train_adapter.CLIP_GRADIENT)
+        torch.nn.utils.clip_grad_norm_(trained, train_adapter.MAX_NORM)
         optimizer.step()
     return step
 
@@ -293,22 +342,26 @@ def peak_of_steps(tune):
     """MB at most in a process of its own that does two steps: the second has the optimizer's moments."""
     clip.fast_float32()
     step = video_step(tune)
-    step(), step()
+    step()
+    step()
     return megabytes("VmHWM")
 
 
 def adapters(repeat):
     """Adapters against training everything, on videos."""
-    t = median_times({tune: within(video_step(tune), True) for tune in ("adapter", "full")}, max(3, repeat // 3))
-    line("training step, videos, --tune adapter, fast: time", t["adapter"] / t["full"], f"of --tune full's {t['full']:.2f} s (2 x 12 frames)")
+    steps = {tune: within(video_step(tune), True) for tune in ("adapter", "full")}
+    t = median_times(steps, max(3, repeat // 3))
+    line("training step, videos, --tune adapter, fast: time", t["adapter"] / t["full"],
+         f"of --tune full's {t['full']:.2f} s (2 x 12 frames)")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         peak = {tune: pool.apply(peak_of_steps, (tune,)) for tune in ("adapter", "full")}
-    line("training step, videos, --tune adapter: peak memory", peak["adapter"] / peak["full"], f"of --tune full's {peak['full']:,.0f} MB")
+    line("training step, videos, --tune adapter: peak memory", peak["adapter"] / peak["full"],
+         f"of --tune full's {peak['full']:,.0f} MB")
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--quick", action="store_true")
+    p.add_argument("--quick", action="store_true", help="three repetitions instead of five")
     repeat = 3 if p.parse_args().quick else 5
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     retrieval_by_class(repeat)
