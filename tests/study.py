@@ -1,4 +1,4 @@
-"""The studies behind tests/results.md: runs of the five scripts, and tables of their mean and spread over seeds.
+"""The studies behind tests/results.md: runs of the five scripts, tables of their mean and spread over seeds.
 
     python tests/study.py losses                                 # run what is missing, then print the tables
     python tests/study.py losses --write                         # put the tables into tests/results.md
@@ -7,8 +7,8 @@
     python tests/study.py batch --jobs 2 --threads 1             # two runs at a time, one thread each
     python tests/study.py --list                                 # the commands, without running them
 
-Runs are kept under runs/study. One that is finished (its metrics.json exists) is not repeated, an interrupted one
-is resumed. --write runs nothing: where a run is missing, it says so and changes nothing.
+Runs are kept under runs/study. One that is finished (its metrics.json exists) is not repeated, and one that was
+interrupted is resumed. --write runs nothing: where a run is missing, it says so and changes nothing.
 """
 import argparse
 import concurrent.futures
@@ -28,7 +28,7 @@ RESULTS = os.path.join(ROOT, "tests", "results.md")
 sys.path.insert(0, ROOT)
 import data  # noqa: E402
 
-# CLIPs that studies start from, trained on the train split of the same data; {mixed}: Flickr8k and the products
+# CLIPs that studies start from, trained on the same train split; {mixed}: Flickr8k and the products
 CLIPS = {
     "primitives": "train_mxm.py",
     "products": "train_mxm.py --data products --loss clip --epochs 60",
@@ -38,7 +38,7 @@ CLIPS = {
 STUDIES = {}  # study -> (script, {row: arguments}); {NAME} in the arguments is the best.pt of one of CLIPS
 
 
-# ---------------------------------------------------------------- MXM-CLR: losses, batch sizes, views
+# ---- MXM-CLR: losses, batch sizes, views
 # Every step shows as many images and captions, and every run as many in all, unless the name of the row says
 # otherwise. CLIP's loss takes one pair of an instance: it gets twice the instances and twice the epochs.
 
@@ -86,7 +86,7 @@ STUDIES["views"] = "train_mxm.py", {
 }
 
 
-# ---------------------------------------------------------------- CLIP4CMR: losses, imbalance, dimension
+# ---- CLIP4CMR: losses, imbalance, dimension
 
 CMR_LOSSES = ("contrastive", "modality-invariant", "triplet", "lifted-structure", "n-pairs",
               "supervised-contrastive", "label-regression", "cross-entropy", "proxy-nca", "proxy-anchor", "pcl")
@@ -109,15 +109,17 @@ for loss in ("pcl", "triplet"):
     for modality in ("text", "image"):
         IMBALANCE[f"{loss}, 1 of the {modality}s"] = f"--loss {loss}"
         for fraction in (0.7, 0.5, 0.3, 0.1):
-            IMBALANCE[f"{loss}, {fraction} of the {modality}s"] = f"--loss {loss} --{modality}-fraction {fraction}"
+            row = f"{loss}, {fraction} of the {modality}s"
+            IMBALANCE[row] = f"--loss {loss} --{modality}-fraction {fraction}"
 STUDIES["cmr-imbalance"] = one_script("train_clip4cmr.py", WIKIPEDIA, IMBALANCE)
 
 # 1024 is the default: without the flag, the run is that of the studies above.
-DIMENSION = {"D 16": "--dim 16", "D 64": "--dim 64", "D 256": "--dim 256", "D 1024": "", "D 2048": "--dim 2048"}
+DIMENSION = {"D 16": "--dim 16", "D 64": "--dim 64", "D 256": "--dim 256", "D 1024": "",
+             "D 2048": "--dim 2048"}
 STUDIES["cmr-dimension"] = one_script("train_clip4cmr.py", f"{WIKIPEDIA} --loss pcl", DIMENSION)
 
 
-# ---------------------------------------------------------------- CMA-CLIP: fusions, noise in training
+# ---- CMA-CLIP: fusions, noise in training
 
 FUSIONS = {name: f"--fusion {name} --robustness"
            for name in ("cma", "sequence", "modality", "concat", "image", "text")}
@@ -134,7 +136,7 @@ for study, base in CMA_ON.items():
     STUDIES[f"{study}-text-noise"] = one_script("train_cmaclip.py", text_noisy, TWO_MODALITIES)
 
 
-# ---------------------------------------------------------------- USER: each row changes one thing of `both`
+# ---- USER: each row changes one thing of `both`
 # Every run starts from a CLIP trained on the same data. Steps are few: at the paper's momentum of 0.999 the keys
 # would hardly leave their start.
 
@@ -168,7 +170,7 @@ for study, base in USER_ON.items():
     STUDIES[f"{study}-later"] = one_script("train_user.py", base, USER_LATER)
 
 
-# ---------------------------------------------------------------- Cross-Modal Adapter: what is tuned, rank, sharing
+# ---- Cross-Modal Adapter: what is tuned, rank, sharing
 
 TUNE = {  # each with the best rate of several a factor of 3 apart, on the shapes' val with seed 0
     "adapter": "--tune adapter --lr 0.01",
@@ -180,8 +182,9 @@ TUNE = {  # each with the best rate of several a factor of 3 apart, on the shape
     "adapter, r 2": "--tune adapter --lr 0.01 --rank 2",
 }
 CURVES = {row: f"{TUNE[row]} --train-metrics" for row in ("adapter", "full")}
-RANK = {"r 2": "--rank 2", "r 4": "--rank 4", "r 8": "", "r 16": "--rank 16", "r 32": "--rank 32"}  # 8: the default
-SHARE = {"d_s 0": "--share 0", "d_s 8": "--share 8", "d_s 16": "",  # 16: the default
+RANK = {"r 2": "--rank 2", "r 4": "--rank 4", "r 8": "",  # the default
+        "r 16": "--rank 16", "r 32": "--rank 32"}
+SHARE = {"d_s 0": "--share 0", "d_s 8": "--share 8", "d_s 16": "",  # the default
          "d_s 64": "--share 64", "d_s 128": "--share 128"}
 TO_SHAPES = "--data primitives-target --clip {source} --frames 4 --epochs 20 --eval-every 4 --batch-size 32"
 TO_PRODUCTS = "--data products --clip {photos} --epochs 20 --eval-every 4 --batch-size 64"
@@ -192,7 +195,7 @@ STUDIES["adapter-rank"] = one_script("train_adapter.py", f"{TO_SHAPES} {TUNE['ad
 STUDIES["adapter-share"] = one_script("train_adapter.py", f"{TO_SHAPES} {TUNE['adapter']}", SHARE)
 
 
-# ---------------------------------------------------------------- the numbers of one run: {heading: number}
+# ---- the numbers of one run: {heading: number}
 
 TEXT_FIRST = (("T2I", "text_to_image"), ("I2T", "image_to_text"))
 IMAGE_FIRST = TEXT_FIRST[::-1]
@@ -247,7 +250,11 @@ def adapter_columns(study, metrics):
 def cmaclip_columns(study, metrics):
     mean = metrics["test"]["model"]["mean"]
     noise = metrics["test"]["noise"]
-    columns = {"accuracy": mean["accuracy"], "macro F1": mean["macro_f1"], "R@P90": mean["recall_at_precision"]}
+    columns = {
+        "accuracy": mean["accuracy"],
+        "macro F1": mean["macro_f1"],
+        "R@P90": mean["recall_at_precision"],
+    }
     for modality, fractions in noise.items():
         for fraction, noisy in fractions.items():
             if fraction != "0.0":
@@ -261,7 +268,9 @@ def cmaclip_columns(study, metrics):
 
 def task_columns(measure):
     """The function that takes one measure of every task by itself, and its mean."""
-    return lambda study, metrics: {task: values[measure] for task, values in metrics["test"]["model"].items()}
+    def columns(study, metrics):
+        return {task: values[measure] for task, values in metrics["test"]["model"].items()}
+    return columns
 
 
 TABLES = {  # script -> {caption: the function that takes a table's numbers from a run}
@@ -278,7 +287,7 @@ TABLES = {  # script -> {caption: the function that takes a table's numbers from
 }
 
 
-# ---------------------------------------------------------------- tables and tests/results.md
+# ---- tables and tests/results.md
 
 def read_run(out):
     """metrics.json of a run's folder; of an adapter also its costs and its log."""
@@ -299,8 +308,8 @@ def spread(values, sign=""):
 def table(rows):
     """A Markdown table of {row: {heading: [a number for each seed]}}.
 
-    Where a row is called `hard` or `both`, a last column has the differences of the first column from that row. Runs
-    of one seed share initial weights and the order of the data, so paired differences vary less than values do.
+    Where a row is called `hard` or `both`, a last column has the differences of the first column from that row.
+    Runs of one seed share initial weights and the order of the data, so these vary less than the values do.
     """
     headings = list(dict.fromkeys(heading for values in rows.values() for heading in values))
     first = headings[0]
@@ -393,9 +402,10 @@ def refuse(message):
 
 def write_results(folders, seeds):
     """Put the tables of finished runs into results.md, all of them or none."""
-    missing = [out for rows in folders.values() for row in rows.values() for out in row if not finished(out)]
+    needed = [out for rows in folders.values() for row in rows.values() for out in row]
+    missing = [out for out in needed if not finished(out)]
     if missing:
-        refuse(f"{len(missing)} runs are missing, the first of them {missing[0]}; run the command without --write")
+        refuse(f"{len(missing)} runs are missing, first {missing[0]}; run the same command without --write")
     with open(RESULTS) as f:
         text = f.read()
     for study, rows in folders.items():
@@ -404,7 +414,7 @@ def write_results(folders, seeds):
         f.write(text)
 
 
-# ---------------------------------------------------------------- runs
+# ---- runs
 
 def settings(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -416,7 +426,7 @@ def settings(argv=None):
     p.add_argument("--threads", type=int, help="threads of each run")
     p.add_argument("--out", default=os.path.join("runs", "study"))
     p.add_argument("--list", action="store_true", help="print the commands only")
-    p.add_argument("--write", action="store_true", help="put the tables of finished runs into tests/results.md")
+    p.add_argument("--write", action="store_true", help="put the tables into tests/results.md; runs nothing")
     args = p.parse_args(argv)
     args.study = args.study or list(STUDIES)
     args.roots = dict(root.split("=", 1) for root in args.root)
@@ -456,7 +466,8 @@ def planned(args):
                     clips[name] = complete(command.format(mixed=args.mixed), out, args), out
             for seed in range(args.seeds):
                 out = run_folder(script, arguments, seed, args)
-                runs.append((complete(f"{script} {arguments.format(**weights)} --seed {seed}", out, args), out))
+                command = f"{script} {arguments.format(**weights)} --seed {seed}"
+                runs.append((complete(command, out, args), out))
                 folders[study][row].append(out)
     return list(clips.values()), runs, folders
 
@@ -494,7 +505,7 @@ def execute_all(clips, runs, args):
 
 
 def write_mixed(path, roots):
-    """Photos and products as one file of one's own data: what a CLIP sees before it is carried over to products."""
+    """Photos and products as one file: what a CLIP sees before it is carried over to products alone."""
     with open(path, "w") as f:
         for name in ("flickr8k", "products"):
             for split in ("train", "val", "test"):
