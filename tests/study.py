@@ -7,7 +7,7 @@
     python tests/study.py batch --jobs 2 --threads 1             # two runs at a time, one thread each
     python tests/study.py --list                                 # the commands, without running them
 
-Runs are kept under runs/study. One that is finished (its metrics.json exists) is not repeated, and one that was
+Runs are kept under runs/study. One that is finished (its metrics.json exists) is not repeated. One that was
 interrupted is resumed. --write runs nothing: where a run is missing, it says so and changes nothing.
 """
 import argparse
@@ -89,7 +89,8 @@ STUDIES["views"] = "train_mxm.py", {
 # ---- CLIP4CMR: losses, imbalance, dimension
 
 CMR_LOSSES = ("contrastive", "modality-invariant", "triplet", "lifted-structure", "n-pairs",
-              "supervised-contrastive", "label-regression", "cross-entropy", "proxy-nca", "proxy-anchor", "pcl")
+              "supervised-contrastive", "label-regression", "cross-entropy", "proxy-nca",
+              "proxy-anchor", "pcl")
 CMR = {loss: f"--loss {loss}" for loss in CMR_LOSSES} | {
     "proxy-anchor, alpha 32": "--loss proxy-anchor --proxy-alpha 32",
     "pcl, learned prototypes": "--loss pcl --prototypes learned",
@@ -137,8 +138,8 @@ for study, base in CMA_ON.items():
 
 
 # ---- USER: each row changes one thing of `both`
-# Every run starts from a CLIP trained on the same data. Steps are few: at the paper's momentum of 0.999 the keys
-# would hardly leave their start.
+# Every run starts from a CLIP trained on the same data. Steps are few, so the momentum is 0.99. At the
+# paper's 0.999 the keys would hardly leave their start.
 
 USER = {
     "none": "--momentum 0.99 --enhance none",
@@ -308,8 +309,8 @@ def spread(values, sign=""):
 def table(rows):
     """A Markdown table of {row: {heading: [a number for each seed]}}.
 
-    Where a row is called `hard` or `both`, a last column has the differences of the first column from that row.
-    Runs of one seed share initial weights and the order of the data, so these vary less than the values do.
+    Where a row is called `hard` or `both`, a last column has the first column's differences from that row.
+    Runs of one seed start alike and see the data in one order, so these vary less than the values themselves.
     """
     headings = list(dict.fromkeys(heading for values in rows.values() for heading in values))
     first = headings[0]
@@ -371,10 +372,11 @@ def data_folders(study):
 def section(study, folders, seeds):
     """What stands between a study's markers: how its tables were made, and the tables."""
     machines = " and ".join(sorted({machine_of(out) for row in folders.values() for out in row}))
+    used = ", ".join(map(str, range(seeds)))
     lines = [
         f"<!-- study: {study} -->",
         f"`python tests/study.py {study} --seeds {seeds}{data_folders(study)}`\\",
-        f"{seeds} runs in each row, with seeds {', '.join(map(str, range(seeds)))}: mean ± standard deviation.\\",
+        f"{seeds} runs in each row, seeds {used}: mean ± standard deviation.\\",
         f"Machine: {machines}.",
     ]
     for caption, made in tables(study, folders).items():
