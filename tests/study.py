@@ -494,7 +494,8 @@ def execute(command, out, threads):
 
 def execute_all(clips, runs, args):
     """First the CLIPs, then the runs that start from them, --jobs at a time."""
-    if any(args.mixed in command for command, _ in clips) and not os.path.exists(args.mixed):
+    missing = [command for command, out in clips if not finished(out)]
+    if any(args.mixed in command for command in missing) and not os.path.exists(args.mixed):
         os.makedirs(args.out, exist_ok=True)
         write_mixed(args.mixed, args.roots)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
