@@ -148,14 +148,15 @@ def test_write_says_where_a_machine_was_not_noted(results, finished, tmp_path):
     assert "Machine: not recorded (tables written with torch " in results.read_text()
 
 
-@pytest.mark.parametrize("case", ["a run is missing", "a marker has no end"])
+@pytest.mark.parametrize("case", ["a run is missing", "a marker has no end", "the last marker has no end"])
 def test_what_cannot_be_written_is_refused_and_nothing_changes(case, results, finished, tmp_path, capsys):
     arguments = ["views", *finished("adapter-rank")]
     if case == "a run is missing":
         expected = "6 runs are missing"  # of views; those of adapter-rank are there
     else:
         finished("views")
-        results.write_text(results.read_text().replace("old\n<!-- end -->\n", ""))
+        after = AFTER if case == "a marker has no end" else "- a finding\n"
+        results.write_text(f"{BEFORE}<!-- study: views -->\nold\n{after}")
         expected = "<!-- study: views --> has no line <!-- end -->"
     old = results.read_text()
     with pytest.raises(SystemExit) as stopped:
