@@ -1,18 +1,18 @@
 """CLIP: the model, its tokenizer, and reading and writing weights and checkpoints.
 
-Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020. An
-image encoder (a ViT or a modified ResNet) and a causal text transformer map into one space, where the cosine of an
-image and a text, times exp(logit_scale), is the logit that the two belong together.
+Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020.
+An image encoder (a ViT or a modified ResNet) and a causal text transformer map into one space, where the
+cosine of an image and a text, times exp(logit_scale), is the logit that the two belong together.
 
 It is used like OpenAI's package of the same name:
 
     import clip, torch
-    model, preprocess = clip.load("ViT-B/32")          # or a file, a Hugging Face folder, a checkpoint of ours
+    model, preprocess = clip.load("ViT-B/32")      # or a file, a Hugging Face folder, a checkpoint of ours
     image = preprocess(Image.open("cone.png")).unsqueeze(0)
     logits_per_image, logits_per_text = model(image, clip.tokenize(["a red cone", "a blue torus"]))
 
-One thing differs: weights stay float32 (mixed precision is autocast's job, see `autocast`), because fine-tuning
-weights held in half precision overflows. This file knows nothing of data sets or losses.
+One thing differs: weights stay float32 (mixed precision is autocast's job, see `autocast`), because weights
+held in half precision overflow in fine-tuning. This file knows nothing of data sets or losses.
 """
 import contextlib
 import difflib
@@ -50,11 +50,11 @@ except ImportError:  # Windows
 
 
 class CheckpointError(ValueError):
-    """A model name, download, weight file or checkpoint that cannot be used: one line that says what to do."""
+    """A model name, download, weight file or checkpoint that cannot be used; one line says what to do."""
 
 
 def expect(condition, where, problem):
-    """Raise CheckpointError where the condition does not hold. where: the file, or what else is named in front."""
+    """Raise CheckpointError, naming the file (where) and its problem, if the condition does not hold."""
     if not condition:
         raise CheckpointError(f"{where}: {problem}")
 
@@ -63,7 +63,7 @@ def expect(condition, where, problem):
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers that fix an architecture. A ModifiedResNet has no patch size, and four stages of vision layers."""
+    """The numbers that fix an architecture. `vision_layers` is one for a ViT, four for a ModifiedResNet."""
     embed_dim: int
     image_resolution: int
     vision_layers: int | tuple
@@ -79,7 +79,7 @@ class Config:
 
 
 def _config(embed_dim, resolution, layers, width, patch, text_width, text_layers=12, context=77, vocab=49408):
-    """A Config with OpenAI's rule for heads: 64 channels each. A ResNet's attention pool is 32 times its width."""
+    """OpenAI's rule for heads: 64 channels each; a ResNet's attention pool works on 32 times its width."""
     heads = width // 64 if patch else width * 32 // 64
     return Config(embed_dim, resolution, layers, width, patch, context, vocab,
                   text_width, text_width // 64, text_layers, heads)
@@ -118,10 +118,10 @@ SCRATCH = ("tiny", "tiny-rn", "small")
 class Attention(nn.Module):
     """Multi-head self-attention with torch's parameter names (`in_proj_weight`, `out_proj`).
 
-    x: (B, L, width). Texts come packed instead, as (N, width): the N rows of the flattened (B, L) grid that hold
-    real tokens. Then `packed` is (rows, B, L), where rows (N, int64) says at which place of the grid each stands.
+    x: (B, L, width). Texts come packed instead, as (N, width): the N rows of the flattened (B, L) grid that
+    hold real tokens. Then `packed` is (rows, B, L), and rows (N, int64) says where in the grid each stands.
     The places left out hold zeros; they lie after a text's end, where no token of a causal transformer looks.
-    With `keep_weights` set, `weights` keeps the softmax weights of the last call, (B, heads, L, L), for pictures.
+    With `keep_weights` set, `weights` keeps the last call's softmax, (B, heads, L, L), for pictures.
     """
 
     def __init__(self, width, heads, causal):
@@ -147,8 +147,7 @@ class Attention(nn.Module):
         if self.keep_weights:
             scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
             if self.causal:
-                future = torch.ones(L, L, dtype=torch.bool, device=x.device).triu(1)
-                scores = scores.masked_fill(future, -math.inf)
+                scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
             self.weights = scores.softmax(-1).detach()
         out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
         if packed is not None:
@@ -168,8 +167,8 @@ class MLP(nn.Module):
     def forward(self, x):
         if not self.quick_gelu:
             return self.c_proj(F.gelu(self.c_fc(x)))
-        # QuickGELU(h) = h sigmoid(1.702 h) = silu(1.702 h) / 1.702. Both factors ride on the matrix products, which
-        # saves the passes over the widest activation that would otherwise cost a fifth of this layer's time on a CPU.
+        # QuickGELU(h) = h sigmoid(1.702 h) = silu(1.702 h) / 1.702. Both factors ride on the matrix products:
+        # passes of their own over the widest activation would cost a fifth of this layer's time on a CPU.
         rows = x.reshape(-1, x.shape[-1])
         h = torch.addmm(self.c_fc.bias, rows, self.c_fc.weight.t(), beta=1.702, alpha=1.702)
         h = F.silu(h, inplace=not torch.is_grad_enabled())
@@ -218,31 +217,30 @@ class VisionTransformer(nn.Module):
         scale = width ** -0.5
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn((resolution // patch_size) ** 2 + 1, width))
+        patches = (resolution // patch_size) ** 2
+        self.positional_embedding = nn.Parameter(scale * torch.randn(patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, False, quick_gelu)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def forward(self, x, tokens=False):
-        """x: (B, 3, R, R) -> (B, embed_dim); with tokens also (B, 1 + patches, embed_dim), the class token first."""
-        B = x.shape[0]
+        """x: (B, 3, R, R) -> (B, embed_dim); with tokens also (B, 1 + patches, embed_dim), class first."""
+        B, _, _, R = x.shape
         p = self.patch_size
-        g = x.shape[-1] // p  # the grid is g by g patches
+        g = R // p  # there are g by g patches
         # A convolution whose stride is its kernel is one matrix product over the patches.
-        x = x[..., :g * p, :g * p].reshape(B, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(B, g * g, 3 * p * p)
-        x = F.linear(x, self.conv1.weight.flatten(1))  # (B, patches, width)
+        x = x[..., :g * p, :g * p].reshape(B, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5)
+        x = F.linear(x.reshape(B, g * g, 3 * p * p), self.conv1.weight.flatten(1))  # (B, patches, width)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(B, 1, -1), x], dim=1)
         x = x + self.positional_embedding.to(x.dtype)
         x = self.transformer(self.ln_pre(x))  # (B, 1 + patches, width)
-        if not tokens:
-            return self.ln_post(x[:, 0]) @ self.proj
-        x = self.ln_post(x) @ self.proj
-        return x[:, 0], x
+        x = self.ln_post(x if tokens else x[:, 0]) @ self.proj
+        return (x[:, 0], x) if tokens else x
 
 
 class Bottleneck(nn.Module):
-    """A residual block that halves resolution by average pooling, never by a strided convolution (section 2.4)."""
+    """A residual block that halves resolution by average pooling, not by a stride (paper, section 2.4)."""
 
     def __init__(self, inplanes, planes, stride):
         super().__init__()
@@ -256,10 +254,9 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.bn3.weight)  # every block starts as the identity
         self.downsample = None
         if stride > 1 or inplanes != 4 * planes:
-            self.downsample = nn.Sequential(OrderedDict([
-                ("-1", nn.AvgPool2d(stride)),
-                ("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False)),
-                ("1", nn.BatchNorm2d(4 * planes))]))
+            conv = nn.Conv2d(inplanes, 4 * planes, 1, bias=False)
+            layers = {"-1": nn.AvgPool2d(stride), "0": conv, "1": nn.BatchNorm2d(4 * planes)}
+            self.downsample = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
@@ -269,7 +266,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """Pools a feature map by one attention step whose query is the map's mean (section 2.4)."""
+    """Pools a feature map by one attention step whose query is the map's mean (paper, section 2.4)."""
 
     def __init__(self, positions, width, heads, embed_dim):
         super().__init__()
@@ -283,17 +280,18 @@ class AttentionPool2d(nn.Module):
             nn.init.normal_(layer.weight, std=width ** -0.5)
 
     def forward(self, x, tokens=False):
-        """x: (B, width, h, w) -> (B, embed_dim); with tokens also (B, 1 + h w, embed_dim), each place as a query."""
+        """x: (B, width, h, w) -> (B, embed_dim); with tokens also (B, 1 + h w, embed_dim), all as queries."""
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positional_embedding  # (B, 1 + h w, width)
         q = self.q_proj(x if tokens else x[:, :1])
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, self.k_proj(x), self.v_proj(x)))
+        qkv = (q, self.k_proj(x), self.v_proj(x))
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv)
         out = self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return (out[:, 0], out) if tokens else out[:, 0]
 
 
 class ModifiedResNet(nn.Module):
-    """CLIP's ResNet-D: a stem of three convolutions, anti-aliased strides, attention pooling (section 2.4)."""
+    """CLIP's ResNet-D: three convolutions as stem, anti-aliased strides, attention pooling (section 2.4)."""
 
     def __init__(self, layers, embed_dim, heads, resolution, width):
         super().__init__()
@@ -316,7 +314,7 @@ class ModifiedResNet(nn.Module):
         self.attnpool = AttentionPool2d((resolution // 32) ** 2, inplanes, heads, embed_dim)
 
     def forward(self, x, tokens=False):
-        """x: (B, 3, R, R) -> (B, embed_dim); with tokens also (B, 1 + (R/32)^2, embed_dim), the pool's outputs."""
+        """x: (B, 3, R, R) -> (B, embed_dim); with tokens also the pool's (B, 1 + (R/32)^2, embed_dim)."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
@@ -325,19 +323,17 @@ class ModifiedResNet(nn.Module):
 
 
 class CLIP(nn.Module):
-    """The two encoders and the temperature. State-dict keys are OpenAI's.
-
-    `tokenizer` is the model's own Tokenizer, or None where it speaks OpenAI's.
-    """
+    """The two encoders and the temperature. `tokenizer` is the model's own, None where it speaks OpenAI's."""
 
     def __init__(self, config: Config):
         super().__init__()
         c = self.config = config
         if c.vision_patch_size is None:
-            self.visual = ModifiedResNet(c.vision_layers, c.embed_dim, c.vision_heads, c.image_resolution, c.vision_width)
+            self.visual = ModifiedResNet(c.vision_layers, c.embed_dim, c.vision_heads, c.image_resolution,
+                                         c.vision_width)
         else:
-            self.visual = VisionTransformer(c.image_resolution, c.vision_patch_size, c.vision_width, c.vision_layers,
-                                            c.vision_heads, c.embed_dim, c.quick_gelu)
+            self.visual = VisionTransformer(c.image_resolution, c.vision_patch_size, c.vision_width,
+                                            c.vision_layers, c.vision_heads, c.embed_dim, c.quick_gelu)
         width = c.transformer_width
         self.transformer = Transformer(width, c.transformer_layers, c.transformer_heads, True, c.quick_gelu)
         self.token_embedding = nn.Embedding(c.vocab_size, width)
@@ -358,7 +354,7 @@ class CLIP(nn.Module):
         """image: (B, 3, R, R), normalised by `preprocess` -> (B, embed_dim), not of unit norm.
 
         tokens: also return (B, 1 + patches, embed_dim): a ViT's class and patch tokens after ln_post and the
-        projection, or a ResNet's attention pool asked at every place. Raises ValueError where R is not the model's.
+        projection, or a ResNet's attention pool asked at every place. Raises ValueError for another R.
         """
         size = self.visual.input_resolution
         if image.shape[1:] != (3, size, size):
@@ -366,12 +362,12 @@ class CLIP(nn.Module):
         return self.visual(image.to(self.dtype), tokens)
 
     def encode_text(self, text, tokens=False):
-        """text: (B, columns) token ids from `tokenize`, the end token the largest id of its row -> (B, embed_dim).
+        """text: (B, columns) token ids, the end token the largest id of its row -> (B, embed_dim).
 
         Attention is causal and the feature is read at the end token, so what stands after it changes nothing.
         Only real tokens are computed, packed into one list of rows: several times less work than 77 columns.
-        tokens: also return the features (B, L, embed_dim), zero after the end, and their mask (B, L), True at real
-        tokens, where L is the longest text's length.
+        tokens: also return the features (B, L, embed_dim), zero after the end, and their mask (B, L), True at
+        real tokens, where L is the longest text's length.
         Raises ValueError for a text longer than the context or an id outside the vocabulary.
         """
         if text.ndim != 2:
@@ -383,14 +379,14 @@ class CLIP(nn.Module):
             raise ValueError(f"a text of {L} tokens; this model's context is {self.context_length}")
         mask = torch.arange(L, device=text.device) <= end[:, None]  # (B, L)
         real = mask.flatten().nonzero().squeeze(1)
-        # Places after an end fill the rows up to a multiple of 128: few row counts, so a CPU's prepared products are reused.
+        # Places after an end fill up to a multiple of 128 rows, so that a CPU reuses its prepared products.
         filling = (~mask).flatten().nonzero().squeeze(1)[:-len(real) % 128]
         rows = torch.cat([real, filling])
         ids = text[:, :L].flatten()[rows]
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise ValueError(f"a token id of {int(ids.max())}; this model's vocabulary is {self.vocab_size}: "
                              "it needs its own tokenizer")
-        # F.embedding rather than indexing, whose backward pass would sum the rows of one position in any order.
+        # F.embedding and not indexing, whose backward pass sums the rows of one position in any order.
         x = self.token_embedding(ids) + F.embedding(rows % L, self.positional_embedding)  # (rows, width)
         x = self.ln_final(self.transformer(x.to(self.dtype), (rows, B, L)))
         last = mask.sum(1).cumsum(0) - 1  # the row of each text's end token
@@ -401,18 +397,21 @@ class CLIP(nn.Module):
         return x[last], features, mask
 
     def forward(self, image, text):
-        """Returns (logits_per_image (B_image, B_text), logits_per_text): cosine times exp(logit_scale), in float32."""
+        """-> logits_per_image (B_image, B_text), float32: cosine times exp(logit_scale); and its transpose."""
         image = self.encode_image(image).float()
         text = self.encode_text(text).float()
-        with torch.autocast(image.device.type, enabled=False):  # a caller's autocast is for the encoders alone
-            logits = self.logit_scale.float().exp() * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).t()
+        with torch.autocast(image.device.type, enabled=False):  # a caller's is for the encoders alone
+            image = F.normalize(image, dim=-1)
+            text = F.normalize(text, dim=-1)
+            logits = self.logit_scale.float().exp() * image @ text.t()
         return logits, logits.t()
 
 
 def build(name, tokenizer=None, seed=0, image_size=None):
     """A CLIP of a named architecture with random weights that depend on `seed` alone, in training mode.
 
-    tokenizer: sets the vocabulary and travels with the model. Raises CheckpointError for an unknown name or image size.
+    tokenizer: sets the vocabulary and travels with the model.
+    Raises CheckpointError for an unknown name or an image size that no whole number of patches fills.
     """
     config = MODELS[_known(name)][0]
     if image_size:
@@ -421,17 +420,14 @@ def build(name, tokenizer=None, seed=0, image_size=None):
         config = replace(config, vocab_size=tokenizer.vocab_size)
     _check_size(config, config.image_resolution)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs, which are not restored
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
         model = CLIP(config)
     model.tokenizer = tokenizer
     return model
 
 
 def resize_images(model, image_size):
-    """Make the model take another input size: its grid of positional embeddings is interpolated (bicubic).
-
-    Returns the model. Raises CheckpointError where no whole number of patches fits.
-    """
+    """Interpolate (bicubic) the positional embeddings in place, for another input size. Returns the model."""
     step = _check_size(model.config, image_size)
     holder = model.visual if model.config.vision_patch_size else model.visual.attnpool
     old = math.isqrt(len(holder.positional_embedding) - 1)
@@ -455,7 +451,7 @@ def _check_size(config, image_size):
 
 
 def compile_blocks(model):
-    """Compile every residual block in place. State-dict keys stay; shapes are dynamic, since texts are packed."""
+    """Compile every residual block in place; state-dict keys stay. Packed texts make the shapes dynamic."""
     for module in model.modules():
         if isinstance(module, (ResidualAttentionBlock, Bottleneck)):
             module.compile(dynamic=True)
@@ -464,10 +460,10 @@ def compile_blocks(model):
 def fast_float32():
     """Let oneDNN compute the CPU's float32 matrix products where it is as exact as the default library.
 
-    The default uses half of the vector width of some CPUs (AMD's) and takes twice the time. The switch permits bfloat16,
-    which oneDNN takes only where the CPU has matrix units for it (AMX), so the result of one product decides.
-    It is a setting of the whole process. Attention's fused CPU kernel, five times slower with it, is switched off too.
-    Returns whether the switch is on; never on a torch that does not have it.
+    The default uses half of the vector width of some CPUs (AMD's), in twice the time. The switch permits
+    bfloat16, which oneDNN takes only on a CPU with units for it (AMX), so the error of one product decides.
+    It is the whole process's. Attention's fused CPU kernel, five times slower with it, is switched off too.
+    Returns whether the switch is on; older versions of torch do not have it.
     """
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     if not hasattr(matmul, "fp32_precision") or not torch.backends.mkldnn.is_available():
@@ -487,25 +483,23 @@ def fast_float32():
 def autocast(amp, model):
     """The context that the encoders run in; losses and similarities are computed in float32 outside of it.
 
-    amp: "bf16", "off", or "auto": bfloat16 where it pays. Raises ValueError for anything else.
+    amp: "bf16", "off", or "auto": bfloat16 where it pays, on a GPU that has it and on a CPU with AMX or
+    AVX512-BF16 for models of width 512 or more. Raises ValueError for anything else.
     """
     if amp not in ("auto", "bf16", "off"):
         raise ValueError(f"--amp {amp}: choose auto, bf16 or off")
     device = next(model.parameters()).device.type
-    if amp == "bf16" or amp == "auto" and _bfloat16_pays(device, model.config):
+    pays = False
+    if device == "cuda":
+        pays = torch.cuda.is_bf16_supported()
+    elif device == "cpu":  # narrow layers spend their time converting; a ResNet's stem widens 32 times
+        c = model.config
+        width = min(c.vision_width if c.vision_patch_size else 32 * c.vision_width, c.transformer_width)
+        units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        pays = width >= 512 and any(getattr(torch.cpu, name, bool)() for name in units)  # bool() is False
+    if amp == "bf16" or amp == "auto" and pays:
         return torch.autocast(device, torch.bfloat16)
     return contextlib.nullcontext()
-
-
-def _bfloat16_pays(device, config):
-    """On a GPU that has it; on a CPU with AMX or AVX512-BF16 for widths from 512 on, as narrow layers spend their
-    time converting (a ResNet's last stage counts, 32 times its stem)."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported()
-    has_units = any(getattr(torch.cpu, name, bool)()  # bool() is False: a torch that cannot tell
-                    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    vision_width = config.vision_width if config.vision_patch_size else 32 * config.vision_width
-    return device == "cpu" and has_units and min(vision_width, config.transformer_width) >= 512
 
 
 # ---------------------------------------------------------------- names, downloads, images
@@ -525,13 +519,13 @@ def available_models():
 def load(name, device=None, jit=False, download_root=None, image_size=None, quick_gelu=None):
     """A pretrained CLIP and its preprocessing, as OpenAI's `clip.load`.
 
-    name: a published model's name, or a file or folder, told apart by content: OpenAI's TorchScript archive or plain
-        state dict, a Hugging Face `CLIPModel` (folder or file, safetensors or bin), an open_clip checkpoint, a
-        checkpoint of this project.
+    name: a published model's name, or a file or folder, told apart by content: OpenAI's TorchScript archive
+        or plain state dict, a Hugging Face `CLIPModel` (folder or file, safetensors or bin), an open_clip
+        checkpoint, a checkpoint of this project.
     jit: accepted for old scripts; the archive's code is never run.
-    download_root: where published files are kept, as for `download`.
-    image_size: another input size (the positions are interpolated).
-    quick_gelu: the activation, where the file does not tell it (open_clip's; a config beside the file is read).
+    download_root: as for `download`.
+    image_size: another input size; the positional embeddings are interpolated.
+    quick_gelu: the activation, for files that do not tell it (open_clip's without a config beside them).
     Returns (model in eval mode, on `device`, in float32; preprocess). Raises CheckpointError.
     """
     path = os.fspath(name)
@@ -540,8 +534,8 @@ def load(name, device=None, jit=False, download_root=None, image_size=None, quic
     if path in MODELS or not os.path.exists(path):
         sha256 = MODELS[_known(path)][1]
         if sha256 is None:
-            raise CheckpointError(f"{path!r} was never published: train it (python train_mxm.py --clip {path}) "
-                                  "and load the checkpoint")
+            raise CheckpointError(f"{path!r} was never published: train it "
+                                  f"(python train_mxm.py --clip {path}) and load the checkpoint")
         file = path.replace("/", "-").replace("@", "-")
         path = download(f"{MODEL_URL}/{sha256}/{file}.pt", sha256, download_root)
     state, hints = read_weights(path)
@@ -571,8 +565,8 @@ def file_sha256(path):
 def download(url, sha256, root=None):
     """Fetch `url` once into `root` (default $CLIP_CACHE, then ~/.cache/clip), verified, and return its path.
 
-    An interrupted download goes on where it stopped. A process that finds another one at the same file waits for it.
-    Raises CheckpointError where the file cannot be fetched, or is not the one with this SHA-256 (hex).
+    An interrupted download goes on where it stopped; one of another process is waited for.
+    Raises CheckpointError where the file cannot be fetched, or does not have this SHA-256 (hex).
     """
     root = root or os.environ.get("CLIP_CACHE") or os.path.expanduser("~/.cache/clip")
     path = os.path.join(root, url.rsplit("/", 1)[-1])
@@ -597,7 +591,7 @@ def download(url, sha256, root=None):
 def locked(part):
     """While this context lasts, no other process is in it for the same unfinished download: the others wait.
 
-    It makes the folder, and leaves no empty file behind. Nobody waits where the system knows no such locks (Windows).
+    Its folder is made, and no empty file stays behind. Windows has no such locks: there nobody waits.
     Raises CheckpointError where the folder or the file cannot be written.
     """
     try:
@@ -609,7 +603,7 @@ def locked(part):
                 if os.path.isfile(part) and not os.path.getsize(part):
                     os.unlink(part)
     except OSError as e:
-        raise CheckpointError(f"{part}: cannot be written ({e.strerror or e}); choose another folder") from None
+        raise CheckpointError(f"{part}: cannot be written ({_line(e)}); choose another folder") from None
 
 
 def _lock(part):
@@ -627,11 +621,10 @@ def _lock(part):
 def fetch(url, part, by_hand="fetch it by hand and see README.md for the layout"):
     """Download `url` to the file `part`, after what an interrupted download left there (by an HTTP range).
 
-    A server that knows no ranges sends all of it again. The length is verified; a terminal shows the progress.
-    Returns `part`. Raises CheckpointError, with the advice `by_hand` where trying again may not help; what has come
-    so far stays in `part`, unless it cannot be the beginning of the file.
+    A server that knows no ranges sends all of it again. The length is verified; a terminal shows progress.
+    Returns `part`. Raises CheckpointError, with the advice `by_hand` where another try may not help; what has
+    come stays in `part` for the next time, unless it cannot be the beginning of the file.
     """
-    name = url.rsplit("/", 1)[-1]
     show = sys.stderr.isatty()
     try:
         os.makedirs(os.path.dirname(part) or ".", exist_ok=True)
@@ -641,8 +634,8 @@ def fetch(url, part, by_hand="fetch it by hand and see README.md for the layout"
             total = int(source.headers.get("Content-Length") or -1)
             if source.status == 206:  # a part of the file, as asked for
                 answer = regex.fullmatch(r"bytes (\d+)-\d+/(\d+)", source.headers.get("Content-Range") or "")
-                expect(answer and int(answer[1]) == size, url,
-                       f"the server sent another part than asked for; delete {part} and run the command again")
+                expect(answer and int(answer[1]) == size, url, "the server sent another part than asked for; "
+                       f"delete {part} and run the command again")
                 total = int(answer[2])
             else:
                 size = 0
@@ -651,7 +644,8 @@ def fetch(url, part, by_hand="fetch it by hand and see README.md for the layout"
                     f.write(chunk)
                     size += len(chunk)
                     if show:
-                        print(f"\r{name}: {size >> 20} of {max(total, size) >> 20} MiB", end="", file=sys.stderr)
+                        progress = f"{size >> 20} of {max(total, size) >> 20} MiB"
+                        print(f"\r{url.rsplit('/', 1)[-1]}: {progress}", end="", file=sys.stderr)
         if show:
             print(file=sys.stderr)
     except urllib.error.HTTPError as e:
@@ -669,13 +663,11 @@ def fetch(url, part, by_hand="fetch it by hand and see README.md for the layout"
 
 
 def transform(resolution):
-    """OpenAI's preprocessing: bicubic resize of the shorter side, centre crop, RGB, normalise -> float (3, R, R)."""
-    return transforms.Compose([
-        transforms.Resize(resolution, transforms.InterpolationMode.BICUBIC),
-        transforms.CenterCrop(resolution),
-        _rgb,
-        transforms.ToTensor(),
-        transforms.Normalize(IMAGE_MEAN, IMAGE_STD)])
+    """OpenAI's preprocessing of a picture -> float (3, R, R): resize, centre crop, RGB, normalise."""
+    resize = transforms.Resize(resolution, transforms.InterpolationMode.BICUBIC)  # of the shorter side
+    crop = transforms.CenterCrop(resolution)
+    normalize = transforms.Normalize(IMAGE_MEAN, IMAGE_STD)
+    return transforms.Compose([resize, crop, _rgb, transforms.ToTensor(), normalize])
 
 
 def _rgb(image):
@@ -684,14 +676,15 @@ def _rgb(image):
 
 # ---------------------------------------------------------------- reading weights
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-                "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "best.pt", "last.pt")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+                "pytorch_model.bin.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
+                "best.pt", "last.pt")
 HINTS = ("quick_gelu", "vision_heads", "transformer_heads")  # what the shapes of the tensors do not tell
 CHECKPOINT_FORMAT = "clip-methods-1"
 
 
 def read_weights(path):
-    """Read any supported file or folder, running nothing of it. Returns (state dict with OpenAI's keys, hints).
+    """Read any supported file or folder, running nothing of it -> (state dict with OpenAI's keys, hints).
 
     hints: what the file says beside the tensors: quick_gelu (None: unknown), vision_heads, transformer_heads,
     tokenizer (its merges). Raises CheckpointError.
@@ -715,7 +708,7 @@ def read_weights(path):
 
 
 def _read_foreign(content, path, is_archive):
-    """The state dict and the hints in what a file of OpenAI's, open_clip's, Hugging Face's or `save` holds."""
+    """The same of the content of a file of OpenAI's, open_clip's, Hugging Face's or of `save`."""
     nested = isinstance(content.get("state_dict"), dict)  # as open_clip's training checkpoints
     state = content["state_dict"] if nested else content
     metadata = getattr(state, "_metadata", {}).get("", {})  # `save` writes the hints there
@@ -730,7 +723,8 @@ def _read_foreign(content, path, is_archive):
         state = {key.removeprefix("text."): value for key, value in state.items()}
 
     if "vision_model.embeddings.class_embedding" in state:
-        return _from_hugging_face(state), {"quick_gelu": True} | _read_config(os.path.join(folder, "config.json"))
+        hints = {"quick_gelu": True} | _read_config(os.path.join(folder, "config.json"))
+        return _from_hugging_face(state), hints
     if not hints and not is_archive:  # OpenAI's, with QuickGELU, or open_clip's, whose files do not tell
         if nested or name.startswith("open_clip_"):
             hints = {"quick_gelu": None}
@@ -739,15 +733,16 @@ def _read_foreign(content, path, is_archive):
 
 
 HUGGING_FACE_NAMES = (  # transformers' parts of names and OpenAI's, replaced in this order
-    ("text_model.", ""), ("vision_model.", "visual."), ("encoder.layers.", "transformer.resblocks."), ("embeddings.", ""),
-    ("final_layer_norm", "ln_final"), ("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post"), ("layer_norm", "ln_"),
-    ("self_attn.q_proj.", "attn.in_proj_"), ("self_attn.", "attn."), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
-    ("patch_embedding", "conv1"), ("position_embedding.weight", "positional_embedding"),
-    ("visual_projection.weight", "visual.proj"), ("text_projection.weight", "text_projection"))
+    ("text_model.", ""), ("vision_model.", "visual."), ("encoder.layers.", "transformer.resblocks."),
+    ("embeddings.", ""), ("final_layer_norm", "ln_final"), ("pre_layrnorm", "ln_pre"),
+    ("post_layernorm", "ln_post"), ("layer_norm", "ln_"), ("self_attn.q_proj.", "attn.in_proj_"),
+    ("self_attn.", "attn."), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"), ("patch_embedding", "conv1"),
+    ("position_embedding.weight", "positional_embedding"), ("visual_projection.weight", "visual.proj"),
+    ("text_projection.weight", "text_projection"))
 
 
 def _from_hugging_face(state):
-    """transformers' `CLIPModel` keys to OpenAI's: q, k, v joined into in_proj, projections turned into matrices."""
+    """transformers' `CLIPModel` keys to OpenAI's: q, k, v joined into in_proj, projections transposed."""
     out = {}
     for name, value in state.items():
         if ".k_proj." in name or ".v_proj." in name or name.endswith("position_ids"):
@@ -762,7 +757,7 @@ def _from_hugging_face(state):
 
 
 def _read_config(path):
-    """The hints in transformers' config.json or open_clip's open_clip_config.json; {} where there is no file."""
+    """The hints in transformers' config.json or open_clip's open_clip_config.json; none without a file."""
     if not os.path.isfile(path):
         return {}
     try:
@@ -782,18 +777,16 @@ def _read_config(path):
             hints["vision_heads"] = vision.get("width", 768) // vision.get("head_width", 64)
         return hints
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
-        raise CheckpointError(f"{path}: is no CLIP configuration ({_line(e)}); "
-                              "fetch it again or move it away") from None
+        problem = f"is no CLIP configuration ({_line(e)}); fetch it again or move it away"
+        raise CheckpointError(f"{path}: {problem}") from None
 
 
 def from_state_dict(state, hints=None, image_size=None, quick_gelu=None, where="the weights"):
     """A CLIP of the architecture that the tensors' shapes tell, with a float32 copy of the tensors.
 
-    state: tensors under OpenAI's keys.
-    hints: as `read_weights` returns them.
+    state, hints: as `read_weights` returns them.
     image_size, quick_gelu: as for `load`.
-    where: named in errors.
-    Raises CheckpointError naming the first keys that do not fit.
+    where: the file, for errors: CheckpointError, which names the first keys that do not fit.
     """
     hints = hints or {}
     if quick_gelu is None:
@@ -812,20 +805,21 @@ def from_state_dict(state, hints=None, image_size=None, quick_gelu=None, where="
         raise CheckpointError(f"{where}: not CLIP weights: {e.args[0]!r} is missing; it holds {held}. "
                               "Give a file of CLIP weights") from None
     except (ValueError, IndexError, ZeroDivisionError, RuntimeError, TypeError) as e:
-        raise CheckpointError(f"{where}: the shapes are no CLIP's ({_line(e)}); give a file of CLIP weights") from None
+        problem = f"the shapes are no CLIP's ({_line(e)}); give a file of CLIP weights"
+        raise CheckpointError(f"{where}: {problem}") from None
 
     expected = model.state_dict()
     counters = {key: torch.zeros(()) for key in expected if key.endswith("num_batches_tracked")}
     state = counters | state  # older files lack these
     if "logit_scale" in state and state["logit_scale"].numel() == 1:
         state["logit_scale"] = state["logit_scale"].reshape(())  # open_clip also writes shape (1,)
+    both = [key for key in expected if key in state]
     wrong = {"missing": [key for key in expected if key not in state],
              "unexpected": [key for key in state if key not in expected],
-             "of another shape": [key for key in expected if key in state and expected[key].shape != state[key].shape]}
-    if any(wrong.values()):
-        parts = ", ".join(f"{len(keys)} {problem} (first {keys[0]!r})" for problem, keys in wrong.items() if keys)
-        kind = "a ViT" if config.vision_patch_size else "a ResNet"
-        raise CheckpointError(f"{where}: does not fit {kind} CLIP: {parts}; give a file of CLIP weights")
+             "of another shape": [key for key in both if expected[key].shape != state[key].shape]}
+    parts = [f"{len(keys)} {problem} (first {keys[0]!r})" for problem, keys in wrong.items() if keys]
+    kind = "a ViT" if config.vision_patch_size else "a ResNet"
+    expect(not parts, where, f"does not fit {kind} CLIP: {', '.join(parts)}; give a file of CLIP weights")
     for key, value in state.items():
         state[key] = value.detach().to(expected[key].dtype, copy=True, memory_format=torch.contiguous_format)
     model.load_state_dict(state, assign=True)
@@ -880,24 +874,24 @@ def _line(error):
 
 
 def _read_file(path):
-    """Returns (a dict of tensors and plain values, whether it was a TorchScript archive). Raises CheckpointError."""
+    """-> (dict of tensors and plain values, whether it is a TorchScript archive). Raises CheckpointError."""
     expect(os.path.isfile(path), path, "no such file; give a file or folder of weights")
     try:
         return _read_any_format(path)
     except CheckpointError:
         raise
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror or e}); check the path and its permissions") from None
+        problem = f"cannot be read ({e.strerror or e}); check the path and its permissions"
+        raise CheckpointError(f"{path}: {problem}") from None
     except Exception as e:  # torch.load raises many kinds on a damaged or unsafe file
-        reason = _line(e)
-        if isinstance(e, pickle.UnpicklingError):
-            reason = "no weights in it"
-            asks = regex.search(r"GLOBAL (\S+)|(?:class|function|type) (\S+\.\S+)", str(e))
-            if asks:
-                raise CheckpointError(f"{path}: asks for {asks[1] or asks[2]}, which weights do not need; refused, "
-                                      "nothing of it was run. If you trust it, save its state_dict() alone") from None
-        raise CheckpointError(f"{path}: is damaged, or no weight file ({reason}); "
-                              "fetch it again, nothing of it was run") from None
+        unsafe = isinstance(e, pickle.UnpicklingError)
+        asks = regex.search(r"GLOBAL (\S+)|(?:class|function|type) (\S+\.\S+)", str(e))
+        reason = "no weights in it" if unsafe else _line(e)
+        problem = f"is damaged, or no weight file ({reason}); fetch it again, nothing of it was run"
+        if unsafe and asks:
+            problem = (f"asks for {asks[1] or asks[2]}, which weights do not need; refused, nothing of it was "
+                       "run. If you trust it, save its state_dict() alone")
+        raise CheckpointError(f"{path}: {problem}") from None
 
 
 def _read_any_format(path):
@@ -914,19 +908,20 @@ def _read_any_format(path):
         with open(path, encoding="utf-8") as f:
             names = json.load(f)["weight_map"].values()
         weights = {}
-        for name in sorted({os.path.basename(name) for name in names}):  # only files of the same folder are opened
-            weights |= _read_file(os.path.join(os.path.dirname(path), name))[0]
+        for shard in sorted({os.path.basename(name) for name in names}):  # only files of the same folder
+            weights |= _read_file(os.path.join(os.path.dirname(path), shard))[0]
         return weights, False
     weights = torch.load(path, map_location="cpu", weights_only=True)
-    kind = type(weights).__name__
-    expect(isinstance(weights, dict), path, f"holds a {kind}, not a dictionary of weights; save model.state_dict()")
+    expect(isinstance(weights, dict), path, f"holds a {type(weights).__name__}, not a dictionary of weights; "
+                                            "save model.state_dict()")
     return weights, False
 
 
 DTYPES = {  # torch's dtype: its name in safetensors, the name of its storages in pickles
     torch.float64: ("F64", "Double"), torch.float32: ("F32", "Float"), torch.float16: ("F16", "Half"),
     torch.bfloat16: ("BF16", "BFloat16"), torch.int64: ("I64", "Long"), torch.int32: ("I32", "Int"),
-    torch.int16: ("I16", "Short"), torch.int8: ("I8", "Char"), torch.uint8: ("U8", "Byte"), torch.bool: ("BOOL", "Bool")}
+    torch.int16: ("I16", "Short"), torch.int8: ("I8", "Char"), torch.uint8: ("U8", "Byte"),
+    torch.bool: ("BOOL", "Bool")}
 
 
 def _numbers(data, dtype):
@@ -940,14 +935,14 @@ def _whole(*numbers):
 
 
 def read_safetensors(path):
-    """A safetensors file as {name: tensor}. Layout: uint64 header length, JSON header, bytes; each bound is checked."""
+    """A safetensors file (uint64 header length, JSON header, bytes) as {name: tensor}; bounds are checked."""
     dtypes = {name: dtype for dtype, (name, _) in DTYPES.items()}
     size = os.path.getsize(path)
     tensors = {}
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         expect(length <= min(size - 8, 100 << 20), path,
-               f"a header of {length} bytes in a file of {size}: truncated, or no safetensors file; fetch it again")
+               f"a header of {length} bytes in a file of {size}: truncated, or no safetensors; fetch it again")
         header = json.loads(f.read(length))
         body = size - 8 - length
         unused = body  # tensors may not share bytes, else a small file could ask for much memory
@@ -957,7 +952,7 @@ def read_safetensors(path):
             shape = entry["shape"]
             begin, end = entry["data_offsets"]
             dtype = dtypes.get(entry["dtype"])
-            expect(dtype, path, f"tensor {name!r} has dtype {entry['dtype']}, which is not supported; save it as F32")
+            expect(dtype, path, f"tensor {name!r}: dtype {entry['dtype']} is not supported; save it as F32")
             unused -= end - begin
             inside = _whole(*shape, begin, end) and begin <= end <= body and unused >= 0
             expect(inside and end - begin == math.prod(shape) * dtype.itemsize, path,
@@ -975,9 +970,9 @@ class _Bag:
 
 
 def read_torchscript(archive, path):
-    """The state dict of a TorchScript archive (an open ZipFile), without torch.jit and without running its code.
+    """The state dict of a TorchScript archive (an open ZipFile), read without torch.jit and running no code.
 
-    Its `data.pkl` is a pickle of module objects, whose tensors' bytes lie uncompressed under `data/` or `constants/`.
+    Its `data.pkl` is a pickle of modules; their tensors' bytes lie uncompressed in `data/` or `constants/`.
     The unpickler knows tensors and plain lists; every class of the archive becomes a `_Bag`.
     """
     names = set(archive.namelist())
@@ -994,7 +989,7 @@ def read_torchscript(archive, path):
         inside = _whole(offset, *shape, *stride) and len(shape) == len(stride)
         if inside and 0 not in shape:
             last = offset + sum((n - 1) * step for n, step in zip(shape, stride))
-            inside = max(last, math.prod(shape) - 1) < len(storage)  # nor may a stride of 0 make it larger than that
+            inside = last < len(storage) >= math.prod(shape)  # a stride of 0 must not make it larger either
         expect(inside, path, "one of its tensors lies outside its storage: damaged; fetch it again")
         return torch.as_strided(storage, tuple(shape), tuple(stride), offset)
 
@@ -1002,7 +997,8 @@ def read_torchscript(archive, path):
              ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
              ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value,
              ("collections", "OrderedDict"): OrderedDict}
-    known |= {("torch.jit._pickle", f"build_{kind}list"): list for kind in ("int", "double", "bool", "tensor")}
+    lists = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
+    known |= {("torch.jit._pickle", name): list for name in lists}
     known |= {("torch", f"{name}Storage"): dtype for dtype, (_, name) in DTYPES.items()}
     storages = {}
 
@@ -1019,8 +1015,9 @@ def read_torchscript(archive, path):
             if name not in storages:
                 folder = "data/" if f"{root}data/{name}" in names else "constants/"
                 storages[name] = _numbers(read(folder + name), dtype)
-            length = len(storages[name])
-            expect(length >= count, path, f"storage {name} holds {length} of {count} numbers: truncated; fetch it again")
+            held = len(storages[name])
+            expect(held >= count, path,
+                   f"storage {name} holds {held} of {count} numbers: truncated; fetch it again")
             return storages[name]
 
     def tensors(bag, prefix=""):
@@ -1055,9 +1052,9 @@ def identity(model):
 
 
 def save(model, path):
-    """Write the weights as a plain state dict with OpenAI's keys: OpenAI's `clip.load` and open_clip read it back.
+    """Write the weights as a plain state dict, which OpenAI's `clip.load` and open_clip read too.
 
-    What shapes do not tell (the activation, the heads) goes into the state dict's metadata, where only `load` looks.
+    What its shapes do not tell (the activation, the heads) goes into its metadata, where only `load` looks.
     """
     state = weights(model)
     state._metadata[""].update({key: getattr(model.config, key) for key in HINTS})
@@ -1065,7 +1062,7 @@ def save(model, path):
 
 
 def describe(model):
-    """What a checkpoint holds of a CLIP: its configuration, its weights, and the merges of a tokenizer of its own."""
+    """What a checkpoint holds of a CLIP: its configuration, weights, and the merges of its own tokenizer."""
     return {"config": asdict(model.config), "state_dict": weights(model),
             "merges": model.tokenizer.merges if model.tokenizer else None}
 
@@ -1076,7 +1073,7 @@ def describe_heads(model):
 
 
 def load_heads(model, heads):
-    """The inverse of `describe_heads`, in place. Raises CheckpointError where names or shapes are not the model's."""
+    """The inverse of `describe_heads`, in place. Raises CheckpointError where names or shapes do not fit."""
     clip_weights = {name: value for name, value in model.state_dict().items() if name.startswith("clip.")}
     try:
         model.load_state_dict(heads | clip_weights)
@@ -1085,7 +1082,7 @@ def load_heads(model, heads):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a checkpoint atomically: a dict of tensors and plain values, "clip" from `describe`, "method" the script."""
+    """Write a checkpoint: a dict of tensors and plain values; "clip" from `describe`, "method" the script."""
     write_file(path, partial(torch.save, {"format": CHECKPOINT_FORMAT, **checkpoint}))
 
 
@@ -1098,9 +1095,9 @@ def load_checkpoint(path):
 
 
 def write_file(path, write):
-    """Call write(temporary file), then rename it to `path`: the file is always the old one or the new one, complete.
+    """Call write(temporary file), then rename it to `path`, which is always all of the old or the new file.
 
-    Raises CheckpointError where it cannot be written (the old file stays). What else `write` raises passes through.
+    Raises CheckpointError where it cannot be written. What else `write` raises passes through.
     """
     folder = os.path.dirname(os.path.abspath(path))
     temporary = None
@@ -1116,12 +1113,12 @@ def write_file(path, write):
         os.chmod(temporary, 0o666 & ~umask)  # a temporary file is private; the result is an ordinary file
         os.replace(temporary, path)
         temporary = None
-    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError of its inline_container.cc
+    except (OSError, RuntimeError) as e:  # a full disk is a RuntimeError of inline_container.cc
         if isinstance(e, RuntimeError) and "inline_container" not in str(e):
             raise  # not of writing, but of what is written: a model that ran out of memory, say
         reason = getattr(e, "strerror", None) or _line(e)
-        raise CheckpointError(f"{path}: cannot be written ({reason}); the old file stays. "
-                              "Free space or choose another folder") from None
+        problem = f"cannot be written ({reason}); the old file stays. Free space or choose another folder"
+        raise CheckpointError(f"{path}: {problem}") from None
     finally:
         if temporary:
             os.unlink(temporary)
@@ -1129,28 +1126,28 @@ def write_file(path, write):
 
 # ---------------------------------------------------------------- the tokenizer
 
-PATTERN = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
-                        regex.IGNORECASE)
+PATTERN = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+                        r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 def clean(text):
-    """Repair mis-decoded Unicode, undo HTML escapes (twice: captions come from the web), fold white space, lower case."""
+    """Repair mis-decoded Unicode, undo HTML escapes (some are doubled), fold white space, lower case."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return regex.sub(r"\s+", " ", text).strip().lower()
 
 
 def _byte_symbols():
-    """byte -> printable character: printable bytes stand for themselves, the others for characters from U+0100 on."""
+    """{byte: printable character}: printable bytes are themselves, the others characters from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 class Tokenizer:
-    """CLIP's byte-level BPE (Sennrich et al. 2016): text -> ids. Any text can be written; the last id ends a text.
+    """CLIP's byte-level BPE (Sennrich et al. 2016): text -> ids. Any text has some; the last id ends a text.
 
     merges: list of (left, right) symbol pairs in order of rank; None for OpenAI's 48,894, fetched once.
-    The vocabulary: 256 byte symbols, the same with `</w>` (end of a word), one symbol per merge, start, end of text.
+    Vocabulary: 256 byte symbols, the same with `</w>` (end of a word), one symbol per merge, start, end.
     """
 
     def __init__(self, merges=None):
@@ -1158,8 +1155,8 @@ class Tokenizer:
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self.bytes = _byte_symbols()
         letters = list(self.bytes.values())
-        self.symbols = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in self.merges]
-        self.symbols += ["<|startoftext|>", "<|endoftext|>"]
+        self.symbols = letters + [letter + "</w>" for letter in letters]
+        self.symbols += [left + right for left, right in self.merges] + ["<|startoftext|>", "<|endoftext|>"]
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.vocab_size = len(self.symbols)
         self.start = self.vocab_size - 2
@@ -1168,11 +1165,11 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """Learn merges from texts: join the most frequent pair of neighbouring symbols until `vocab_size` symbols
-        exist or no pair occurs twice. Ties go to the pair that sorts first: the result depends on the texts alone."""
+        """Learn merges from texts: join the most frequent pair of neighbours until `vocab_size` symbols exist
+        or no pair occurs twice. Ties go to the pair that sorts first, so the texts' order does not matter."""
         if vocab_size < 514:
-            raise ValueError(f"vocab_size {vocab_size}: at least 514 (every byte, inside and at the end of a word, "
-                             "start and end)")
+            raise ValueError(f"vocab_size {vocab_size}: at least 514 (every byte, inside and at the end of a "
+                             "word, start and end)")
         blank = cls([])
         frequency = Counter(word for text in texts for word in PATTERN.findall(clean(text)))
         words = [(blank._split(word), n) for word, n in sorted(frequency.items())]  # (symbols, how often)
@@ -1187,7 +1184,7 @@ class Tokenizer:
 
         for i in range(len(words)):
             count(i)
-        merges = {}  # an ordered set: should other merges spell a pair anew, it is joined again but not listed twice
+        merges = {}  # an ordered set: a pair that other merges spell anew is joined again, but listed once
         while len(merges) < vocab_size - 514 and counts:
             best = min(counts, key=lambda pair: (-counts[pair], pair))
             if counts[best] < 2:
@@ -1209,9 +1206,9 @@ class Tokenizer:
     def _merge(self, word):
         """The ids of a word: merge the pair of lowest rank, leftmost first, until none is left.
 
-        A heap over a linked list takes n log n steps: a word of a broken text can be thousands of characters long.
+        A heap over a linked list takes n log n steps: a broken text's word can have thousands of characters.
         """
-        parts = self._split(word)  # where two are merged, the left place holds the result and the right one None
+        parts = self._split(word)  # a merge puts the result in the left place and None in the right one
         n = len(parts)
         left = list(range(-1, n - 1))
         right = list(range(1, n + 1))
@@ -1260,7 +1257,7 @@ class Tokenizer:
         return bytes(to_byte.get(c, 32) for c in symbols.replace("</w>", " ")).decode("utf-8", "replace")
 
     def rows(self, texts, context_length):
-        """Returns (int32 (len(texts), context_length): start, ids, end, zeros; how many texts were cut to fit)."""
+        """-> (int32 (len(texts), context_length): start, ids, end, zeros; how many texts were cut to fit)."""
         out = torch.zeros(len(texts), context_length, dtype=torch.int32)
         cut = 0
         for row, text in zip(out, texts):
@@ -1297,7 +1294,8 @@ def _join(symbols, pair):
 
 
 def _openai_merges():
-    with gzip.open(download(MERGES_URL, MERGES_SHA256), "rt", encoding="utf-8") as f:  # the checksum vouches for its size
+    path = download(MERGES_URL, MERGES_SHA256)  # its checksum vouches for its size
+    with gzip.open(path, "rt", encoding="utf-8") as f:
         lines = f.read().split("\n")
     return [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]
 
