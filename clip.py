@@ -1,6 +1,7 @@
 """CLIP: the model, its tokenizer, and reading and writing weights and checkpoints.
 
-Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020.
+Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (arXiv
+2103.00020).
 An image encoder (a ViT or a modified ResNet) and a causal text transformer map into one space, where the
 cosine of an image and a text, times exp(logit_scale), is the logit that the two belong together.
 
@@ -397,7 +398,7 @@ class CLIP(nn.Module):
         return x[last], features, mask
 
     def forward(self, image, text):
-        """-> logits_per_image (B_image, B_text), float32: cosine times exp(logit_scale); and its transpose."""
+        """-> logits_per_image (B_image, B_text), float32: cosine times exp(logit_scale); its transpose."""
         image = self.encode_image(image).float()
         text = self.encode_text(text).float()
         with torch.autocast(image.device.type, enabled=False):  # a caller's is for the encoders alone
@@ -889,8 +890,8 @@ def _read_file(path):
         reason = "no weights in it" if unsafe else _line(e)
         problem = f"is damaged, or no weight file ({reason}); fetch it again, nothing of it was run"
         if unsafe and asks:
-            problem = (f"asks for {asks[1] or asks[2]}, which weights do not need; refused, nothing of it was "
-                       "run. If you trust it, save its state_dict() alone")
+            problem = (f"asks for {asks[1] or asks[2]}, which weights do not need; refused, nothing of it "
+                       "was run. If you trust it, save its state_dict() alone")
         raise CheckpointError(f"{path}: {problem}") from None
 
 
@@ -942,7 +943,7 @@ def read_safetensors(path):
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         expect(length <= min(size - 8, 100 << 20), path,
-               f"a header of {length} bytes in a file of {size}: truncated, or no safetensors; fetch it again")
+               f"a header of {length} bytes in a file of {size}: truncated or no safetensors; fetch it again")
         header = json.loads(f.read(length))
         body = size - 8 - length
         unused = body  # tensors may not share bytes, else a small file could ask for much memory
