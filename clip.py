@@ -1,9 +1,8 @@
 """CLIP: the model, its tokenizer, and reading and writing weights and checkpoints.
 
-Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (arXiv
-2103.00020).
-An image encoder (a ViT or a modified ResNet) and a causal text transformer map into one space, where the
-cosine of an image and a text, times exp(logit_scale), is the logit that the two belong together.
+Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", arXiv
+2103.00020. An image encoder (a ViT or a modified ResNet) and a causal text transformer map into one space,
+where the cosine of an image and a text, times exp(logit_scale), is the logit that the two belong together.
 
 It is used like OpenAI's package of the same name:
 
@@ -496,8 +495,9 @@ def autocast(amp, model):
     elif device == "cpu":  # narrow layers spend their time converting; a ResNet's stem widens 32 times
         c = model.config
         width = min(c.vision_width if c.vision_patch_size else 32 * c.vision_width, c.transformer_width)
-        units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        pays = width >= 512 and any(getattr(torch.cpu, name, bool)() for name in units)  # bool() is False
+        names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        checks = [getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)]
+        pays = width >= 512 and any(check() for check in checks)
     if amp == "bf16" or amp == "auto" and pays:
         return torch.autocast(device, torch.bfloat16)
     return contextlib.nullcontext()
@@ -546,7 +546,7 @@ def load(name, device=None, jit=False, download_root=None, image_size=None, quic
 
 
 def _known(name):
-    """The name, if it is a model's."""
+    """The name, if it is that of a model. Raises CheckpointError, with the most similar one, if it is not."""
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -608,7 +608,7 @@ def locked(part):
 
 
 def _lock(part):
-    """The file, open and locked: closing it ends the lock."""
+    """Open the file and wait for its lock, which lasts until the file is closed."""
     while True:
         f = open(part, "ab")
         with contextlib.suppress(OSError):  # a file system without locks
@@ -687,8 +687,8 @@ CHECKPOINT_FORMAT = "clip-methods-1"
 def read_weights(path):
     """Read any supported file or folder, running nothing of it -> (state dict with OpenAI's keys, hints).
 
-    hints: what the file says beside the tensors: quick_gelu (None: unknown), vision_heads, transformer_heads,
-    tokenizer (its merges). Raises CheckpointError.
+    hints: a dict of what the file says beside the tensors: quick_gelu (None: unknown), vision_heads,
+    transformer_heads, tokenizer (its merges). Raises CheckpointError.
     """
     path = os.fspath(path)
     if os.path.isdir(path):
@@ -709,7 +709,7 @@ def read_weights(path):
 
 
 def _read_foreign(content, path, is_archive):
-    """The same of the content of a file of OpenAI's, open_clip's, Hugging Face's or of `save`."""
+    """The same of a file's content that is no checkpoint: OpenAI's, open_clip's, Hugging Face's, `save`'s."""
     nested = isinstance(content.get("state_dict"), dict)  # as open_clip's training checkpoints
     state = content["state_dict"] if nested else content
     metadata = getattr(state, "_metadata", {}).get("", {})  # `save` writes the hints there
@@ -839,7 +839,7 @@ def from_state_dict(state, hints=None, image_size=None, quick_gelu=None, where="
 
 
 def _infer_config(state, hints, quick_gelu):
-    """The Config that the shapes and the hints tell. Raises many kinds of errors where they are no CLIP's."""
+    """The Config that shapes and hints tell. Raises a KeyError, a ValueError or the like if they do not."""
     def count(prefix):
         return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
@@ -851,7 +851,7 @@ def _infer_config(state, hints, quick_gelu):
         positions = state["visual.positional_embedding"].shape[0]
         heads = 16 if width == 1280 else width // 64  # 64 channels each, but for open_clip's ViT-H
         pooled_width = width
-    else:
+    else:  # a ResNet, whose attention pool works on 32 times the width of its stem
         width = state["visual.layer1.0.conv1.weight"].shape[0]
         patch = None
         layers = tuple(count(f"visual.layer{i}.") for i in (1, 2, 3, 4))
@@ -871,6 +871,7 @@ def _infer_config(state, hints, quick_gelu):
 # ---------------------------------------------------------------- file formats; nothing of a file is ever run
 
 def _line(error):
+    """What an error says, as one short line."""
     return " ".join(str(error).split())[:120] or type(error).__name__
 
 
@@ -896,6 +897,7 @@ def _read_file(path):
 
 
 def _read_any_format(path):
+    """The same, told apart by the first bytes, raising whatever a broken file makes the readers raise."""
     with open(path, "rb") as f:
         head = f.read(9)
     expect(head, path, "is empty; fetch or write it again")
@@ -990,8 +992,10 @@ def read_torchscript(archive, path):
         inside = _whole(offset, *shape, *stride) and len(shape) == len(stride)
         if inside and 0 not in shape:
             last = offset + sum((n - 1) * step for n, step in zip(shape, stride))
-            inside = last < len(storage) >= math.prod(shape)  # a stride of 0 must not make it larger either
+            # A stride of 0 repeats numbers: without the second bound a small file could fill the memory.
+            inside = last < len(storage) and math.prod(shape) <= len(storage)
         expect(inside, path, "one of its tensors lies outside its storage: damaged; fetch it again")
+        # as_strided does not check all of this itself in older versions of torch.
         return torch.as_strided(storage, tuple(shape), tuple(stride), offset)
 
     known = {("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
@@ -1157,7 +1161,7 @@ class Tokenizer:
         self.bytes = _byte_symbols()
         letters = list(self.bytes.values())
         self.symbols = letters + [letter + "</w>" for letter in letters]
-        self.symbols += [left + right for left, right in self.merges] + ["<|startoftext|>", "<|endoftext|>"]
+        self.symbols += ["".join(pair) for pair in self.merges] + ["<|startoftext|>", "<|endoftext|>"]
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.vocab_size = len(self.symbols)
         self.start = self.vocab_size - 2

@@ -182,6 +182,13 @@ def same_as_hugging_face(ours, theirs, image, text):
     close(logits, out.logits_per_image)
 
 
+def fails(match, function, *args, **kwargs):
+    """The call raises a CheckpointError of one line that matches."""
+    with pytest.raises(clip.CheckpointError, match=match) as e:
+        function(*args, **kwargs)
+    assert "\n" not in str(e.value)
+
+
 def state_equal(a, b):
     assert dict(a).keys() == dict(b).keys()
     for k in a:
@@ -322,7 +329,7 @@ def plain_text(model, text):
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_packed_text_equals_all_columns(quick_gelu):
-    """Packing changes no output and no gradient, nor does junk after the end: against all columns, plainly."""
+    """Packing changes no output and no gradient, nor does junk after the end, against all columns."""
     config = replace(SMALL_VIT, context_length=77, quick_gelu=quick_gelu)
     model = make(config)
     _, text = a_batch(config, texts=5)
@@ -431,10 +438,8 @@ def test_image_size_interpolates_positions(vit, resnet, tmp_path):
         side = int((len(old) - 1) ** 0.5)
         want = F.interpolate(old[1:].t().reshape(1, -1, side, side), (n, n), mode="bicubic").flatten(2)[0].t()
         close(got[1:], want)
-        with pytest.raises(clip.CheckpointError, match="multiple of"):
-            clip.load(tmp_path / "w.pt", "cpu", image_size=33)
-    with pytest.raises(clip.CheckpointError, match="multiple of 32"):
-        clip.build("tiny-rn", image_size=50)
+        fails("multiple of", clip.load, tmp_path / "w.pt", "cpu", image_size=33)
+    fails("multiple of 32", clip.build, "tiny-rn", image_size=50)
 
 
 def test_build():
@@ -566,13 +571,9 @@ def test_preprocess_equals_torchvision():
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(clip.CheckpointError, match=r"did you mean 'ViT-B/32'.*RN50x64") as e:
-        clip.load("ViT-B-32", "cpu")
-    assert "\n" not in str(e.value)
-    with pytest.raises(clip.CheckpointError, match="'tiny' was never published"):
-        clip.load("tiny")
-    with pytest.raises(clip.CheckpointError, match="no such file"):
-        clip.load(str(tmp_path / "none.pt"))
+    fails(r"did you mean 'ViT-B/32'.*RN50x64", clip.load, "ViT-B-32", "cpu")
+    fails("'tiny' was never published", clip.load, "tiny")
+    fails("no such file", clip.load, str(tmp_path / "none.pt"))
 
 
 # ---------------------------------------------------------------- downloads
@@ -607,7 +608,7 @@ def server(monkeypatch):
     """A web server on this machine.
 
     files: path -> content; asked: the (path, Range) of each request; ranges: whether it answers ranges, and
-    `shift` bytes too early; breaks: path -> at which byte it hangs up, once; opened: nobody is answered before.
+    `shift` bytes too early; breaks: path -> at which byte it hangs up, once; opened: not set, no answer.
     """
     monkeypatch.setenv("no_proxy", "*")
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -621,13 +622,6 @@ def server(monkeypatch):
     yield s
     s.shutdown()
     s.server_close()
-
-
-def fails(match, function, *args, **kwargs):
-    """The call raises a CheckpointError of one line that matches."""
-    with pytest.raises(clip.CheckpointError, match=match) as e:
-        function(*args, **kwargs)
-    assert "\n" not in str(e.value)
 
 
 CONTENT = bytes(range(256)) * 20  # 5120 bytes
@@ -709,6 +703,19 @@ def test_download(server, tmp_path, monkeypatch, vit):
     fails("could not be fetched .*put it at", clip.download, nobody, sha, str(cache))
     assert os.listdir(cache) == ["ViT-L-14-336px.pt"]
     fails("cannot be written", clip.download, server.url + "/x.pt", sha, str(cache / "ViT-L-14-336px.pt"))
+
+
+def no_flock(*_):
+    raise OSError(37, "No locks available")
+
+
+@pytest.mark.parametrize("fcntl", [None, types.SimpleNamespace(flock=no_flock, LOCK_EX=2)])
+def test_download_where_there_are_no_locks(fcntl, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(clip, "fcntl", fcntl)
+    server.files["/x.pt"] = CONTENT
+    path = clip.download(server.url + "/x.pt", hashlib.sha256(CONTENT).hexdigest(), str(tmp_path))
+    assert path == str(tmp_path / "x.pt") and (tmp_path / "x.pt").read_bytes() == CONTENT
+    assert os.listdir(tmp_path) == ["x.pt"]
 
 
 DOWNLOADER = """
@@ -834,8 +841,7 @@ def test_own_checkpoint_round_trip(tmp_path):
         state_equal(loaded.state_dict(), model.state_dict())
     assert torch.equal(loaded.tokenizer(texts, 20), tokenizer(texts, 20))
     clip.save(model, tmp_path / "w.pt")
-    with pytest.raises(clip.CheckpointError, match="not a checkpoint of this project"):
-        clip.load_checkpoint(tmp_path / "w.pt")
+    fails("not a checkpoint of this project", clip.load_checkpoint, tmp_path / "w.pt")
     for damaged in ({}, described | {"merges": [1, 2]}, described | {"merges": [("a", "b")] * 999},
                     described | {"state_dict": {"a": "text"}}, {"trained": {}, "of": "ViT-B/32"}):
         clip.save_checkpoint(tmp_path / "odd.pt", {"clip": damaged})
@@ -864,8 +870,7 @@ def test_hugging_face_folders_and_files(quick_gelu, tmp_path):
         same_as_hugging_face(ours, theirs, image, text)
     state = {k: v for k, v in theirs.state_dict().items() if "layers.1.self_attn.k_proj.bias" not in k}
     torch.save(state, tmp_path / "bin" / "pytorch_model.bin")
-    with pytest.raises(clip.CheckpointError, match="k_proj.bias"):
-        clip.load(tmp_path / "bin", "cpu")
+    fails("k_proj.bias", clip.load, tmp_path / "bin", "cpu")
 
 
 def test_safetensors_equal_the_library(tmp_path):
@@ -1102,9 +1107,8 @@ def test_safetensors_bounds(tmp_path):
     write(b'{"w": [1]}')
     refused(path, None, [clip.read_weights])
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "../../etc/passwd"}}')
-    with pytest.raises(clip.CheckpointError) as e:
-        clip.load(tmp_path / "model.safetensors.index.json", "cpu")
-    assert str(tmp_path / "passwd") in str(e.value)  # looked for beside the index, nowhere else
+    beside = str(tmp_path / "passwd")  # looked for beside the index, nowhere else
+    fails(re.escape(beside), clip.load, tmp_path / "model.safetensors.index.json", "cpu")
 
 
 def test_weights_of_something_else(tmp_path, vit, resnet):
