@@ -932,7 +932,8 @@ class Run:
         self.pack = pack
         self.modules = modules or {}
         self.first = int(os.environ.get("RANK", 0)) == 0
-        self.device = optimizer.param_groups[0]["params"][0].device
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]  # a group may be empty
+        self.device = parameters[0].device
         self.state = {"step": 0, "loss_sum": 0.0, "best": -1.0, "waited": 0, "finished": False}
         self.record = None  # what the log says of the epoch that has just ended
         self.seconds = []  # of each step, without the loading of its batch
