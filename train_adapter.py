@@ -214,7 +214,7 @@ class Tuned(nn.Module):
         self.prompts = prompts if tune == "prompt" else 0
         self.config = replace(config, context_length=config.context_length - self.prompts)  # left for words
         self.tokenizer = clip_model.tokenizer
-        self.extra = None
+        self.extra = None  # adapters or prompts; otherwise the CLIP itself is trained
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
             if tune.startswith("adapter"):
@@ -487,7 +487,8 @@ def main(argv=None):
     path = clip_of(vars(args), args.out)
     with eval.first_process_first(device):
         if args.clip in clip.SCRATCH and not os.path.exists(path):
-            check_tunable(clip.MODELS[args.clip][0], args.tune, args.share, args.prompts)  # before the work
+            config, _ = clip.MODELS[args.clip]
+            check_tunable(config, args.tune, args.share, args.prompts)  # said before the work, not after
             pretrain(args, path, device)
     clip_model, _ = clip.load(path, device, image_size=args.image_size)
     identity = clip.identity(clip_model)
