@@ -22,7 +22,7 @@ The loss is CLIP's symmetric cross-entropy of these similarities, with CLIP's ow
     python train_adapter.py --data msrvtt --root path/to/msrvtt --clip ViT-B/32         # the paper's setting
     python train_adapter.py --data didemo --clip ViT-B/32 --frames 64 --context 64 --share 8     # paragraphs;
                                                              # for ActivityNet also --epochs 20 --share 512
-    python train_adapter.py --data mine.jsonl --clip ViT-B/32 --tune full         # your own data, a baseline
+    python train_adapter.py --data mine.jsonl --clip ViT-B/32 --tune full  # your data, one of the baselines
     torchrun --nproc_per_node=2 train_adapter.py                          # the same batch over two processes
     python train_adapter.py --resume                             # go on where it stopped, to the same bits
 """
@@ -125,10 +125,7 @@ class Adapters(nn.Module):
 
 
 def branches(clip_model):
-    """Yield (key, module, width) of the residual branches of both encoders of a ViT CLIP.
-
-    The keys are image_0_attn, image_0_mlp, image_1_attn, ..., text_0_attn, ...
-    """
+    """Yield (key, module, width) of the residual branches of a ViT CLIP: image_0_attn, image_0_mlp, ..."""
     config = clip_model.config
     encoders = (("image", clip_model.visual, config.vision_width),
                 ("text", clip_model, config.transformer_width))
