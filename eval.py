@@ -865,14 +865,17 @@ def average_gradients(parameters):
         gradient.copy_(part.view_as(gradient))
 
 
-def load_splits(args, device, load=data.load):
+def load_splits(args, device, load=None):
     """-> [(instances, classes) of train, of val, of test], fetched first where --download asks for it.
+
+    load: a function (name, root, split) in place of data.load.
 
     The test split is needed only at the end, but what is missing in it is said before training.
     """
     if args.download:
         with first_process_first(device):
             data.load(args.data, args.root, "train", download=True)
+    load = load or data.load
     return [load(args.data, args.root, split) for split in ("train", "val", "test")]
 
 
