@@ -1,22 +1,36 @@
 """USER: unified semantic enhancement with momentum contrast for image-text retrieval (arXiv 2301.06844).
 
-Patches of a picture (or detected regions) and words of a caption are local features. Semantic enhancement adds to each of them what
-matters in the whole: SGE weighs the local features into a global one, CGE takes CLIP's own global embedding, and both are added
-back where the local features agree with them. GPO pools the result into one vector. Training compares with more negatives than a
-batch holds: momentum encoders fill two queues, of images and of texts, and one objective (UTO) covers batch and queues.
+The patches of a picture (or detected regions) and the words of a caption are local features x_1, ..., x_L.
+They are enhanced with a global representation g of the same picture or caption: the more a local feature
+agrees with g, the more of g is added to it.
 
-    python train_user.py                                                      # built-in shapes, tiny CLIP from scratch, minutes
-    python train_user.py --data flickr30k --root path/to/flickr30k --clip ViT-B/32        # the paper's schedule
-    python train_user.py --data coco --root path/to/coco --clip ViT-B/32                  # the same, with its settings for COCO
-    python train_user.py --data flickr30k --root path/to/flickr30k --clip ViT-B/32 --regions   # precomputed region features
-    python train_user.py --enhance none --queue 0 --loss triplet              # a baseline
-    torchrun --nproc_per_node=2 train_user.py                                 # the same batch and the same queues over two processes
-    python train_user.py --resume                                             # go on after an interruption, to the same bits
+    guided enhancement:  x_l <- x_l + a_l g,   a = softmax over l of (lambda x_l . g), scaled to unit norm
+    SGE (self-guided):   g = sum over l of w_l x_l, scaled to unit norm, with
+                         w = softmax over l of Linear( tanh(BN(Linear(x_l))) * tanh(BN(Linear(mean of x))) )
+    CGE (CLIP-guided):   g = CLIP's own global embedding, scaled to unit norm
+
+GPO pools the enhanced features into one vector of unit norm: v_i of image i, t_j of text j, S_ij = v_i . t_j.
+Training compares with more negatives than a batch holds: momentum encoders (MoCo) fill two queues, of images
+and of texts, and one objective serves the batch and the queues. Its sums run over what shows another thing:
+
+    UTO  = mean over pairs j of   log(1 + sum over i of e^(mu (S_ij - gamma))) / mu    text j, other images
+                                + log(1 + sum over i of e^(mu (S_ji - gamma))) / mu    image j, other texts
+                                - log(1 + max(0, S_jj))                                the pair itself
+    loss = lambda_b UTO of the batch + UTO of images and queued texts + UTO of texts and queued images
+
+Of a queue UTO has one direction, and S_jj is the cosine with the momentum embedding of the other half of pair j.
+
+    python train_user.py                                   # built-in shapes, tiny CLIP from scratch, minutes
+    python train_user.py --data flickr30k --root path/to/flickr30k --clip ViT-B/32  # the paper's schedule
+    python train_user.py --data coco --root path/to/coco --clip ViT-B/32            # its settings for COCO
+    python train_user.py --data flickr30k --root path/to/flickr30k --clip ViT-B/32 --regions  # region features
+    python train_user.py --enhance none --queue 0 --loss triplet                    # a baseline
+    torchrun --nproc_per_node=2 train_user.py              # the same batch and queues over two processes
+    python train_user.py --resume                          # go on after an interruption, to the same bits
 """
 import copy
 import math
-import os
-import time
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -27,376 +41,404 @@ import data
 import eval
 import losses
 
-PRETRAINED = dict(epochs=20, batch_size=128, lr=5e-4, dim=1024, queue=2048, batch_weight=20.0, lr_drop=0.5, infonce_first=0.0)  # the paper's for Flickr30K
+PRETRAINED = dict(epochs=20, batch_size=128, lr=5e-4, dim=1024, queue=2048, batch_weight=20.0, lr_drop=0.5,
+                  infonce_first=0.0)  # the paper's for Flickr30K
 COCO = PRETRAINED | dict(epochs=25, queue=4096, batch_weight=1.0, lr_drop=0.6)  # the paper's for COCO
-SCRATCH = dict(epochs=14, batch_size=128, lr=1e-3, dim=256, queue=2048, batch_weight=1.0, lr_drop=0.85, infonce_first=0.7)  # random weights
-WARMUP, CLIP_GRADIENT, SAVE_SECONDS = 0.03, 2.0, 300  # share of steps; norm; last.pt is written after every epoch and this often
-MASKED, REPLACED = 0.5, 0.1  # of the words that augmentation changes; the rest is dropped
+SCRATCH = dict(epochs=14, batch_size=128, lr=1e-3, dim=256, queue=2048, batch_weight=1.0, lr_drop=0.85,
+               infonce_first=0.7)  # a small CLIP with random weights
+MU = 90.0  # UTO: how steeply the push on negatives rises with their cosine
+GAMMA = 0.5  # UTO: the cosine over which negatives are pushed
+WARMUP = 0.03  # share of the steps in which the learning rate rises
+MAX_NORM = 2.0  # of the gradient
+MASKED = 0.5  # share of the changed words of a caption that are masked
+REPLACED = 0.1  # share of them that are replaced; the rest is dropped
 
 
 def settings(argv=None):
     p = eval.common_arguments(__doc__, weight_decay=1e-4)
     p.add_argument("--enhance", choices=("none", "sge", "cge", "both"), default="both")
-    p.add_argument("--loss", choices=("uto", "infonce", "triplet"), default="uto", help="of the batch and of the queues; infonce, triplet: baselines")
-    p.add_argument("--infonce-first", type=eval.share, help="share of the steps, at first, with infonce whatever --loss is (default: 0.7 from scratch, else 0)")
-    p.add_argument("--queue", type=eval.whole, help="keys in each of the two queues; 0: none, and no momentum encoders (default 2048; coco 4096)")
-    p.add_argument("--momentum", type=eval.share, default=0.999, help="of the encoders that fill the queues")
-    p.add_argument("--batch-weight", type=eval.not_negative, help="lambda_b, of the batch's loss beside the queues' (default 20; coco, from scratch: 1)")
-    p.add_argument("--dim", type=eval.positive_int, help="D of the common space (default 1024; from scratch: 256)")
-    p.add_argument("--smooth", type=eval.positive, default=4.0, help="lambda of the guided enhancement's softmax")
-    p.add_argument("--dropout", type=eval.share, default=0.4, help="in SGE")
-    p.add_argument("--augment", type=eval.share, default=0.2, help="share of a training caption's words that are masked, replaced or dropped")
-    p.add_argument("--clip-lr", type=eval.positive, help="learning rate of CLIP's own weights (default: --lr; where it is pretrained, a tenth)")
-    p.add_argument("--lr-drop", type=eval.share, help="share of the steps after which rates are a tenth (default 0.5; coco 0.6; from scratch 0.85)")
-    p.add_argument("--regions", action="store_true", help="region features from <root>/precomp in place of pictures")
-    p.add_argument("--eval-every", type=eval.positive_int, help="epochs between evaluations on val (default: five in a run)")
+    p.add_argument("--loss", choices=("uto", "infonce", "triplet"), default="uto",
+                   help="of the batch and of the queues; infonce and triplet are baselines")
+    p.add_argument("--infonce-first", type=eval.fraction,
+                   help="share of the steps, at first, with infonce whatever --loss is (from scratch 0.7, else 0)")
+    p.add_argument("--queue", type=eval.non_negative_int,
+                   help="keys in each queue; 0: neither queues nor momentum encoders (default 2048; coco 4096)")
+    p.add_argument("--momentum", type=eval.fraction, default=0.999,
+                   help="of the encoders that fill the queues")
+    p.add_argument("--batch-weight", type=eval.non_negative,
+                   help="lambda_b, of the batch's loss beside the queues' (default 20; coco, from scratch 1)")
+    p.add_argument("--dim", type=eval.positive_int,
+                   help="D of the common space (default 1024; from scratch 256)")
+    p.add_argument("--smooth", type=eval.positive, default=4.0,
+                   help="lambda of guided enhancement's softmax")
+    p.add_argument("--dropout", type=eval.fraction, default=0.4, help="in SGE")
+    p.add_argument("--augment", type=eval.fraction, default=0.2,
+                   help="share of a training caption's words that are masked, replaced or dropped")
+    p.add_argument("--clip-lr", type=eval.positive,
+                   help="learning rate of CLIP's own weights (default --lr; of a pretrained CLIP a tenth)")
+    p.add_argument("--lr-drop", type=eval.fraction,
+                   help="share of the steps after which rates are a tenth (default 0.5; coco 0.6; scratch 0.85)")
+    p.add_argument("--regions", action="store_true",
+                   help="region features from <root>/precomp in place of pictures")
     args = p.parse_args(argv)
-    scratch = args.clip in clip.SCRATCH
-    for name, value in (SCRATCH if scratch else COCO if args.data == "coco" else PRETRAINED).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    from_scratch = args.clip in clip.SCRATCH
+    if from_scratch:
+        defaults = SCRATCH
+    else:
+        defaults = COCO if args.data == "coco" else PRETRAINED
+    eval.complete(args, "user", defaults)
+    args.clip_lr = args.clip_lr or (args.lr if from_scratch else args.lr / 10)
     if 0 < args.queue < args.batch_size:
-        p.error(f"--batch-size {args.batch_size} is larger than --queue {args.queue}: the queue must hold a batch of keys; give it {args.batch_size} or more, or 0")
+        p.error(f"--batch-size {args.batch_size} is larger than --queue {args.queue}: the queue must hold a "
+                f"batch of keys; give --queue {args.batch_size} or more, or 0")
     if args.batch_size < 2:
         p.error("--batch-size 1: batch norm and the losses compare what is in a batch; give it 2 or more")
     if args.dim < 2:
         p.error("--dim 1: the common space needs 2 dimensions or more")
     if args.regions and args.data == "primitives":
         p.error("--regions: the built-in shapes have none; add --data flickr30k or --data coco")
-    args.clip_lr = args.clip_lr or (args.lr if scratch else args.lr / 10)
-    args.eval_every = args.eval_every or max(1, args.epochs // 5)
-    args.out = args.out or os.path.join("runs", f"user-{os.path.splitext(os.path.basename(args.data))[0]}")
     return args
 
 
+# ---------------------------------------------------------------- captions, as they are changed for training
+
+def augmented(tokens, tokenizer, word_ends, fraction):
+    """Training captions with about a fraction of their words masked, replaced or dropped (section 4.1).
+
+    tokens (B, columns); word_ends (vocabulary,), bool: the tokens that end a word. A word is all of its tokens,
+    and a caption keeps at least one. The start symbol, which stands nowhere else, is the mask. Draws from
+    torch's generator.
+    """
+    if not fraction:
+        return tokens
+    out = torch.zeros_like(tokens)
+    for row, caption in enumerate(tokens):
+        ids = caption[1:int(caption.argmax())]  # (L,), between start and end: the end symbol is the largest id
+        ends = word_ends[ids.long()].long()
+        word = ends.cumsum(0) - ends  # (L,): the number of the word that each token belongs to
+        words = int(word.max()) + 1 if len(ids) else 0
+        chance, kind = torch.rand(2, words)
+        changed = chance < fraction
+        masked = changed & (kind < MASKED)
+        replaced = changed & ~masked & (kind < MASKED + REPLACED)
+        dropped = changed & ~masked & ~replaced
+        if words and dropped.all():
+            dropped[0] = False
+        random_ids = torch.randint(0, tokenizer.start, ids.shape, dtype=ids.dtype)
+        ids = ids.masked_fill(masked[word], tokenizer.start)
+        ids = torch.where(replaced[word], random_ids, ids)
+        ids = ids[~dropped[word]]
+        out[row, 0] = tokenizer.start
+        out[row, 1:len(ids) + 1] = ids
+        out[row, len(ids) + 1] = tokenizer.end
+    return out
+
+
 # ---------------------------------------------------------------- the model
-# Local features are x (B, L, D) with keep (B, L), bool: which of them there are. What is padding is zero and stays without effect.
-# A bias that batch norm or a softmax takes out again is left out: its gradient would be nothing but rounding.
+# Local features are x (B, L, D), and mask (B, L), bool, is True where there is one. Padding is zero and has
+# no effect. A bias that batch norm or a softmax cancels is left out: its gradient would be rounding alone.
 
-def guided_enhancement(x, keep, g, smooth):
-    """Add to the local features what they share with a global one g (B, D), unit-norm: a = softmax over the L places of smooth x . g,
-    scaled to unit norm over the places; x + a g (section 3.2)."""
-    a = (smooth * (x @ g[:, :, None])[..., 0]).masked_fill(~keep, -math.inf).softmax(1)  # (B, L)
-    return x + F.normalize(a, dim=1)[..., None] * g[:, None, :]
+def guided_enhancement(x, mask, g, smooth):
+    """Guided enhancement (section 3.2): add to x what agrees with a global representation g (B, D), unit norm.
+
+    The weights a come from a softmax over the L places, with `smooth` as lambda, and are scaled to unit norm.
+    """
+    agreement = smooth * (x @ g[:, :, None])[..., 0]  # (B, L)
+    a = F.normalize(agreement.masked_fill(~mask, -math.inf).softmax(1), dim=1)
+    return x + a[..., None] * g[:, None, :]
 
 
-def on_rows(function, x, keep):
-    """function of the real rows (rows, D) only, back in place (B, L, D'): batch norm must not see padding."""
-    at = keep.flatten().nonzero()[:, 0]
-    rows = function(x.flatten(0, 1).index_select(0, at))
-    return rows.new_zeros(keep.numel(), rows.shape[1]).index_copy(0, at, rows).view(*keep.shape, -1)
+def on_rows(function, x, mask):
+    """Apply function to the real rows (rows, D) alone, since batch norm must not see padding -> (B, L, D')."""
+    place = mask.flatten().nonzero()[:, 0]
+    rows = function(x.flatten(0, 1).index_select(0, place))
+    out = rows.new_zeros(mask.numel(), rows.shape[1]).index_copy(0, place, rows)
+    return out.view(*mask.shape, -1)
 
 
 class SGE(nn.Module):
-    """Self-guided enhancement's global feature: weights = softmax over the places of Linear(tanh(BN(Linear(x))) * tanh(BN(Linear(mean x)))).
-    -> the weighted sum of x, unit-norm (B, D)."""
+    """The global representation of self-guided enhancement: x (B, L, D) -> g (B, D), unit norm."""
 
     def __init__(self, width, dropout):
         super().__init__()
-        self.local, self.whole = (nn.Sequential(nn.Linear(width, width, bias=False), losses.BatchNorm(width), nn.Tanh(), nn.Dropout(dropout)) for _ in range(2))
+
+        def branch():
+            return nn.Sequential(nn.Linear(width, width, bias=False), losses.BatchNorm(width), nn.Tanh(),
+                                 nn.Dropout(dropout))
+
+        self.local_branch = branch()
+        self.global_branch = branch()
         self.score = nn.Linear(width, 1, bias=False)
 
-    def forward(self, x, keep):
-        mean = (x * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
-        common = on_rows(self.local, x, keep) * self.whole(mean)[:, None, :]  # (B, L, D)
-        weights = self.score(common)[..., 0].masked_fill(~keep, -math.inf).softmax(1)  # (B, L)
+    def forward(self, x, mask):
+        mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, D)
+        common = on_rows(self.local_branch, x, mask) * self.global_branch(mean)[:, None, :]  # (B, L, D)
+        weights = self.score(common)[..., 0].masked_fill(~mask, -math.inf).softmax(1)  # (B, L)
         return F.normalize((weights[..., None] * x).sum(1), dim=-1)
 
 
 class GPO(nn.Module):
-    """Generalised pooling (Chen et al. 2021, arXiv 2011.04305): each dimension's values are sorted over the places and weighed by
-    rank; the weights come from a BiGRU over the ranks' sinusoidal positions, so they depend on the number of places alone."""
+    """Generalised pooling operator (Chen et al. 2021, arXiv 2011.04305): (B, L, D) -> (B, D).
 
-    def __init__(self, positions=32, hidden=32, temperature=0.1):
+    Each dimension's values are sorted and weighted by rank. The weights come from a BiGRU over sinusoidal
+    encodings of the ranks, so they depend on the number of local features alone.
+    """
+
+    def __init__(self, encoding_dim=32, hidden=32, temperature=0.1):
         super().__init__()
-        self.gru, self.score = nn.GRU(positions, hidden, batch_first=True, bidirectional=True), nn.Linear(hidden, 1, bias=False)
-        self.positions, self.temperature = positions, temperature
+        self.gru = nn.GRU(encoding_dim, hidden, batch_first=True, bidirectional=True)
+        self.score = nn.Linear(hidden, 1, bias=False)
+        self.encoding_dim = encoding_dim
+        self.temperature = temperature
 
-    def weights(self, lengths, most):
-        """(U, most): the weights of sets of `lengths` (U,) features, zero past a length; rows sum to 1."""
-        place = torch.arange(most, device=lengths.device)[:, None]
-        angle = place / 10000 ** (torch.arange(0, self.positions, 2, device=lengths.device) / self.positions)
-        encoding = torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)  # (most, positions)
-        packed = nn.utils.rnn.pack_padded_sequence(encoding.expand(len(lengths), -1, -1), lengths.cpu(), batch_first=True, enforce_sorted=False)
-        out, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=most)  # (U, most, 2 hidden)
-        scores = self.score((out[..., :out.shape[2] // 2] + out[..., out.shape[2] // 2:]) / 2)[..., 0]
-        return (scores / self.temperature).masked_fill(place.t() >= lengths[:, None], -math.inf).softmax(1)
+    def weights(self, lengths, columns):
+        """The weights of sets of `lengths` (U,) features -> (U, columns), 0 past a length; rows sum to 1."""
+        rank = torch.arange(columns, device=lengths.device)[:, None]
+        exponent = torch.arange(0, self.encoding_dim, 2, device=lengths.device) / self.encoding_dim
+        angle = rank / 10000 ** exponent
+        encoding = torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)  # (columns, encoding_dim)
+        packed = nn.utils.rnn.pack_padded_sequence(encoding.expand(len(lengths), -1, -1), lengths.cpu(),
+                                                   batch_first=True, enforce_sorted=False)
+        out, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=columns)
+        forwards, backwards = out.chunk(2, dim=2)  # (U, columns, hidden) each
+        scores = self.score((forwards + backwards) / 2)[..., 0] / self.temperature
+        return scores.masked_fill(rank.t() >= lengths[:, None], -math.inf).softmax(1)
 
-    def forward(self, x, keep):
-        lengths, which = keep.sum(1).unique(return_inverse=True)
-        weights = F.embedding(which, self.weights(lengths, x.shape[1]))  # (B, L); indexing would sum gradients in any order
-        ranked = x.masked_fill(~keep[..., None], -1e4).sort(dim=1, descending=True).values  # padding last, where weights are 0
+    def forward(self, x, mask):
+        lengths, position = mask.sum(1).unique(return_inverse=True)
+        # weights[position] would add up gradients in any order; F.embedding does in a fixed one
+        weights = F.embedding(position, self.weights(lengths, x.shape[1]))  # (B, L)
+        ranked = x.masked_fill(~mask[..., None], -1e4).sort(dim=1, descending=True).values  # padding comes last
         return (ranked * weights[..., None]).sum(1)
 
 
 class USER(nn.Module):
-    """CLIP's local features, enhanced and pooled; the interface of a CLIP (`encode_image`, `encode_text`: unit-norm (B, dim)).
+    """CLIP's local features, enhanced and pooled. encode_image and encode_text give (B, dim), unit norm.
 
-    regions: the width of region features that stand in for pictures, or None. CGE then enhances texts only: regions have no CLIP embedding.
+    enhance: none, sge, cge or both. smooth: lambda of guided enhancement. regions: the width of region
+    features that stand in for pictures, or None. Regions have no CLIP embedding: CGE then enhances texts only.
     """
 
     def __init__(self, clip_model, enhance="both", dim=1024, smooth=4.0, dropout=0.4, regions=None, seed=0):
         super().__init__()
-        D = clip_model.config.embed_dim
-        width = regions or D
-        self.config, self.tokenizer, self.context_length = clip_model.config, clip_model.tokenizer, clip_model.context_length
-        self.enhance, self.smooth, self.regions = enhance, smooth, regions
+        text_width = clip_model.config.embed_dim
+        image_width = regions or text_width
+        sge = enhance in ("sge", "both")
+        self.config = clip_model.config
+        self.tokenizer = clip_model.tokenizer
+        self.enhance = enhance
+        self.smooth = smooth
+        self.regions = regions
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            if enhance in ("sge", "both"):
-                self.image_sge, self.text_sge = SGE(width, dropout), SGE(D, dropout)
-            self.image_fc, self.text_fc = nn.Linear(width, dim), nn.Linear(D, dim)
-            self.image_mlp = nn.Sequential(nn.Linear(width, dim // 2, bias=False), losses.BatchNorm(dim // 2), nn.ReLU(), nn.Linear(dim // 2, dim))
-            self.image_gpo, self.text_gpo = GPO(), GPO()
+            self.image_sge = SGE(image_width, dropout) if sge else None
+            self.text_sge = SGE(text_width, dropout) if sge else None
+            self.image_fc = nn.Linear(image_width, dim)
+            self.text_fc = nn.Linear(text_width, dim)
+            self.image_mlp = nn.Sequential(nn.Linear(image_width, dim // 2, bias=False),
+                                           losses.BatchNorm(dim // 2), nn.ReLU(), nn.Linear(dim // 2, dim))
+            self.image_gpo = GPO()
+            self.text_gpo = GPO()
         self.clip = clip_model
 
-    def enhanced(self, x, keep, sge, own):
-        """own (B, D): CLIP's global embedding, or None."""
+    def enhanced(self, x, mask, sge, clip_embedding):
+        """x after SGE and CGE. sge: a module or None; clip_embedding: CLIP's global one (B, D) or None."""
         out = x
-        if self.enhance in ("sge", "both"):
-            out = guided_enhancement(out, keep, sge(x, keep), self.smooth)
-        if self.enhance in ("cge", "both") and own is not None:
-            out = guided_enhancement(out, keep, F.normalize(own, dim=-1), self.smooth)
+        if sge is not None:
+            out = guided_enhancement(out, mask, sge(x, mask), self.smooth)
+        if self.enhance in ("cge", "both") and clip_embedding is not None:
+            out = guided_enhancement(out, mask, F.normalize(clip_embedding, dim=-1), self.smooth)
         return out
 
     def encode_image(self, images):
         """images (B, 3, S, S), or region features (B, regions, width)."""
         if self.regions:
-            x, own = images.float(), None
+            clip_embedding = None
+            x = images.float()
         else:
-            own, x = self.clip.encode_image(images, tokens=True)
-            own, x = own.float(), x[:, 1:].float()  # (B, D), (B, patches, D): the class token is the global embedding, no patch
-        keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        x = self.enhanced(x, keep, getattr(self, "image_sge", None), own)
-        x = self.image_fc(x) + on_rows(self.image_mlp, x, keep)
-        return F.normalize(self.image_gpo(x, keep), dim=-1)
+            clip_embedding, x = self.clip.encode_image(images, tokens=True)
+            clip_embedding = clip_embedding.float()  # (B, D)
+            x = x[:, 1:].float()  # (B, patches, D): the class token is the global embedding, no patch
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        x = self.enhanced(x, mask, self.image_sge, clip_embedding)
+        x = self.image_fc(x) + on_rows(self.image_mlp, x, mask)
+        return F.normalize(self.image_gpo(x, mask), dim=-1)
 
     def encode_text(self, tokens):
-        own, x, keep = self.clip.encode_text(tokens, tokens=True)
-        x, keep = x[:, 1:], keep[:, 1:]  # the start symbol sees no word
-        x = self.enhanced(x.float(), keep, getattr(self, "text_sge", None), own.float())
-        return F.normalize(self.text_gpo(self.text_fc(x), keep), dim=-1)
+        """tokens (B, columns), as CLIP's own encode_text takes them."""
+        clip_embedding, x, mask = self.clip.encode_text(tokens, tokens=True)
+        x = x[:, 1:].float()  # (B, L, D): the start symbol sees no word
+        mask = mask[:, 1:]
+        x = self.enhanced(x, mask, self.text_sge, clip_embedding.float())
+        return F.normalize(self.text_gpo(self.text_fc(x), mask), dim=-1)
 
 
 # ---------------------------------------------------------------- momentum contrast
 
 @torch.no_grad()
-def momentum_update(slow, fast, m):
-    """Every weight of `slow` becomes m times itself plus 1 - m times that of `fast`; no gradient is touched (MoCo, equation 2).
-    Buffers (batch norm's running statistics) are copied."""
-    for a, b in zip(slow.parameters(), fast.parameters()):
-        a.mul_(m).add_(b.detach(), alpha=1 - m)
-    for a, b in zip(slow.buffers(), fast.buffers()):
-        a.copy_(b)
+def momentum_update(momentum_model, model, m):
+    """momentum_model <- m momentum_model + (1 - m) model, weight by weight (He et al. 2020, equation 2).
+
+    Buffers (batch norm's running statistics) are copied. The model and all gradients stay as they are.
+    """
+    for slow, fast in zip(momentum_model.parameters(), model.parameters()):
+        slow.mul_(m).add_(fast.detach(), alpha=1 - m)
+    for slow, fast in zip(momentum_model.buffers(), model.buffers()):
+        slow.copy_(fast)
 
 
 class Queue(nn.Module):
-    """The last `size` pairs of momentum embeddings, (size, dim) of images and of texts, with what they show. Starts with
-    random unit vectors, of nothing (-1). A batch that does not divide the size wraps round."""
+    """The last `size` pairs of momentum embeddings: images and texts (size, dim), and groups (size,), which
+    says what each pair shows. It starts with random unit vectors of no group (-1)."""
 
     def __init__(self, size, dim, seed=0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        for name in ("images", "texts"):
-            self.register_buffer(name, F.normalize(torch.randn(size, dim, generator=generator), dim=-1))
-        self.register_buffer("things", torch.full((size,), -1))
-        self.register_buffer("next", torch.tensor(0))
+        self.register_buffer("images", F.normalize(torch.randn(size, dim, generator=generator), dim=-1))
+        self.register_buffer("texts", F.normalize(torch.randn(size, dim, generator=generator), dim=-1))
+        self.register_buffer("groups", torch.full((size,), -1))
+        self.register_buffer("next", torch.tensor(0))  # the place of the oldest pair
 
     @torch.no_grad()
-    def enqueue(self, images, texts, thing):
-        """Replace the oldest keys: images, texts (N, dim), thing (N,), N <= size."""
-        at = (self.next + torch.arange(len(thing), device=thing.device)) % len(self.things)
-        self.images[at], self.texts[at], self.things[at] = images.float(), texts.float(), thing
-        self.next.copy_((self.next + len(thing)) % len(self.things))
+    def enqueue(self, images, texts, group):
+        """Replace the oldest pairs by images, texts (N, dim) of group (N,), N <= size; wraps round at the end."""
+        size = len(self.groups)
+        place = (self.next + torch.arange(len(group), device=group.device)) % size
+        self.images[place] = images.float()
+        self.texts[place] = texts.float()
+        self.groups[place] = group
+        self.next.copy_((self.next + len(group)) % size)
 
 
-def augmented(tokens, tokenizer, ends, share):
-    """Training captions with a share of their words changed (section 4.1): half of those are masked, a tenth replaced, the rest dropped;
-    a caption keeps at least one word. tokens (B, columns); a word is all of its tokens, ends (vocabulary,): which tokens end one; the
-    mask is the start symbol, which stands nowhere else. Draws from torch's generator."""
-    if not share:
-        return tokens
-    out, start, end = torch.zeros_like(tokens), tokenizer.start, tokenizer.end
-    for i, row in enumerate(tokens):
-        row = row[1:int(row.argmax())]
-        word = ends[row.long()].long().cumsum(0) - ends[row.long()].long()  # which word each token belongs to
-        words = int(word.max()) + 1 if len(row) else 0
-        chance, kind = torch.rand(2, words)
-        changed = chance < share
-        dropped = changed & (kind >= MASKED + REPLACED)
-        if words and dropped.all():
-            dropped[0] = False
-        masked, replaced = changed & (kind < MASKED), changed & (kind >= MASKED) & (kind < MASKED + REPLACED)
-        row = torch.where(masked[word], torch.full_like(row, start), row)
-        row = torch.where(replaced[word], torch.randint(0, start, row.shape, dtype=row.dtype), row)[~dropped[word]]
-        out[i, :len(row) + 2] = torch.cat([row.new_tensor([start]), row, row.new_tensor([end])])
-    return out
+# ---------------------------------------------------------------- the loss
+
+# kind -> (loss of a batch, both directions; loss of queries, their keys and a queue, one direction)
+LOSSES = {
+    "uto": (partial(losses.uto_loss, mu=MU, gamma=GAMMA), partial(losses.uto_queue_loss, mu=MU, gamma=GAMMA)),
+    "infonce": (losses.info_nce_loss, losses.info_nce_queue_loss),
+    "triplet": (losses.hardest_triplet_loss, losses.hardest_triplet_queue_loss),
+}
 
 
-def total_loss(kind, batch_weight, images, texts, thing, keys, queue):
-    """lambda_b times the batch's loss plus the queues'. images, texts (N, D): unit-norm, row j of both one pair; thing (N,): what it shows;
-    keys: the pairs' momentum embeddings (images, texts); keys and queue: None without queues."""
-    of_batch, of_queue = {"uto": (losses.uto_loss, losses.uto_queue_loss), "infonce": (losses.info_nce_loss, losses.info_nce_queue_loss),
-                          "triplet": (losses.hardest_triplet_loss, losses.hardest_triplet_queue_loss)}[kind]
-    loss = batch_weight * of_batch(images, texts, thing[:, None] == thing[None, :])
-    if queue is not None:
-        own = thing[:, None] == queue.things[None, :]  # (N, K): a thing's keys of earlier epochs are no negatives of it
-        loss = loss + of_queue(images, keys[1], queue.texts, own) + of_queue(texts, keys[0], queue.images, own)
-    return loss
+def total_loss(kind, batch_weight, images, texts, group, keys, queue):
+    """lambda_b times the loss of the batch, plus the losses of both queues.
 
-
-def restore(checkpoint, path):
-    """The model of a checkpoint of this script, for eval.py."""
-    s = checkpoint["settings"]
-    model = USER(clip.load(path, "cpu")[0], s["enhance"], s["dim"], s["smooth"], s["dropout"], checkpoint["regions"])
-    clip.load_heads(model, checkpoint["heads"])
-    return model
+    images, texts (N, D): unit norm; row j of both is one pair and shows group (N,).
+    keys: the momentum embeddings (images, texts) of the same pairs; keys and queue are None without queues.
+    """
+    batch_loss, queue_loss = LOSSES[kind]
+    same = group[:, None] == group[None, :]  # (N, N): what shows the same thing is no negative
+    loss = batch_weight * batch_loss(images, texts, same)
+    if queue is None:
+        return loss
+    image_keys, text_keys = keys
+    same = group[:, None] == queue.groups[None, :]  # (N, K): nor is an older key of the same thing
+    loss = loss + queue_loss(images, text_keys, queue.texts, same)
+    return loss + queue_loss(texts, image_keys, queue.images, same)
 
 
 # ---------------------------------------------------------------- training
 
+def restore(checkpoint, path):
+    """The model of a checkpoint of this script, for eval.py."""
+    args = checkpoint["settings"]
+    model = USER(clip.load(path, "cpu")[0], args["enhance"], args["dim"], args["smooth"], args["dropout"],
+                 checkpoint["regions"])
+    clip.load_heads(model, checkpoint["heads"])
+    return model
+
+
+def region_width(train, *others):
+    """The width of the training split's region features. Raises DataError where another split's differs."""
+    width = train[0].images[0].features().shape[1]
+    for instances in others:
+        view = instances[0].images[0]
+        if view.features().shape[1] != width:
+            raise data.DataError(f"{view.path}: features of width {view.features().shape[1]}; "
+                                 f"those of the training split have {width}")
+    return width
+
+
+def rate(step, steps, drop):
+    """A step's learning rate as a fraction of its peak: linear warm-up, constant, a tenth after `drop`."""
+    rise = min(1.0, (step + 1) / max(1, int(WARMUP * steps)))
+    return rise * (0.1 if step >= drop * steps else 1.0)
+
+
 def main(argv=None):
     args = settings(argv)
-    rank, world, device = losses.join(args.device)
-    first = rank == 0  # the only process that writes
-    data.seed_everything(args.seed)
-    if device.type == "cpu":
-        clip.fast_float32()
-
-    # data
-    if args.download and first:
-        data.load(args.data, args.root, "train", download=True)
-    losses.any_process(False, device)  # the others wait for what the first fetches
+    rank, world, device = eval.join(args)
     load = data.load_regions if args.regions else data.load
-    train, _ = load(args.data, args.root, "train")
-    val, _ = load(args.data, args.root, "val")
-    test, _ = load(args.data, args.root, "test")  # needed at the end: what is missing is said before training, not after
-    regions = train[0].images[0].features().shape[1] if args.regions else None
-    for view in (part[0].images[0] for part in (val, test) if args.regions):
-        if view.features().shape[1] != regions:
-            raise data.DataError(f"{view.path}: features of width {view.features().shape[1]}; those of the training split have {regions}")
-
-    # model
-    if args.clip in clip.SCRATCH:
-        tokenizer = clip.Tokenizer.train([c for x in train for c in x.captions], args.vocab_size)
-        inner = clip.build(args.clip, tokenizer, args.seed, args.image_size)
-    else:
-        inner, _ = clip.load(args.clip, "cpu", image_size=args.image_size)
-        tokenizer = inner.tokenizer or clip.default_tokenizer()
-    model = USER(inner, args.enhance, args.dim, args.smooth, args.dropout, regions, args.seed).to(device)
-    slow = queue = None
+    (train, _), (val, _), (test, _) = eval.load_splits(args, device, load)
+    regions = region_width(train, val, test) if args.regions else None
+    clip_model, tokenizer = eval.build_or_load(args, train, device)
+    model = USER(clip_model, args.enhance, args.dim, args.smooth, args.dropout, regions, args.seed).to(device)
+    momentum_model = queue = modules = None
     if args.queue:
-        slow, queue = copy.deepcopy(model).train().requires_grad_(False), Queue(args.queue, args.dim, args.seed).to(device)
-    if args.compile:
-        clip.compile_blocks(inner)
-    loader = data.Loader(train, tokenizer, inner.context_length, inner.config.image_resolution, args.batch_size, 1, 1, train=True, seed=args.seed,
-                         workers=args.workers, rank=rank, world=world)
-    word_ends = torch.tensor([symbol.endswith("</w>") for symbol in tokenizer.symbols])
+        momentum_model = copy.deepcopy(model).train().requires_grad_(False)
+        queue = Queue(args.queue, args.dim, args.seed).to(device)
+        modules = {"momentum": momentum_model, "queue": queue}
+    loader = data.Loader(train, tokenizer, clip_model.context_length, clip_model.config.image_resolution,
+                         args.batch_size, 1, 1, train=True, seed=args.seed, workers=args.workers,
+                         rank=rank, world=world)
     val_loader = eval.evaluation_loader(model, val, tokenizer, args.workers)
-    train_group = eval.layout(train)["image_group"].to(device)  # (instances,): equal where they count as the same thing
-    groups = [{"params": [p for n, p in model.named_parameters() if n.startswith("clip.") == inside], "peak": peak}
-              for inside, peak in ((True, args.clip_lr), (False, args.lr))]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    word_ends = torch.tensor([symbol.endswith("</w>") for symbol in tokenizer.symbols])
+    train_group = eval.layout(train)["image_group"].to(device)  # (instances,): equal where they show the same
+    heads = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
+    optimizer = torch.optim.AdamW([{"params": list(clip_model.parameters()), "peak": args.clip_lr},
+                                   {"params": heads, "peak": args.lr}],
+                                  lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps = args.epochs * len(loader)
 
-    # run: everything that changes is in `state`, the weights, the queues and the optimizer, so that a resumed run ends with the same bits
-    state = {"step": 0, "best": -1.0, "loss_sum": 0.0}
-    checkpoint = eval.open_run(args.out, vars(args), args.resume, first) if first or args.resume else None
-    if checkpoint:
-        inner.load_state_dict(checkpoint["clip"]["state_dict"])
+    def pack():
+        return {"regions": regions, "clip": clip.describe(clip_model), "heads": clip.describe_heads(model)}
+
+    def unpack(checkpoint):
+        clip_model.load_state_dict(checkpoint["clip"]["state_dict"])
         clip.load_heads(model, checkpoint["heads"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if args.queue:
-            slow.load_state_dict(checkpoint["momentum"])
-            queue.load_state_dict(checkpoint["queue"])
-        state = checkpoint["state"]
 
-    def save(name):
-        more = {"momentum": clip.weights(slow), "queue": clip.weights(queue)} if args.queue and name == "last.pt" else {}
-        clip.save_checkpoint(os.path.join(args.out, name), {
-            "method": "train_user", "settings": vars(args), "regions": regions, "clip": clip.describe(inner), "heads": clip.describe_heads(model),
-            **more, "optimizer": optimizer.state_dict(), "state": state, "step": state["step"]})
-
-    def rate(step):  # linear warm-up, constant, a tenth after the drop
-        return min(1.0, (step + 1) / max(1, int(WARMUP * steps))) * (0.1 if step >= args.lr_drop * steps else 1.0)
-
-    if first and not checkpoint:
-        save("last.pt")  # from here on there is one to resume from; and a disk that is full is found before any work
-
-    stop, saved = eval.StopSignal(), time.time()
-    progress = eval.Progress(steps, state["step"], quiet=not first)
-    progress.line(f"{args.data}: {len(train):,} instances, enhancement {args.enhance}, {args.loss}, queues of {args.queue:,}; "
-                  f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {steps:,} steps on {device.type}")
+    run = eval.Run(args, "train_user", optimizer, steps, len(loader), pack, unpack, modules)
+    run.say(f"{args.data}: {len(train):,} instances, enhancement {args.enhance}, {args.loss}, "
+            f"queues of {args.queue:,}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
+            f"{steps:,} steps on {device.type}")
     model.train()
-    for batch in loader.batches(state["step"], steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate(state["step"])
-        data.seed_step(args.seed, state["step"], rank)  # augmentation and dropout
-        tokens = augmented(batch["tokens"][:, 0], tokenizer, word_ends, args.augment)
+    for step, batch in run.batches(loader):
+        for part in optimizer.param_groups:
+            part["lr"] = part["peak"] * rate(step, steps, args.lr_drop)
+        data.seed_step(args.seed, step, rank)  # augmentation and dropout
+        tokens = augmented(batch["tokens"][:, 0], tokenizer, word_ends, args.augment).to(device)
         batch = data.to_device(batch, device)
-        pictures, tokens = batch["images"][:, 0], tokens.to(device)
-        with clip.autocast(args.amp, inner):
-            images, texts = model.encode_image(pictures), model.encode_text(tokens)  # (b, D)
+        pictures = batch["images"][:, 0]
+        with clip.autocast(args.amp, clip_model):
+            images = model.encode_image(pictures)  # (b, dim), b = B / world
+            texts = model.encode_text(tokens)
         keys = None
         if args.queue:
-            momentum_update(slow, model, args.momentum)
-            with torch.no_grad(), clip.autocast(args.amp, inner):
-                keys = [losses.gather(slow.encode_image(pictures).float()), losses.gather(slow.encode_text(tokens).float())]
-        images, texts, thing = losses.gather(images.float()), losses.gather(texts.float()), losses.gather(train_group[batch["index"]])
-        # UTO's hardest negatives teach nothing as long as all similarities are alike: from random weights InfoNCE comes first (README)
-        kind = "infonce" if state["step"] < args.infonce_first * steps else args.loss
-        loss = total_loss(kind, args.batch_weight, images, texts, thing, keys, queue)
+            momentum_update(momentum_model, model, args.momentum)
+            with torch.no_grad(), clip.autocast(args.amp, clip_model):
+                image_keys = momentum_model.encode_image(pictures)
+                text_keys = momentum_model.encode_text(tokens)
+            keys = losses.gather(image_keys.float()), losses.gather(text_keys.float())
+        images = losses.gather(images.float())  # (B, dim)
+        texts = losses.gather(texts.float())
+        group = losses.gather(train_group[batch["index"]])
+        # From random weights and at a rate of 1e-3, UTO makes all cosines one value, so InfoNCE comes first.
+        # Whether a lower rate avoids that has not been studied.
+        kind = "infonce" if step < args.infonce_first * steps else args.loss
+        loss = total_loss(kind, args.batch_weight, images, texts, group, keys, queue)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        losses.average_gradients(model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRADIENT)
-        if not math.isfinite(loss.item() + norm.item()):  # before the weights take it up
-            raise SystemExit(f"error: the loss is {loss.item()}, its gradient's norm {norm.item()} at step {state['step']}; "
-                             f"try a lower --lr or --amp off. {args.out}/last.pt is from before")
+        eval.average_gradients(model.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        run.check(loss, norm)
         optimizer.step()
         if args.queue:
-            queue.enqueue(*keys, thing)
-
-        state["step"] += 1
-        state["loss_sum"] += loss.item()
-        progress.step(state["step"], args.batch_size, loss=loss.item())
-        epoch, inside = divmod(state["step"], len(loader))
-        if inside == 0 and first:
-            record = {"step": state["step"], "epoch": epoch, "loss": state["loss_sum"] / len(loader)}
-            if epoch % args.eval_every == 0 or epoch == args.epochs:
-                metrics = eval.evaluate(model, val, tokenizer, args.amp, args.workers, val_loader)
-                record["val"] = metrics
-                progress.line(f"epoch {epoch}: loss {record['loss']:.3f}, val R@1 {metrics['text_to_image']['R@1']:.1f} / {metrics['image_to_text']['R@1']:.1f}, "
-                              f"rSum {metrics['rSum']:.1f}")
-                if metrics["rSum"] > state["best"]:  # the model is chosen on val, never on test
-                    state["best"] = metrics["rSum"]
-                    save("best.pt")
-            eval.log_line(args.out, **record)
-        if inside == 0:
-            state["loss_sum"] = 0.0
-        stopping = losses.any_process(stop.requested, device)  # asked once: a signal after this waits for the next step
-        if first and (inside == 0 or time.time() - saved > SAVE_SECONDS or stopping):
-            save("last.pt")
-            saved = time.time()
-        if stopping:
-            progress.line(f"stopped at step {state['step']}; the same command with --resume goes on")
-            raise SystemExit(130)
-
-    if first:
-        report(args, device)
-
-
-def report(args, device):
-    """Evaluate best.pt on the test split (primitives: also on configurations never seen in training), print and keep the table."""
-    model, tokenizer, _ = eval.restore(os.path.join(args.out, "best.pt"), device)
-    results = {}
-    for split in ("test", "unseen") if args.data == "primitives" else ("test",):
-        instances, _ = (data.load_regions if args.regions else data.load)(args.data, args.root, split)
-        results[split] = eval.retrieval_rows(args.data, *eval.embed(model, instances, tokenizer, args.amp, args.workers), instances)
-    eval.write_json(os.path.join(args.out, "metrics.json"), results)
-    print(eval.table({f"{split} {row}": metrics for split, rows in results.items() for row, metrics in rows.items()}))
-    print("   ".join(f"{split} rSum {rows['model']['rSum']:.1f}" for split, rows in results.items()))
-    print(f"written to {os.path.join(args.out, 'metrics.json')}")
+            queue.enqueue(*keys, group)
+        if run.log(loss, args.batch_size):
+            metrics = eval.evaluate(model, val, tokenizer, args.amp, args.workers, val_loader)
+            run.keep_best(metrics["rSum"], eval.recalls(metrics), val=metrics)
+    if run.first:
+        eval.report(args, device)
 
 
 if __name__ == "__main__":
