@@ -18,12 +18,12 @@ and of texts, and one objective serves the batch and the queues. Its sums run ov
                                 - log(1 + max(0, S_jj))                                the pair itself
     loss = lambda_b UTO of the batch + UTO of images and queued texts + UTO of texts and queued images
 
-Of a queue UTO has one direction, and S_jj is the cosine with the momentum embedding of the other half of pair j.
+UTO of a queue has one direction, and its S_jj is the cosine with the momentum embedding of j's other half.
 
     python train_user.py                                   # built-in shapes, tiny CLIP from scratch, minutes
     python train_user.py --data flickr30k --root path/to/flickr30k --clip ViT-B/32  # the paper's schedule
     python train_user.py --data coco --root path/to/coco --clip ViT-B/32            # its settings for COCO
-    python train_user.py --data flickr30k --root path/to/flickr30k --clip ViT-B/32 --regions  # region features
+    python train_user.py --data flickr30k --root path/to/flickr30k --clip ViT-B/32 --regions
     python train_user.py --enhance none --queue 0 --loss triplet                    # a baseline
     torchrun --nproc_per_node=2 train_user.py              # the same batch and queues over two processes
     python train_user.py --resume                          # go on after an interruption, to the same bits
@@ -46,8 +46,8 @@ PRETRAINED = dict(epochs=20, batch_size=128, lr=5e-4, dim=1024, queue=2048, batc
 COCO = PRETRAINED | dict(epochs=25, queue=4096, batch_weight=1.0, lr_drop=0.6)  # the paper's for COCO
 SCRATCH = dict(epochs=14, batch_size=128, lr=1e-3, dim=256, queue=2048, batch_weight=1.0, lr_drop=0.85,
                infonce_first=0.7)  # a small CLIP with random weights
-MU = 90.0  # UTO: how steeply the push on negatives rises with their cosine
-GAMMA = 0.5  # UTO: the cosine over which negatives are pushed
+MU = 90.0  # UTO: how steeply the push on a negative rises with its cosine
+GAMMA = 0.5  # UTO: the cosine from which negatives are pushed away
 WARMUP = 0.03  # share of the steps in which the learning rate rises
 MAX_NORM = 2.0  # of the gradient
 MASKED = 0.5  # share of the changed words of a caption that are masked
@@ -60,33 +60,26 @@ def settings(argv=None):
     p.add_argument("--loss", choices=("uto", "infonce", "triplet"), default="uto",
                    help="of the batch and of the queues; infonce and triplet are baselines")
     p.add_argument("--infonce-first", type=eval.fraction,
-                   help="share of the steps, at first, with infonce whatever --loss is (from scratch 0.7, else 0)")
+                   help="share of the steps that begin a run, with infonce for --loss (0; from scratch 0.7)")
     p.add_argument("--queue", type=eval.non_negative_int,
-                   help="keys in each queue; 0: neither queues nor momentum encoders (default 2048; coco 4096)")
-    p.add_argument("--momentum", type=eval.fraction, default=0.999,
-                   help="of the encoders that fill the queues")
+                   help="keys in each queue; 0: no queues, no momentum encoders (2048; coco 4096)")
+    p.add_argument("--momentum", type=eval.fraction, default=0.999, help="of the queues' encoders")
     p.add_argument("--batch-weight", type=eval.non_negative,
-                   help="lambda_b, of the batch's loss beside the queues' (default 20; coco, from scratch 1)")
-    p.add_argument("--dim", type=eval.positive_int,
-                   help="D of the common space (default 1024; from scratch 256)")
-    p.add_argument("--smooth", type=eval.positive, default=4.0,
-                   help="lambda of guided enhancement's softmax")
+                   help="lambda_b, of the batch's loss beside the queues' (20; coco, from scratch 1)")
+    p.add_argument("--dim", type=eval.positive_int, help="of the common space (1024; from scratch 256)")
+    p.add_argument("--smooth", type=eval.positive, default=4.0, help="lambda of guided enhancement")
     p.add_argument("--dropout", type=eval.fraction, default=0.4, help="in SGE")
     p.add_argument("--augment", type=eval.fraction, default=0.2,
                    help="share of a training caption's words that are masked, replaced or dropped")
     p.add_argument("--clip-lr", type=eval.positive,
                    help="learning rate of CLIP's own weights (default --lr; of a pretrained CLIP a tenth)")
     p.add_argument("--lr-drop", type=eval.fraction,
-                   help="share of the steps after which rates are a tenth (default 0.5; coco 0.6; scratch 0.85)")
-    p.add_argument("--regions", action="store_true",
-                   help="region features from <root>/precomp in place of pictures")
+                   help="share of the steps after which rates are a tenth (0.5; coco 0.6; from scratch 0.85)")
+    p.add_argument("--regions", action="store_true", help="region features from <root>/precomp, no pictures")
     args = p.parse_args(argv)
     from_scratch = args.clip in clip.SCRATCH
-    if from_scratch:
-        defaults = SCRATCH
-    else:
-        defaults = COCO if args.data == "coco" else PRETRAINED
-    eval.complete(args, "user", defaults)
+    pretrained = COCO if args.data == "coco" else PRETRAINED
+    eval.complete(args, "user", SCRATCH if from_scratch else pretrained)
     args.clip_lr = args.clip_lr or (args.lr if from_scratch else args.lr / 10)
     if 0 < args.queue < args.batch_size:
         p.error(f"--batch-size {args.batch_size} is larger than --queue {args.queue}: the queue must hold a "
@@ -105,15 +98,15 @@ def settings(argv=None):
 def augmented(tokens, tokenizer, word_ends, fraction):
     """Training captions with about a fraction of their words masked, replaced or dropped (section 4.1).
 
-    tokens (B, columns); word_ends (vocabulary,), bool: the tokens that end a word. A word is all of its tokens,
-    and a caption keeps at least one. The start symbol, which stands nowhere else, is the mask. Draws from
-    torch's generator.
+    tokens (B, columns); word_ends (vocabulary,), bool: the tokens that end a word. A word is all of its
+    tokens, and a caption keeps at least one word. The start symbol, which stands nowhere else, is the mask.
+    Draws from torch's generator.
     """
     if not fraction:
         return tokens
     out = torch.zeros_like(tokens)
     for row, caption in enumerate(tokens):
-        ids = caption[1:int(caption.argmax())]  # (L,), between start and end: the end symbol is the largest id
+        ids = caption[1:int(caption.argmax())]  # (L,), between start and end, the largest id
         ends = word_ends[ids.long()].long()
         word = ends.cumsum(0) - ends  # (L,): the number of the word that each token belongs to
         words = int(word.max()) + 1 if len(ids) else 0
@@ -139,7 +132,7 @@ def augmented(tokens, tokenizer, word_ends, fraction):
 # no effect. A bias that batch norm or a softmax cancels is left out: its gradient would be rounding alone.
 
 def guided_enhancement(x, mask, g, smooth):
-    """Guided enhancement (section 3.2): add to x what agrees with a global representation g (B, D), unit norm.
+    """Guided enhancement (section 3.2): add to x as much of g (B, D), unit norm, as it agrees with.
 
     The weights a come from a softmax over the L places, with `smooth` as lambda, and are scaled to unit norm.
     """
@@ -149,7 +142,7 @@ def guided_enhancement(x, mask, g, smooth):
 
 
 def on_rows(function, x, mask):
-    """Apply function to the real rows (rows, D) alone, since batch norm must not see padding -> (B, L, D')."""
+    """Apply function to the real rows (rows, D) alone: batch norm must not see padding. -> (B, L, D')."""
     place = mask.flatten().nonzero()[:, 0]
     rows = function(x.flatten(0, 1).index_select(0, place))
     out = rows.new_zeros(mask.numel(), rows.shape[1]).index_copy(0, place, rows)
@@ -208,15 +201,16 @@ class GPO(nn.Module):
         lengths, position = mask.sum(1).unique(return_inverse=True)
         # weights[position] would add up gradients in any order; F.embedding does in a fixed one
         weights = F.embedding(position, self.weights(lengths, x.shape[1]))  # (B, L)
-        ranked = x.masked_fill(~mask[..., None], -1e4).sort(dim=1, descending=True).values  # padding comes last
+        x = x.masked_fill(~mask[..., None], -1e4)  # padding comes last, where weights are 0
+        ranked = x.sort(dim=1, descending=True).values
         return (ranked * weights[..., None]).sum(1)
 
 
 class USER(nn.Module):
     """CLIP's local features, enhanced and pooled. encode_image and encode_text give (B, dim), unit norm.
 
-    enhance: none, sge, cge or both. smooth: lambda of guided enhancement. regions: the width of region
-    features that stand in for pictures, or None. Regions have no CLIP embedding: CGE then enhances texts only.
+    enhance: none, sge, cge or both. smooth: lambda of guided enhancement. regions: the width of the region
+    features that take the place of pictures, or None: regions have no CLIP embedding, so CGE enhances texts.
     """
 
     def __init__(self, clip_model, enhance="both", dim=1024, smooth=4.0, dropout=0.4, regions=None, seed=0):
@@ -226,6 +220,7 @@ class USER(nn.Module):
         sge = enhance in ("sge", "both")
         self.config = clip_model.config
         self.tokenizer = clip_model.tokenizer
+        self.context_length = clip_model.context_length
         self.enhance = enhance
         self.smooth = smooth
         self.regions = regions
@@ -281,10 +276,10 @@ def momentum_update(momentum_model, model, m):
 
     Buffers (batch norm's running statistics) are copied. The model and all gradients stay as they are.
     """
-    for slow, fast in zip(momentum_model.parameters(), model.parameters()):
-        slow.mul_(m).add_(fast.detach(), alpha=1 - m)
-    for slow, fast in zip(momentum_model.buffers(), model.buffers()):
-        slow.copy_(fast)
+    for average, weight in zip(momentum_model.parameters(), model.parameters()):
+        average.mul_(m).add_(weight.detach(), alpha=1 - m)
+    for kept, buffer in zip(momentum_model.buffers(), model.buffers()):
+        kept.copy_(buffer)
 
 
 class Queue(nn.Module):
@@ -301,7 +296,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, images, texts, group):
-        """Replace the oldest pairs by images, texts (N, dim) of group (N,), N <= size; wraps round at the end."""
+        """Replace the oldest pairs by images, texts (N, dim) of group (N,), N <= size; wraps round."""
         size = len(self.groups)
         place = (self.next + torch.arange(len(group), device=group.device)) % size
         self.images[place] = images.float()
