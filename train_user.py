@@ -60,7 +60,7 @@ def settings(argv=None):
     p.add_argument("--loss", choices=("uto", "infonce", "triplet"), default="uto",
                    help="of the batch and of the queues; infonce and triplet are baselines")
     p.add_argument("--infonce-first", type=eval.fraction,
-                   help="share of the steps that begin a run, with infonce for --loss (0; from scratch 0.7)")
+                   help="train with infonce at first, for this share of the steps (0; from scratch 0.7)")
     p.add_argument("--queue", type=eval.non_negative_int,
                    help="keys in each queue; 0: no queues, no momentum encoders (2048; coco 4096)")
     p.add_argument("--momentum", type=eval.fraction, default=0.999, help="of the queues' encoders")
@@ -74,8 +74,9 @@ def settings(argv=None):
     p.add_argument("--clip-lr", type=eval.positive,
                    help="learning rate of CLIP's own weights (default --lr; of a pretrained CLIP a tenth)")
     p.add_argument("--lr-drop", type=eval.fraction,
-                   help="share of the steps after which rates are a tenth (0.5; coco 0.6; from scratch 0.85)")
-    p.add_argument("--regions", action="store_true", help="region features from <root>/precomp, no pictures")
+                   help="rates are a tenth after this share of the steps (0.5; coco 0.6; from scratch 0.85)")
+    p.add_argument("--regions", action="store_true",
+                   help="train on region features from <root>/precomp in place of pictures")
     args = p.parse_args(argv)
     from_scratch = args.clip in clip.SCRATCH
     pretrained = COCO if args.data == "coco" else PRETRAINED
@@ -132,9 +133,9 @@ def augmented(tokens, tokenizer, word_ends, fraction):
 # no effect. A bias that batch norm or a softmax cancels is left out: its gradient would be rounding alone.
 
 def guided_enhancement(x, mask, g, smooth):
-    """Guided enhancement (section 3.2): add to x as much of g (B, D), unit norm, as it agrees with.
+    """Guided enhancement (section 3.2): x_l + a_l g for every place l of x (B, L, D).
 
-    The weights a come from a softmax over the L places, with `smooth` as lambda, and are scaled to unit norm.
+    g (B, D): a global representation, unit norm. smooth: lambda of the softmax that gives a.
     """
     agreement = smooth * (x @ g[:, :, None])[..., 0]  # (B, L)
     a = F.normalize(agreement.masked_fill(~mask, -math.inf).softmax(1), dim=1)
@@ -198,9 +199,9 @@ class GPO(nn.Module):
         return scores.masked_fill(rank.t() >= lengths[:, None], -math.inf).softmax(1)
 
     def forward(self, x, mask):
-        lengths, position = mask.sum(1).unique(return_inverse=True)
-        # weights[position] would add up gradients in any order; F.embedding does in a fixed one
-        weights = F.embedding(position, self.weights(lengths, x.shape[1]))  # (B, L)
+        lengths, index = mask.sum(1).unique(return_inverse=True)
+        # plain indexing would add up gradients in any order, F.embedding adds them in a fixed one
+        weights = F.embedding(index, self.weights(lengths, x.shape[1]))  # (B, L)
         x = x.masked_fill(~mask[..., None], -1e4)  # padding comes last, where weights are 0
         ranked = x.sort(dim=1, descending=True).values
         return (ranked * weights[..., None]).sum(1)
@@ -336,9 +337,9 @@ def total_loss(kind, batch_weight, images, texts, group, keys, queue):
 
 def restore(checkpoint, path):
     """The model of a checkpoint of this script, for eval.py."""
-    args = checkpoint["settings"]
-    model = USER(clip.load(path, "cpu")[0], args["enhance"], args["dim"], args["smooth"], args["dropout"],
-                 checkpoint["regions"])
+    options = checkpoint["settings"]
+    model = USER(clip.load(path, "cpu")[0], options["enhance"], options["dim"], options["smooth"],
+                 options["dropout"], checkpoint["regions"])
     clip.load_heads(model, checkpoint["heads"])
     return model
 
@@ -370,9 +371,10 @@ def main(argv=None):
     model = USER(clip_model, args.enhance, args.dim, args.smooth, args.dropout, regions, args.seed).to(device)
     momentum_model = queue = modules = None
     if args.queue:
+        # .train(), because a pretrained CLIP comes in evaluation mode
         momentum_model = copy.deepcopy(model).train().requires_grad_(False)
         queue = Queue(args.queue, args.dim, args.seed).to(device)
-        modules = {"momentum": momentum_model, "queue": queue}
+        modules = {"momentum": momentum_model, "queue": queue}  # going on needs them, evaluation does not
     loader = data.Loader(train, tokenizer, clip_model.context_length, clip_model.config.image_resolution,
                          args.batch_size, 1, 1, train=True, seed=args.seed, workers=args.workers,
                          rank=rank, world=world)
