@@ -60,13 +60,14 @@ def settings(argv=None):
     p.add_argument("--loss", choices=("uto", "infonce", "triplet"), default="uto",
                    help="of the batch and of the queues; infonce and triplet are baselines")
     p.add_argument("--infonce-first", type=eval.fraction,
-                   help="train with infonce at first, for this share of the steps (0; from scratch 0.7)")
+                   help="share of the steps, from the first, with infonce (default 0; from scratch 0.7)")
     p.add_argument("--queue", type=eval.non_negative_int,
-                   help="keys in each queue; 0: no queues, no momentum encoders (2048; coco 4096)")
-    p.add_argument("--momentum", type=eval.fraction, default=0.999, help="of the queues' encoders")
+                   help="keys per queue; 0: no queues, no momentum encoders (default 2048; coco 4096)")
+    p.add_argument("--momentum", type=eval.fraction, default=0.999, help="m of the momentum encoders")
     p.add_argument("--batch-weight", type=eval.non_negative,
-                   help="lambda_b, of the batch's loss beside the queues' (20; coco, from scratch 1)")
-    p.add_argument("--dim", type=eval.positive_int, help="of the common space (1024; from scratch 256)")
+                   help="lambda_b: weight of the batch's loss (default 20; coco and from scratch 1)")
+    p.add_argument("--dim", type=eval.positive_int,
+                   help="dimensions of the common space (default 1024; from scratch 256)")
     p.add_argument("--smooth", type=eval.positive, default=4.0, help="lambda of guided enhancement")
     p.add_argument("--dropout", type=eval.fraction, default=0.4, help="in SGE")
     p.add_argument("--augment", type=eval.fraction, default=0.2,
@@ -74,9 +75,10 @@ def settings(argv=None):
     p.add_argument("--clip-lr", type=eval.positive,
                    help="learning rate of CLIP's own weights (default --lr; of a pretrained CLIP a tenth)")
     p.add_argument("--lr-drop", type=eval.fraction,
-                   help="rates are a tenth after this share of the steps (0.5; coco 0.6; from scratch 0.85)")
+                   help="share of the steps after which learning rates are a tenth "
+                        "(default 0.5; coco 0.6; from scratch 0.85)")
     p.add_argument("--regions", action="store_true",
-                   help="train on region features from <root>/precomp in place of pictures")
+                   help="read region features from <root>/precomp in place of pictures")
     args = p.parse_args(argv)
     from_scratch = args.clip in clip.SCRATCH
     pretrained = COCO if args.data == "coco" else PRETRAINED
@@ -107,7 +109,7 @@ def augmented(tokens, tokenizer, word_ends, fraction):
         return tokens
     out = torch.zeros_like(tokens)
     for row, caption in enumerate(tokens):
-        ids = caption[1:int(caption.argmax())]  # (L,), between start and end, the largest id
+        ids = caption[1:int(caption.argmax())]  # (L,): between start and end (the largest id)
         ends = word_ends[ids.long()].long()
         word = ends.cumsum(0) - ends  # (L,): the number of the word that each token belongs to
         words = int(word.max()) + 1 if len(ids) else 0
