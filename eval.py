@@ -1,12 +1,12 @@
-"""Evaluation: metrics, tables, pictures and the evaluation command; and what every script needs around its
-training loop.
+"""Evaluation: metrics, tables, pictures and the evaluation command; and what every script has around its loop.
 
     python eval.py --checkpoint runs/mxm-primitives/best.pt                 # one table, and metrics.json
-    beside the checkpoint python eval.py --checkpoint runs/mxm-primitives/best.pt --split unseen --gallery
-    out.png python eval.py --checkpoint runs/mxm-primitives/best.pt --query "a tall red cone"
- This file knows nothing of how a model was trained: a checkpoint names its script, whose `restore` rebuilds
-the model. The first half (metrics, a model on a data set, pictures) is for reading results, the second half
-(arguments, processes, `Run`) is what keeps the training loops of the scripts short.
+    python eval.py --checkpoint runs/mxm-primitives/best.pt --split unseen --gallery out.png
+    python eval.py --checkpoint runs/mxm-primitives/best.pt --query "a tall red cone"
+
+This file knows nothing of how a model was trained: a checkpoint names its script, whose `restore` rebuilds
+the model. The first half (metrics, a model on a data set, pictures) is for reading results. The second half
+(arguments, processes, `Run`) keeps the training loops of the scripts short.
 """
 import argparse
 import contextlib
@@ -77,8 +77,7 @@ def positions(scores, relevant, k=None):
 
 
 def ranked(scores, query_group, gallery_group, k=None):
-    """Yield (place, count) for blocks of queries: `positions` (b, K), and how many relevant items each query
-    has, (b,).
+    """Yield (place, count) of blocks of queries: `positions` (b, K), and how many relevant items each has (b,).
 
     Arguments as in `ranking_metrics`. Memory grows with the block, not with queries x gallery.
     """
@@ -96,16 +95,17 @@ def ranked(scores, query_group, gallery_group, k=None):
 def ranking_metrics(scores, query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
     """Retrieval metrics, averaged over queries. An item is relevant to a query of the same group.
 
-    scores: a function (begin, end) -> float (end - begin, G), the scores of these queries, or a tensor (Q,
-    G). A function is asked in blocks, so that memory grows with the block. query_group (Q,), gallery_group
-    (G,): integer tensors. Returns a dict, with percentages in 0..100:
+    scores: a function (begin, end) -> the scores of these queries, float (end - begin, G), so that memory
+    grows with the block; or a tensor (Q, G). query_group (Q,), gallery_group (G,): integer tensors.
+    Returns a dict, with percentages in 0..100:
 
-      R@k     queries with a relevant item among the first k (Text2Shape's RR@k) P@k     relevant items among
-      the first k, divided by k NDCG@k  sum over relevant positions p <= k of 1 / log2(p + 1), divided by its
-      value if min(k, relevant) were first MRR     mean of 1 / position of the first relevant item MedR
-      median position of the first relevant item (a position, no percentage) MeanR   mean position of the
-      first relevant item mAP     where asked for: mean over queries of the mean over relevant items of
-      (relevant items up to it) / position
+      R@k     queries with a relevant item among the first k (Text2Shape's RR@k)
+      P@k     relevant items among the first k, divided by k
+      NDCG@k  sum over relevant positions p <= k of 1 / log2(p + 1), divided by the most that it could be
+      MRR     mean of 1 / position of the first relevant item
+      MedR    median position of the first relevant item (a position, no percentage)
+      MeanR   its mean position
+      mAP     if asked for: mean over relevant items of (relevant items up to it) / position, over queries
 
     Raises ValueError for NaN scores and for a query without a relevant item.
     """
@@ -143,13 +143,12 @@ def average_precisions(place, count):
 
 
 def both_ways(text_scores, image_scores, image_group, text_group, image_query=ALL, text_query=ALL):
-    """`ranking_metrics` text-to-image and image-to-text, and rSum, the sum of R@1, 5 and 10 both ways
-    (0..600).
+    """`ranking_metrics` of both directions, and rSum, the sum of R@1, 5 and 10 of both (0..600).
 
-    text_scores: a function (begin, end) -> the scores of these of the asked texts with all images (end -
-    begin, N); image_scores: of these of the asked images with all texts (end - begin, C). Groups (N,), (C,):
-    integer tensors. Queries: which rows are asked about (bool (N,), (C,); default all), while all rows are
-    searched.
+    text_scores: a function (begin, end) -> the scores of these of the asked texts with all images.
+    image_scores: a function (begin, end) -> the scores of these of the asked images with all texts.
+    image_group (N,), text_group (C,): integer tensors.
+    image_query (N,), text_query (C,): bool, which rows are asked about (default: all); all rows are searched.
     """
     text_to_image = ranking_metrics(text_scores, text_group[text_query], image_group)
     image_to_text = ranking_metrics(image_scores, image_group[image_query], text_group)
@@ -158,8 +157,7 @@ def both_ways(text_scores, image_scores, image_group, text_group, image_query=AL
 
 
 def retrieval_metrics(images, texts, image_group, text_group, image_query=ALL, text_query=ALL):
-    """`both_ways` of features of unit norm: images (N, D), texts (C, D). An image's rank is that of its best
-    caption."""
+    """`both_ways` of features of unit norm, images (N, D) and texts (C, D), compared by their cosine."""
     asked_images = images[image_query].float()
     asked_texts = texts[text_query].float()
 
@@ -234,16 +232,15 @@ SCOPES = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def class_metrics(scores, query_label, gallery_label, classes):
-    """Supervised cross-modal retrieval: an item is relevant to a query of its class, and the whole ranking
-    counts.
+    """Supervised cross-modal retrieval: an item is relevant to queries of its class; the whole ranking counts.
 
-    scores as in `ranking_metrics`; labels: int64 (Q,), (G,), 0 or more; classes: their names. Percentages in
-    0..100:
+    scores as in `ranking_metrics`; labels: int64 (Q,), (G,), 0 or more; classes: their names. Returns
+    percentages in 0..100:
 
-      mAP, P@k          as in `ranking_metrics`, for the k of SCOPES up to the size of the gallery per_class
-      {class: mAP of its queries}; a class without queries is left out precision_recall  {"recall": 0, 10,
-      ..., 100, "precision": mean over queries of the best at that recall or higher} precision_scope
-      {"scope": k, "precision": P@k}
+      mAP, P@k          as in `ranking_metrics`, for the k of SCOPES up to the size of the gallery
+      per_class         {class: mAP of its queries}; a class without queries is left out
+      precision_recall  {"recall": 0, 10, ..., 100, "precision": the best at that recall or a higher one}
+      precision_scope   {"scope": k, "precision": P@k}
 
     Raises ValueError for NaN scores and for a query whose class the gallery lacks.
     """
@@ -316,14 +313,12 @@ def classification_metrics(probabilities, labels, thresholds=None):
 
     probabilities (N, C), labels int64 (N,) in -1..C-1; rows of -1 are left out.
 
-      accuracy             the most probable class is right; of several equally probable classes the worst
-      counts, so that
-                           a constant earns nothing
-      macro_f1             mean over the classes among labels or predictions of F1 = 2 TP / (2 TP + FP + FN)
-      recall_at_precision  with thresholds (C,) from `precision_thresholds`: mean over the classes among the
-      labels of the
-                           share of their rows at or above the class's threshold
-      precision            what these thresholds reached here
+      accuracy   the most probable class is right; of equally probable ones the worst counts, so that a
+                 constant earns nothing
+      macro_f1   mean over the classes among labels or predictions of F1 = 2 TP / (2 TP + FP + FN)
+      recall_at_precision   with thresholds (C,) from `precision_thresholds`: the share of a class's rows
+                 that are at or above its threshold, mean over the classes among the labels
+      precision  what these thresholds reached here
 
     Raises CheckpointError for NaN.
     """
@@ -375,8 +370,10 @@ def precision_thresholds(probabilities, labels, precision):
 
 @torch.no_grad()
 def encode_images(model, loader, amp):
-    """Yield (features (A, D) of all views of a batch, as the model gives them; image_mask (B, V)) of a
-    loader's batches."""
+    """Yield (features, image_mask) of a loader's batches.
+
+    features (A, D): of all views of the batch, as the model gives them; image_mask (B, V): where they belong.
+    """
     device = next(model.parameters()).device
     for batch in loader.batches():
         batch = data.to_device(batch, device)
@@ -467,8 +464,7 @@ def frozen_features(model, instances, classes, tokenizer, cache, amp="auto", wor
 
 
 def layout(instances):
-    """What retrieval needs to know beside features: dict(image_group (N,), text_group (C,), image_query,
-    text_query)."""
+    """What `retrieval_metrics` needs beside features: a dict of its last four arguments."""
     numbers = {}
     group = torch.tensor([numbers.setdefault(x.group, len(numbers)) for x in instances])
     query = torch.tensor([x.query for x in instances])
@@ -908,11 +904,10 @@ def warmup_cosine(step, steps, warmup, peak=1.0):
 # ---------------------------------------------------------------- a run
 
 class Run:
-    """What no reader of a training loop came for: the folder, the log, the checkpoints, the progress line,
-    the end.
+    """What no reader of a training loop came for: the folder, the log, the checkpoints, the progress, the end.
 
-        run = eval.Run(args, "train_mxm", optimizer, steps, len(loader), pack, unpack) for step, batch in
-        run.batches(loader):   # from where an interrupted run stopped; saves and stops between steps
+        run = eval.Run(args, "train_mxm", optimizer, steps, len(loader), pack, unpack)
+        for step, batch in run.batches(loader):   # from where an interrupted run stopped
             ...                                   # learning rate, forward, loss, backward: the script's own
             run.check(loss, norm)                 # a NaN stops the run before it reaches the weights
             optimizer.step()
@@ -921,9 +916,10 @@ class Run:
 
     It calls neither the model nor the loss nor the optimizer. Everything that changes is in the weights, the
     optimizer and `state`, so a resumed run ends with the same bits. pack() gives what a checkpoint holds of
-    the model, unpack(checkpoint) is its inverse. modules: {name: module} that going on needs and evaluation
-    does not; only last.pt holds their weights. Only the first process writes and evaluates, and all processes
-    stop at the same step.
+    the model, and unpack(checkpoint) is its inverse. modules: {name: module} that going on needs and
+    evaluation does not; only last.pt holds their weights.
+
+    Only the first process writes and evaluates, and all processes stop at the same step.
     """
 
     def __init__(self, args, method, optimizer, steps, steps_per_epoch, pack, unpack, modules=None):

@@ -1,5 +1,4 @@
-"""Every loss of the five methods, as a plain function of tensors, and the gathering of features over
-processes.
+"""Every loss of the five methods, as a plain function of tensors; gathering features over processes.
 
 Features are rows of unit norm unless a docstring says otherwise. s = exp(logit_scale) is at most 100.
 All losses are computed in float32: run the encoders under autocast, but not these functions.
@@ -59,8 +58,7 @@ def gather_rows(x, owner):
 
 
 class BatchNorm(torch.nn.BatchNorm1d):
-    """BatchNorm1d of rows (A, D) with the statistics of all processes' rows, so that several processes equal
-    one.
+    """BatchNorm1d with the statistics of all processes' rows (A, D), so that several processes equal one.
 
     torch's SyncBatchNorm does this on GPUs only. A may differ between processes.
     """
@@ -120,8 +118,7 @@ def hard_loss(images, texts, scale, image_owner, text_owner):
 
 
 def hard_uniform_loss(images, texts, scale, image_owner, text_owner):
-    """Cross-entropy against targets that are uniform over an observation's positives, mean of both
-    directions.
+    """Cross-entropy against targets uniform over an observation's positives, mean of both directions.
 
     This is L_out of Khosla et al. 2020 (arXiv 2004.11362) across modalities. The positives of an observation
     compete with each other, so all of them are held at the same score.
