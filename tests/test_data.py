@@ -707,10 +707,12 @@ def test_pickles_that_would_run_code_are_refused(tmp_path, protocol):
         mkdir, Call(os.mkdir, (str(mark),), {"a": 1}), collections.defaultdict(list, {1: mkdir}),
         Call(collections.defaultdict, (os.mkdir,)), Call(os.system, (f"touch {mark}",)),
         Call(open, (str(mark), "w")), Call(eval, (f"open({str(mark)!r}, 'w')",)),
-        Call(np.save, (str(mark), 1)), Call(np.load, ("a",)), Call(getattr, ("a", "upper")), Call(__import__, ("antigravity",)),
+        Call(np.save, (str(mark), 1)), Call(np.load, ("a",)), Call(getattr, ("a", "upper")),
+        Call(__import__, ("antigravity",)),
         Call(type, ("X", (), {})), Call(str, ([1],)), Call(bytes, (5,)), tokenizer, Instance("a", [], []),
         torch.zeros(2), np.dtype([("a", "O")]),
-        forged(flagged("O8"), b"A" * 8), forged(flagged("V8"), b"A" * 8), forged(np.dtype("O"), [], (3,)), forged(np.dtype("i8"), [1]), forged(np.dtype("i8"), b"short"),
+        forged(flagged("O8"), b"A" * 8), forged(flagged("V8"), b"A" * 8), 
+        forged(np.dtype("O"), [], (3,)), forged(np.dtype("i8"), [1]), forged(np.dtype("i8"), b"short"),
         forged(np.dtype("i8"), b"A" * 8, (1 << 62, 4)), Call(scalar, (flagged("O8"), b"A" * 8))]
     for value in evil:
         for content in (value, {"image": value}, {"other": [value]}):
@@ -755,7 +757,7 @@ def zipped(names):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """{url: bytes}: a small Text2Shape in the published archives, for clip.fetch to find; "asked": the urls."""
+    """{url: bytes}: a small Text2Shape in the published archives, for clip.fetch to find; "asked": urls."""
     folder = tmp_path / "source"
     text2shape(folder, MODELS[:8])
 
