@@ -29,7 +29,7 @@ import sys
 import zipfile
 import zlib
 from collections import OrderedDict, defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -78,8 +78,7 @@ _noted = set()
 
 
 def seed_everything(seed):
-    """Seed every generator that a library might draw from. This project's own draws have generators of their
-    own."""
+    """Seed every generator that a library might draw from. The project's own draws have their own."""
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed)
@@ -279,8 +278,7 @@ def _json_row(line, number, where):
 
 def read_csv(path, split):
     """One image-caption pair a row. Columns: image, caption; optional id (rows of one id are one instance;
-    default the image) and split; every further column is a task. An empty optional cell is the same as
-    none."""
+    default the image) and split; every further column is a task. An empty optional cell is none."""
     header, lines = read_table(path, ("image", "caption"), strict=True)
     expect(len(set(header)) == len(header) and "" not in header, f"{path} line 1",
            f"a column has no name or that of another ({', '.join(header)[:200]}); name each, or remove it")
@@ -386,8 +384,7 @@ def choose_task(classes, task, where, instances):
 
 
 def check_classes(count, where, task):
-    """Raise DataError where classes with these numbers of training instances, count (C,), are none to
-    learn."""
+    """Raise DataError unless classes can be learned of which train has these numbers of instances (C,)."""
     distinct = (count > 0).sum()
     expect(distinct >= 2, where,
            f"{task} has one class only in train; there is nothing to tell apart: it needs two or more")
@@ -400,8 +397,7 @@ def check_classes(count, where, task):
 
 def load_split(name, root, split, task, classes=None):
     """As `load`, for one task: -> (instances that have a label of it, names of its classes). What counts as
-    the same thing, the group, becomes the class. classes: those that a model knows; instances of others are
-    left out."""
+    the same thing, the group, becomes the class. classes: those that a model knows; others are left out."""
     instances, tasks = load(name, root, split)
     return by_class(instances, tasks, task, name, split, classes)
 
@@ -435,8 +431,8 @@ def class_layout(instances, classes):
 # ---------------------------------------------------------------- published sets: pictures and captions
 
 def karpathy(root, split, name, folder):
-    """Karpathy's dataset_<name>.json: images[] of filename, split, sentences[].raw, for coco also filepath.
-    restval counts as train."""
+    """Karpathy's dataset_<name>.json: images[] of filename, split (restval counts as train), sentences[].raw and,
+    for coco, filepath."""
     path = os.path.join(root, f"dataset_{name}.json")
     rows = []
     empty = 0
@@ -537,8 +533,7 @@ def _published_split(root):
 
 def _labelled(root, split, rows, tasks, read=None):
     """-> (instances of the split, classes). read: reads captions from the file that stands in their place.
-    Rows without a picture or a text are left out and counted; a class that train does not have is unlabelled
-    elsewhere."""
+    Rows without a picture or a text are left out and counted; a class that train lacks is unlabelled."""
     stated = assign_splits(rows)
     names = train_names(rows)
     classes = {task: sorted(set(names[task])) for task in tasks}
@@ -569,8 +564,7 @@ def _labelled(root, split, rows, tasks, read=None):
 
 def products(root, split):
     """Kaggle's Fashion Product Images: styles.csv and images/<id>.jpg. A picture, a title and seven tasks;
-    80/10/10 by a hash of the id. The published file does not quote a title's commas: what is past the last
-    column is title."""
+    80/10/10 by a hash of the id. Commas in a title are not quoted: what is past the last column is title."""
     path = os.path.join(root, "styles.csv")
     header, lines = read_table(path, ("id", "productDisplayName"))
     expect(header[0] == "id" and header[-1] == "productDisplayName", f"{path} line 1",
@@ -589,7 +583,7 @@ def products(root, split):
 
 def wikipedia(root, split):
     """Rasiwasia et al. 2010: {train,test}set_txt_img_cat.list (text id, image id, category from 1),
-    categories.list, images/<category>/<id>.jpg, texts/<id>.xml. 2,173 / 693, val out of train. Relevance:
+    categories.list, images/<category>/<id>.jpg, texts/<id>.xml. 2,173 / 693, val out of train. Relevance: the
     category."""
     names = [name for (name,) in read_list(os.path.join(root, "categories.list"), 1)]
     rows = []
@@ -754,8 +748,7 @@ def msrvtt(root, split):
 
 
 def msvd(root, split):
-    """MSVD (Chen and Dolan 2011): {train,val,test}_list.txt, raw-captions.pkl ({video: [[word, ...], ...]}),
-    about 40 captions to a video."""
+    """MSVD (Chen and Dolan 2011): {train,val,test}_list.txt, raw-captions.pkl ({video: [[word, ...], ...]})."""
     path = os.path.join(root, "raw-captions.pkl")
     captions = read_pickle(path)
     expect(fits(captions, {str: (list, tuple)}), path, "not a dict of lists of captions; get it again")
@@ -810,8 +803,7 @@ def _bytes(content):
 
 
 class _Array(np.ndarray):
-    """An array while it is read. numpy's own would trust the pickle's flags, which can pass bytes off as
-    objects."""
+    """An array while it is read. numpy's own would trust the pickle's flags, which can make bytes objects."""
 
     def __setstate__(self, state):
         _, shape, kind, fortran, content = state
@@ -869,8 +861,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(path):
-    """A pickle of numpy arrays and plain containers (Python 2's too). Anything else is a DataError; nothing
-    is run."""
+    """A pickle of numpy arrays and plain containers (Python 2's too). Anything else is refused, not run."""
     try:
         with open(path, "rb") as f:
             return _Unpickler(f, encoding="latin1").load()
@@ -914,8 +905,7 @@ def download_text2shape(root):
 
 
 def unpack(archive, root):
-    """Unpack voxels and split files of a zip into `root`: only names of the published layout, never outside
-    it."""
+    """Unpack voxels and splits of a zip: only names of the published layout, never outside `root`."""
     targets = {}
     try:
         with zipfile.ZipFile(archive) as z:
@@ -948,8 +938,7 @@ def unpack(archive, root):
 # ---------------------------------------------------------------- voxels and their views
 
 def read_nrrd(path):
-    """A Text2Shape voxel file: uint8 (n, n, n, 4), axes x, y, z, then RGBA. NRRD: header, blank line,
-    data."""
+    """A Text2Shape voxel file: uint8 (n, n, n, 4), axes x, y, z, RGBA. NRRD: header, blank line, data."""
     try:
         with open(path, "rb") as f:
             start = f.read(1 << 16)
@@ -1092,7 +1081,7 @@ FRACTIONS = (0.30, 0.57, 0.86)  # of the grid's side, for the three heights and 
 JITTER = 0.05  # +- of the grid's side
 COLOUR_JITTER = 14  # +- levels of 256
 GRID = 32
-CONFIGURATIONS = 756  # 6 shapes x 14 colours x 3 heights x 3 widths
+CONFIGURATIONS = 6 * 14 * 3 * 3
 CAPTIONS = 5
 PRIMITIVES_SEED = 2018
 
@@ -1434,8 +1423,7 @@ def load_regions(name, root, split):
 # ---------------------------------------------------------------- pictures
 
 def open_image(path):
-    """A picture as RGB: EXIF rotation applied, 16-bit scaled to 8, transparency over white, the first
-    frame."""
+    """A picture as RGB: EXIF rotation applied, 16-bit scaled to 8, transparency on white, one frame."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -1491,7 +1479,7 @@ class Loader:
     int64 (B,). An instance with fewer views or captions than asked for has its rest masked.
     """
     instances: list  # of Instance
-    tokenizer: clip.Tokenizer
+    tokenizer: InitVar[clip.Tokenizer]
     context_length: int  # longer captions are cut, counted and said once
     image_size: int  # S
     batch_size: int  # instances per batch over all processes
@@ -1505,7 +1493,7 @@ class Loader:
     cache_bytes: int = 2 << 30  # decoded pictures are kept, shared by all workers, where they all fit
     frames: int = None  # instead of views, at most this many images, taken evenly and in order (video)
 
-    def __post_init__(self):
+    def __post_init__(self, tokenizer):
         n = len(self.instances)
         if self.batch_size % self.world:
             raise DataError(f"--batch-size {self.batch_size} is no multiple of the {self.world} processes; "
@@ -1514,7 +1502,7 @@ class Loader:
             raise DataError(f"--batch-size {self.batch_size} is larger than the data set: {n} training "
                             f"instances; choose {n} or less")
         texts = [caption for x in self.instances for caption in x.captions]
-        self.tokens, cut = self.tokenizer.rows(texts, self.context_length)
+        self.tokens, cut = tokenizer.rows(texts, self.context_length)
         if cut:
             note(f"{cut} of {len(texts)} captions are longer than {self.context_length} tokens and were cut")
         images = [len(x.images) for x in self.instances]
@@ -1533,8 +1521,7 @@ class Loader:
             self._make_cache()
 
     def _make_cache(self):
-        """Anonymous shared memory: forked workers fill it for each other; pages cost nothing until
-        written."""
+        """Anonymous shared memory: forked workers fill it for each other; unwritten pages cost nothing."""
         total = int(self.first_image[-1])
         shape = (total, self.image_size, self.image_size, 3)
         memory = mmap.mmap(-1, max(1, math.prod(shape)))
@@ -1644,8 +1631,7 @@ class _Batches(torch.utils.data.Dataset):
 
 
 def _ignore_signals(worker):
-    """Ctrl-C and SIGTERM reach every process of a run; only the main one acts on them, and ends its
-    workers."""
+    """Ctrl-C and SIGTERM reach every process of a run; the main one acts on them and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
