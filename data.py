@@ -431,8 +431,8 @@ def class_layout(instances, classes):
 # ---------------------------------------------------------------- published sets: pictures and captions
 
 def karpathy(root, split, name, folder):
-    """Karpathy's dataset_<name>.json: images[] of filename, split (restval counts as train), sentences[].raw and,
-    for coco, filepath."""
+    """Karpathy's dataset_<name>.json: images[] of filename, split, sentences[].raw and, for coco, filepath.
+    The split restval counts as train."""
     path = os.path.join(root, f"dataset_{name}.json")
     rows = []
     empty = 0
@@ -748,7 +748,8 @@ def msrvtt(root, split):
 
 
 def msvd(root, split):
-    """MSVD (Chen and Dolan 2011): {train,val,test}_list.txt, raw-captions.pkl ({video: [[word, ...], ...]})."""
+    """MSVD (Chen and Dolan 2011): {train,val,test}_list.txt, raw-captions.pkl ({video: [[word, ...], ...]}),
+    about 40 captions to a video."""
     path = os.path.join(root, "raw-captions.pkl")
     captions = read_pickle(path)
     expect(fits(captions, {str: (list, tuple)}), path, "not a dict of lists of captions; get it again")
@@ -803,7 +804,8 @@ def _bytes(content):
 
 
 class _Array(np.ndarray):
-    """An array while it is read. numpy's own would trust the pickle's flags, which can make bytes objects."""
+    """An array while it is read. numpy's own would trust the pickle's type, whose flags can pass bytes off as
+    pointers to objects."""
 
     def __setstate__(self, state):
         _, shape, kind, fortran, content = state
@@ -1229,7 +1231,7 @@ def primitives_oracle(instances):
 
 # ---------------------------------------------------------------- features in place of pictures and texts
 
-FEATURE_KEYS = ("label", "image", "text", "ids")
+FEATURE_KEYS = ("label", "image", "text", "ids")  # the label first: the others must have as many rows
 
 
 @dataclass
