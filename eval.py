@@ -1011,12 +1011,14 @@ class Run:
         return self.first and (epoch % self.args.eval_every == 0 or epoch == self.args.epochs)
 
     def keep_best(self, score, message, **evaluations):
-        """Log `evaluations`, say `message`, and write best.pt where `score` is the highest so far.
+        """Log `evaluations`, say `message` (unless it is empty), and write best.pt where `score` is the highest
+        so far.
 
         The score is one on val: a model is never chosen on test.
         """
         self.record |= evaluations
-        self.say(f"epoch {self.record['epoch']}: loss {self.record['loss']:.3f}, {message}")
+        if message:
+            self.say(f"epoch {self.record['epoch']}: loss {self.record['loss']:.3f}, {message}")
         self.state["waited"] += 1  # evaluations since the best one
         if score > self.state["best"]:
             self.state["best"] = score
