@@ -3,27 +3,31 @@
 Every image and every text has a class, and a result is right where its class is that of the query. CLIP's
 frozen features of each modality pass a small MLP onto one unit sphere, where a loss that knows the classes
 arranges them. The paper compares such losses on equal footing, under modality imbalance and over the
-dimension of the sphere. With v_i an image, t_j a text, x_i either of them, all of unit norm, and y_i the class:
+dimension of the sphere. v_i is an image, t_j a text, x_i either of them, all of unit norm; y_i is its class.
 
-    pair-wise losses compare images with texts, such as (d_ij = |v_i - t_j|^2, N images)
-        contrastive = ( sum over pairs of one class of d_ij
-                        + sum over all other pairs of max(0, m - d_ij) ) / N
-    class-wise losses compare both with prototypes p_c or a classifier W that the modalities share
-        pcl = mean over i of -log( e^-|x_i - p_yi|^2 / (sum over classes c of e^-|x_i - p_c|^2) )
-        label regression = mean over i of |W x_i - onehot(y_i)|
-    a hybrid is a weighted sum of several; pcl with a little modality-invariant loss is the paper's choice
+Pair-wise losses compare images with texts. One of six, with d_ij = |v_i - t_j|^2 and N images:
 
-    python train_clip4cmr.py                                         # built-in shapes; a tiny CLIP is trained along
-    python train_clip4cmr.py --data wikipedia --root path/to/wikipedia --features features_train.npz features_test.npz
-    python train_clip4cmr.py --data products --root path/to/products --task subCategory --clip RN50  # frozen CLIP
+    contrastive = ( sum over pairs of one class of d_ij + sum over other pairs of max(0, 0.2 - d_ij) ) / N
+
+Class-wise losses compare both with prototypes p_c or a classifier W that the modalities share. Two of five:
+
+    pcl              = mean over i of -log( e^-|x_i - p_yi|^2 / sum over classes c of e^-|x_i - p_c|^2 )
+    label regression = mean over i of |W x_i - onehot(y_i)|
+
+A hybrid is a weighted sum of several.
+
+    python train_clip4cmr.py                                 # built-in shapes; a tiny CLIP is trained along
+    python train_clip4cmr.py --data wikipedia --features features_train.npz features_test.npz  # under --root
+    python train_clip4cmr.py --data products --root path/to/products --task subCategory --clip RN50  # frozen
     python train_clip4cmr.py --data mine.jsonl --clip ViT-B/32 --finetune --loss pcl+modality-invariant:0.1
-    python train_clip4cmr.py --data pascal-sentence --clip RN50 --loss triplet --text-fraction 0.3  # fewer texts
-    torchrun --nproc_per_node=2 train_clip4cmr.py                    # the same batch over two processes
-    python train_clip4cmr.py --resume                                # go on where it stopped, to the same bits
+    python train_clip4cmr.py --data pascal-sentence --clip RN50 --loss triplet --text-fraction 0.3
+    torchrun --nproc_per_node=2 train_clip4cmr.py            # the same batch over two processes
+    python train_clip4cmr.py --resume                        # go on where it stopped, to the same bits
 """
 import argparse
 import math
 import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,34 +39,34 @@ import data
 import eval
 import losses
 
-# the paper's: MLPs on features that do not change
+# the paper's, for features that do not change; a published CLIP trained along; one from random weights
 FROZEN = dict(epochs=500, batch_size=300, lr=1e-4, clip_lr=0.0, weight_decay=0.0, eval_every=1)
-# a published CLIP is trained along, far more slowly than the MLPs
 FINETUNED = dict(epochs=20, batch_size=64, lr=1e-4, clip_lr=1e-6, weight_decay=0.0)
-# a small CLIP that starts from random weights
 SCRATCH = dict(epochs=10, batch_size=64, lr=1e-3, clip_lr=1e-3, weight_decay=0.0)
 BETAS = (0.5, 0.999)  # of Adam
 WARMUP = 0.05  # share of the steps in which the learning rate rises, where CLIP is trained
-ROWS = 4096  # of features that are computed with at a time
+BLOCK = 4096  # rows of features that are read at a time
 
-PAIR_WISE = ("contrastive", "modality-invariant", "triplet", "lifted-structure", "n-pairs",
-             "supervised-contrastive")
+PAIR_WISE = {
+    "contrastive": partial(losses.contrastive_loss, margin=0.2),
+    "modality-invariant": losses.modality_invariant_loss,
+    "triplet": partial(losses.triplet_loss, margin=0.2),
+    "lifted-structure": partial(losses.lifted_structure_loss, margin=1.0),
+    "n-pairs": losses.n_pairs_loss,
+    "supervised-contrastive": partial(losses.supervised_contrastive_loss, temperature=0.07),
+}
 CLASS_WISE = ("label-regression", "cross-entropy", "pcl", "proxy-nca", "proxy-anchor")
-MARGIN = 0.2  # of the contrastive loss and of triplets
-LIFTED_MARGIN = 1.0
-PROXY_MARGIN = 0.1  # of proxy-anchor
-TEMPERATURE = 0.07  # of the supervised contrastive loss
+LOSSES = (*PAIR_WISE, *CLASS_WISE)
 
 
 def settings(argv=None):
     p = eval.common_arguments(__doc__)
-    p.add_argument("--loss", type=loss_terms, default="pcl", metavar="NAME[:WEIGHT]+...",
-                   help="weighted sum of " + ", ".join(PAIR_WISE + CLASS_WISE))
+    p.add_argument("--loss", default="pcl", metavar="NAME[:WEIGHT]+...",
+                   help="weighted sum of " + ", ".join(LOSSES))
     p.add_argument("--task", help="which of the data's labels are the classes (default: its first task)")
     p.add_argument("--features", nargs=2, metavar=("TRAIN", "TEST"),
                    help=".npz or .pkl files of features under --root, in place of pictures and texts")
-    p.add_argument("--finetune", action="store_true",
-                   help="train CLIP too (always so where it starts from scratch)")
+    p.add_argument("--finetune", action="store_true", help="train CLIP too (always so from scratch)")
     p.add_argument("--clip-lr", type=eval.positive, help="peak learning rate of CLIP's own weights")
     p.add_argument("--dim", type=eval.positive_int, default=1024, help="D, dimension of the common space")
     p.add_argument("--hidden", type=eval.positive_int, default=256, help="width of the MLPs' hidden layer")
@@ -86,37 +90,24 @@ def settings(argv=None):
     if args.features and args.data == "primitives":
         args.data = "features"  # a name for the run: nothing of the built-in data is read
     args.finetune = not args.features and (args.finetune or args.clip in clip.SCRATCH)
-    if not args.finetune:
-        defaults = FROZEN
-    elif args.clip in clip.SCRATCH:
-        defaults = SCRATCH
-    else:
-        defaults = FINETUNED
-    return eval.complete(args, "clip4cmr", defaults)
-
-
-def loss_terms(text):
-    """argparse type of --loss: checks "name[:weight]+..." and returns it as it is."""
-    terms(text)
-    return text
+    terms(args.loss)  # what is no loss is refused
+    trained_clip = SCRATCH if args.clip in clip.SCRATCH else FINETUNED
+    return eval.complete(args, "clip4cmr", trained_clip if args.finetune else FROZEN)
 
 
 def terms(text):
-    """"pcl+modality-invariant:0.1" -> {"pcl": 1.0, "modality-invariant": 0.1}."""
+    """"pcl+modality-invariant:0.1" -> {"pcl": 1.0, "modality-invariant": 0.1}. Raises DataError."""
     weights = {}
     for term in text.split("+"):
         name, _, weight = term.partition(":")
-        if name in weights:
-            raise argparse.ArgumentTypeError(f"{name} is named twice; give it one weight")
-        if name not in PAIR_WISE + CLASS_WISE:
-            raise argparse.ArgumentTypeError(f"unknown loss {name!r}; known: "
-                                             + ", ".join(PAIR_WISE + CLASS_WISE))
+        data.expect(name in LOSSES, "--loss", f"unknown loss {name!r}; known: {', '.join(LOSSES)}")
+        data.expect(name not in weights, "--loss", f"{name} is named twice; give it one weight")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
             weights[name] = math.nan
-        if not 0 < weights[name] < math.inf:
-            raise argparse.ArgumentTypeError(f"weight {weight!r} of {name} is not a positive number")
+        data.expect(0 < weights[name] < math.inf, "--loss",
+                    f"weight {weight!r} of {name} is not a positive number")
     return weights
 
 
@@ -127,30 +118,31 @@ class CLIP4CMR(nn.Module):
 
         x = normalise( dropout( W2 gelu( W1 (features - mean) / std ) ) ),  of D dimensions and unit norm
 
-    clip_model: a CLIP, frozen or not, or None where features come from files. widths: (Di, Dt) of the
-    features. classes: their number, C. fixed: whether the prototypes stay as they are. mean and std are those
-    of the training features, and 0 and 1 where CLIP is trained and its features change.
+    clip_model: a CLIP, frozen or not, or None where features come from files.
+    widths: (Di, Dt), of the features of images and of texts.
+    classes: how many there are, C.
+    fixed: whether the prototypes stay at the random directions that they start from.
 
+    mean and std are those of the training features, or 0 and 1 where CLIP is trained and its features change.
     `classifier` (C, D) and `prototypes` (C, D) are shared by both modalities and used with rows of unit norm.
-    The model embeds as a CLIP does (`encode_image`, `encode_text`), so that eval.py can search with it.
+    As a CLIP the model has `encode_image` and `encode_text`, so that eval.py can search with it.
     """
 
     def __init__(self, clip_model, widths, classes, dim=1024, hidden=256, dropout=0.1, fixed=True, seed=0):
         super().__init__()
 
         def mlp(width):
-            return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(dropout))
-
-        def directions():
-            return F.normalize(torch.randn(classes, dim), dim=-1)
+            return nn.Sequential(nn.Linear(width, hidden), nn.GELU(),
+                                 nn.Linear(hidden, dim), nn.Dropout(dropout))
 
         image_width, text_width = widths
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.image_head = mlp(image_width)
             self.text_head = mlp(text_width)
-            self.classifier = nn.Parameter(directions())
-            self.prototypes = nn.Parameter(directions(), requires_grad=not fixed)
+            self.classifier = nn.Parameter(F.normalize(torch.randn(classes, dim), dim=-1))
+            self.prototypes = nn.Parameter(F.normalize(torch.randn(classes, dim), dim=-1))
+        self.prototypes.requires_grad_(not fixed)
         self.register_buffer("image_mean", torch.zeros(image_width))
         self.register_buffer("image_std", torch.ones(image_width))
         self.register_buffer("text_mean", torch.zeros(text_width))
@@ -168,11 +160,9 @@ class CLIP4CMR(nn.Module):
         return F.normalize(self.text_head((features.float() - self.text_mean) / self.text_std), dim=-1)
 
     def encode_image(self, images):
-        """Pixels (A, 3, H, W) -> (A, D)."""
         return self.embed_image(self.clip.encode_image(images))
 
     def encode_text(self, tokens):
-        """(C, context_length) -> (C, D)."""
         return self.embed_text(self.clip.encode_text(tokens))
 
 
@@ -183,44 +173,28 @@ def build(args, clip_model, widths, classes):
 
 
 def standardise(model, features, image_used, text_used):
-    """Set the model's means and standard deviations to those of the training features that are used.
+    """Set the mean and std of a model's inputs to those of the training features that a run uses.
 
-    features: data.Features of N instances; image_used, text_used: bool (N,).
+    features: data.Features of N instances. image_used, text_used: bool (N,).
     """
     for modality, array, used in (("image", features.images, np.repeat(image_used, features.views)),
                                   ("text", features.texts, np.repeat(text_used, features.captions))):
-        def blocks():  # the features may be larger than memory
-            for begin in range(0, len(array), ROWS):
-                yield array[begin:begin + ROWS][used[begin:begin + ROWS]].astype(np.float64)
+        def blocks():  # features may be larger than memory
+            for begin in range(0, len(array), BLOCK):
+                yield array[begin:begin + BLOCK][used[begin:begin + BLOCK]].astype(np.float64)
 
         mean = sum(block.sum(0) for block in blocks()) / used.sum()
-        # not from the sum of the squares themselves, which rounding swamps
+        # the mean is taken off before squares are summed: rounding would swamp their difference
         std = np.sqrt(sum(np.square(block - mean).sum(0) for block in blocks()) / used.sum())
-        std = np.where(std > 1e-6 * np.abs(mean), std, 1.0)  # what deviates by rounding only is constant
+        std = np.where(std > 1e-6 * np.abs(mean), std, 1.0)  # a constant column deviates by rounding only
         getattr(model, f"{modality}_mean").copy_(torch.from_numpy(mean))
         getattr(model, f"{modality}_std").copy_(torch.from_numpy(std))
 
 
 # ---------------------------------------------------------------- the loss
 
-def pair_wise_loss(name, images, texts, image_labels, text_labels):
-    """A loss of images (N, D) against texts (M, D); labels (N,), (M,)."""
-    batch = (images, texts, image_labels, text_labels)
-    if name == "contrastive":
-        return losses.contrastive_loss(*batch, margin=MARGIN)
-    if name == "modality-invariant":
-        return losses.modality_invariant_loss(*batch)
-    if name == "triplet":
-        return losses.triplet_loss(*batch, margin=MARGIN)
-    if name == "lifted-structure":
-        return losses.lifted_structure_loss(*batch, margin=LIFTED_MARGIN)
-    if name == "n-pairs":
-        return losses.n_pairs_loss(*batch)
-    return losses.supervised_contrastive_loss(*batch, temperature=TEMPERATURE)
-
-
 def class_wise_loss(name, model, x, labels, alpha):
-    """A loss of the embeddings x (N, D) of one modality against their labels (N,)."""
+    """The loss of that name of one modality: embeddings x (N, D), labels (N,). alpha: of proxy-anchor."""
     if name in ("label-regression", "cross-entropy"):
         logits = x @ F.normalize(model.classifier, dim=-1).t()  # (N, C)
         if name == "label-regression":
@@ -231,17 +205,18 @@ def class_wise_loss(name, model, x, labels, alpha):
         return losses.prototype_contrastive_loss(x, prototypes, labels)
     if name == "proxy-nca":
         return losses.proxy_nca_loss(x, prototypes, labels)
-    return losses.proxy_anchor_loss(x, prototypes, labels, margin=PROXY_MARGIN, alpha=alpha)
+    return losses.proxy_anchor_loss(x, prototypes, labels, margin=0.1, alpha=alpha)
 
 
 def total_loss(model, weights, images, image_labels, texts, text_labels, alpha=1.0):
     """The weighted sum of the losses that --loss names (section 3.2).
 
-    weights: {name: weight}. images (N, D), texts (M, D): unit norm, of one batch; labels (N,), (M,), int64.
-    Modality imbalance may leave N or M at 0: what needs the missing side is left out.
+    weights: {name: weight}.
+    images (N, D), texts (M, D): embeddings of a batch, of unit norm; their labels (N,), (M,): int64.
+    Modality imbalance may leave N or M at 0; what needs the missing side is then left out.
     alpha: of proxy-anchor.
     """
-    total = 0.0 * (images.sum() + texts.sum())  # has a gradient even where no loss is left
+    total = 0.0 * (images.sum() + texts.sum())  # so that there is a gradient where no loss is left
     for name, weight in weights.items():
         if name in CLASS_WISE:
             if len(images):
@@ -249,40 +224,38 @@ def total_loss(model, weights, images, image_labels, texts, text_labels, alpha=1
             if len(texts):
                 total = total + weight * class_wise_loss(name, model, texts, text_labels, alpha)
         elif len(images) and len(texts):
-            total = total + weight * pair_wise_loss(name, images, texts, image_labels, text_labels)
+            total = total + weight * PAIR_WISE[name](images, texts, image_labels, text_labels)
     return total
 
 
-# ---------------------------------------------------------------- for eval.py
+# ---------------------------------------------------------------- evaluation
 
 @torch.no_grad()
 def embed_features(model, features):
-    """As `eval.embed`, of data.Features: -> images (N, D), the renormalised mean over an instance's views, and
-    texts (C, D), all captions in order."""
+    """As `eval.embed`: images (N, D), the renormalised mean over an instance's views, and texts (C, D)."""
     device = model.prototypes.device
 
-    def in_blocks(embed, array):
-        blocks = []
-        for begin in range(0, len(array), ROWS):
-            block = np.array(array[begin:begin + ROWS])  # read from disk, where it lies there
-            blocks.append(embed(torch.from_numpy(block).to(device)))
-        return torch.cat(blocks)
+    def blocks(array):
+        for begin in range(0, len(array), BLOCK):
+            yield torch.from_numpy(np.array(array[begin:begin + BLOCK])).to(device)
 
     was_training = model.training
     model.eval()
-    images = in_blocks(model.embed_image, features.images)
-    texts = in_blocks(model.embed_text, features.texts)
+    images = torch.cat([model.embed_image(block) for block in blocks(features.images)])
+    texts = torch.cat([model.embed_text(block) for block in blocks(features.texts)])
     model.train(was_training)
     views = torch.from_numpy(features.views).to(device)
     owner = torch.arange(len(views), device=device).repeat_interleave(views)
     return losses.instance_means(images, owner)[0], texts
 
 
+# ---------------------------------------------------------------- for eval.py
+
 def restore(checkpoint, path):
     """The model of a checkpoint of this script.
 
-    One with a frozen CLIP holds none of CLIP's weights, only their hash: they are loaded from where --clip found
-    them. Raises CheckpointError where they have changed since.
+    A frozen CLIP is not in it, only the hash of its weights: it is loaded from where --clip says. Raises
+    CheckpointError where the weights are no longer the same.
     """
     args = argparse.Namespace(**checkpoint["settings"])
     if args.features:
@@ -300,11 +273,12 @@ def restore(checkpoint, path):
 
 
 def check_clip(checkpoint, identity, path):
-    """Raise CheckpointError where the checkpoint at `path` was made with another frozen CLIP than this one."""
+    """Raise CheckpointError where the checkpoint at `path` belongs to another frozen CLIP than this one."""
     before = checkpoint["clip_identity"]
     if before != identity:
-        raise clip.CheckpointError(f"{path}: made with the CLIP {before[:12]}, but {checkpoint['settings']['clip']} "
-                                   f"is now {identity[:12]}; put the weights back that it was trained on")
+        name = checkpoint["settings"]["clip"]
+        raise clip.CheckpointError(f"{path}: made with the CLIP {before[:12]}, but {name} is now "
+                                   f"{identity[:12]}; put the weights back that it was trained on")
 
 
 def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gallery=None):
@@ -319,11 +293,10 @@ def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gall
         if gallery:
             raise clip.CheckpointError("--gallery: this model was trained on features from files; "
                                        "there are no pictures to show")
-        splits, their_classes = data.feature_splits(args.features, root)
-        data.expect(their_classes == classes, "--features",
-                    f"the files have the classes {', '.join(their_classes)[:100]}, "
+        splits, names = data.feature_splits(args.features, root)
+        data.expect(names == classes, "--features", f"files with the classes {', '.join(names)[:100]}; "
                     f"the model knows {', '.join(classes)[:100]}")
-        data.expect(split in splits, "--split", f"features have the splits {', '.join(splits)}, not {split!r}")
+        data.expect(split in splits, "--split", f"features have {', '.join(splits)}, not {split!r}")
         features = splits[split]
     else:
         instances, _ = data.load_split(name, root, split, args.task, classes)
@@ -333,40 +306,32 @@ def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gall
         layout = data.class_layout(instances, classes)
     else:
         if not args.features:
-            features = eval.frozen_features(model.clip, instances, classes, tokenizer, args.cache, amp, workers)
+            features = eval.frozen_features(model.clip, instances, classes, tokenizer,
+                                            args.cache, amp, workers)
         images, texts = embed_features(model, features)
         layout = features.layout
     rows = eval.class_retrieval(images, texts, *layout, classes)
-    lines = [f"{'':16} {'image-to-text':>16} {'text-to-image':>16} {'average':>9}   (mAP over the whole ranking)"]
+    text = f"{'':16} {'image-to-text':>16} {'text-to-image':>16} {'average':>9}"
+    text += "   (mAP over the whole ranking)"
     for row, metrics in rows.items():
         to_text = metrics["image_to_text"]["mAP"]
         to_image = metrics["text_to_image"]["mAP"]
-        lines.append(f"{split + ' ' + row:16} {to_text:16.1f} {to_image:16.1f} {metrics['mAP']:9.1f}")
+        text += f"\n{split + ' ' + row:16} {to_text:16.1f} {to_image:16.1f} {metrics['mAP']:9.1f}"
     if gallery:
         eval.draw_gallery(gallery, instances, lambda c: images @ texts[c], lambda i: texts @ images[i])
-    return rows, "\n".join(lines)
+    return rows, text
 
 
 # ---------------------------------------------------------------- training
-# Features come from files or from a CLIP, and the CLIP is frozen or trained along. `prepare_frozen` and
-# `prepare_finetuning` give the loop the same things for each of these:
-#     model       CLIP4CMR
-#     labels      int64 (N,), the class of each training instance
-#     classes     the names of the classes
-#     loader      batches of training instances
-#     encode      a function: batch -> features of images (b, Di) and texts (b, Dt), index (b,) of the instances
-#     evaluate    a function without arguments -> metrics on val
 
 def load_splits(args, device):
-    """-> (train, val, classes): the instances that have a class, and the classes' names; settles args.task."""
-    splits = eval.load_splits(args, device)
-    train, tasks = splits[0]
+    """-> (train, val, classes): the instances that have a class, and the names of the classes of --task."""
+    (train, tasks), val, test = eval.load_splits(args, device)
     args.task = data.choose_task(tasks, args.task, args.data, train)
-    classes = tasks[args.task]
-    labelled = []
-    for name, (instances, tasks) in zip(("train", "val", "test"), splits):  # test is only checked
-        labelled.append(data.by_class(instances, tasks, args.task, args.data, name, classes)[0])
-    return labelled[0], labelled[1], classes
+    train, classes = data.by_class(train, tasks, args.task, args.data, "train")
+    val, _ = data.by_class(*val, args.task, args.data, "val", classes)
+    data.by_class(*test, args.task, args.data, "test", classes)  # what is missing is said before training
+    return train, val, classes
 
 
 def used_samples(args, count):
@@ -384,7 +349,16 @@ def used_samples(args, count):
 
 
 def prepare_frozen(args, rank, world, device):
-    """Features that do not change: from files, or computed once by a frozen CLIP."""
+    """Prepare a run on features that do not change: from files, or computed once by a frozen CLIP.
+
+    Returns what the training loop needs, the same from here and from `prepare_finetuning`:
+        model       CLIP4CMR
+        labels      int64 (N,): the class of each training instance
+        classes     names of the classes
+        loader      batches of the training instances
+        encode      batch -> features of images (b, Di) and of texts (b, Dt), and the instances' numbers (b,)
+        evaluate    () -> metrics on val
+    """
     if args.features:
         clip_model = None
         splits, classes = data.feature_splits(args.features, args.root)
@@ -395,8 +369,9 @@ def prepare_frozen(args, rank, world, device):
         clip_model, tokenizer = eval.build_or_load(args, train, device)
         clip_model.requires_grad_(False)
         with eval.first_process_first(device):  # the others read what the first has kept
-            train, val = [eval.frozen_features(clip_model, instances, classes, tokenizer, args.cache, args.amp,
-                                               args.workers) for instances in (train, val)]
+            rest = (classes, tokenizer, args.cache, args.amp, args.workers)
+            train = eval.frozen_features(clip_model, train, *rest)
+            val = eval.frozen_features(clip_model, val, *rest)
     widths = (train.images.shape[1], train.texts.shape[1])
     model = build(args, clip_model, widths, classes).to(device)
     standardise(model, train, *used_samples(args, len(train.labels)))
@@ -411,7 +386,7 @@ def prepare_frozen(args, rank, world, device):
 
 
 def prepare_finetuning(args, rank, world, device):
-    """Pictures and texts, and a CLIP that is trained along: one view and one caption of an instance a step."""
+    """Prepare a run that trains CLIP too, on one view and one caption of each instance of a batch."""
     train, val, classes = load_splits(args, device)
     clip_model, tokenizer = eval.build_or_load(args, train, device)
     clip_model.logit_scale.requires_grad_(False)  # no loss here has it
@@ -447,23 +422,22 @@ def main(argv=None):
     heads = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("clip.")]
     groups = [{"params": heads, "peak": args.lr}]
     if args.finetune:
-        groups.append({"params": [p for p in model.clip.parameters() if p.requires_grad], "peak": args.clip_lr})
+        clip_weights = [p for p in model.clip.parameters() if p.requires_grad]
+        groups.append({"params": clip_weights, "peak": args.clip_lr})
     optimizer = torch.optim.Adam(groups, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay, fused=True)
     steps = args.epochs * len(loader)
-    frozen_clip = model.clip and not args.finetune
-    identity = clip.identity(model.clip) if frozen_clip else None
+    identity = None
+    if model.clip and not args.finetune:
+        identity = clip.identity(model.clip)  # stands for the weights, which a frozen CLIP keeps
 
     def pack():
-        checkpoint = {"classes": classes, "heads": clip.describe_heads(model)}
+        checkpoint = {"classes": classes, "heads": clip.describe_heads(model), "clip_identity": identity}
         if args.finetune:
             checkpoint["clip"] = clip.describe(model.clip)
-        if frozen_clip:
-            checkpoint["clip_identity"] = identity  # instead of its weights, again and again
         return checkpoint
 
     def unpack(checkpoint):
-        if frozen_clip:
-            check_clip(checkpoint, identity, os.path.join(args.out, "last.pt"))
+        check_clip(checkpoint, identity, os.path.join(args.out, "last.pt"))
         clip.load_heads(model, checkpoint["heads"])
         if args.finetune:
             model.clip.load_state_dict(checkpoint["clip"]["state_dict"])
@@ -481,8 +455,10 @@ def main(argv=None):
         images, texts, index = encode(batch)  # (b, Di), (b, Dt), (b,)
         has_image = image_used[index]  # (b,): under modality imbalance an instance may lack one or both
         has_text = text_used[index]
-        images, image_labels = losses.gather_rows(model.embed_image(images[has_image]), labels[index[has_image]])
-        texts, text_labels = losses.gather_rows(model.embed_text(texts[has_text]), labels[index[has_text]])
+        images = model.embed_image(images[has_image])  # (n, D)
+        texts = model.embed_text(texts[has_text])  # (m, D)
+        images, image_labels = losses.gather_rows(images, labels[index[has_image]])
+        texts, text_labels = losses.gather_rows(texts, labels[index[has_text]])
         loss = total_loss(model, weights, images, image_labels, texts, text_labels, args.proxy_alpha)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -492,11 +468,13 @@ def main(argv=None):
         optimizer.step()
         if run.log(loss, len(index) * world):
             metrics = evaluate()
-            val = {"mAP": metrics["mAP"]} | {way: metrics[way]["mAP"] for way in ("image_to_text", "text_to_image")}
-            # epochs on frozen features are many and short: they are only logged
+            val = {"mAP": metrics["mAP"], "image_to_text": metrics["image_to_text"]["mAP"],
+                   "text_to_image": metrics["text_to_image"]["mAP"]}
+            # the epochs on frozen features are many and short: they are only logged
             run.keep_best(val["mAP"], f"val mAP {val['mAP']:.1f}" if args.finetune else "", val=val)
             if run.state["waited"] >= args.patience:
-                run.finish(f"no better val mAP than {run.state['best']:.1f} in {args.patience} evaluations; stopped")
+                run.finish(f"no better val mAP than {run.state['best']:.1f} in {args.patience} evaluations; "
+                           "stopped")
     if run.first:
         eval.report(args, device)
 
