@@ -1,20 +1,22 @@
 """CLIP4CMR: supervised cross-modal retrieval on CLIP's features (arXiv 2201.02772).
 
-Every image and every text has a class, and a result is right where its class is that of the query. CLIP's
-frozen features of each modality pass a small MLP onto one unit sphere, where a loss that knows the classes
-arranges them. The paper compares such losses on equal footing, under modality imbalance and over the
-dimension of the sphere. v_i is an image, t_j a text, x_i either of them, all of unit norm; y_i is its class.
+Every image and every text has a class, and a result is right where its class is that of the query. The
+features of a frozen CLIP pass a small MLP of each modality onto one unit sphere, where a loss that knows the
+classes arranges them. The paper compares such losses on equal footing, under modality imbalance and over the
+dimension of the sphere. Below, v_i is an embedded image, t_j an embedded text, x_i one or the other, and y_i
+the class of x_i.
 
 Pair-wise losses compare images with texts. One of six, with d_ij = |v_i - t_j|^2 and N images:
 
     contrastive = ( sum over pairs of one class of d_ij + sum over other pairs of max(0, 0.2 - d_ij) ) / N
 
-Class-wise losses compare both with prototypes p_c or a classifier W that the modalities share. Two of five:
+Class-wise losses compare both with prototypes p_c or a classifier W that the modalities share. Two of five,
+each of them the sum of the images' and of the texts':
 
     pcl              = mean over i of -log( e^-|x_i - p_yi|^2 / sum over classes c of e^-|x_i - p_c|^2 )
     label regression = mean over i of |W x_i - onehot(y_i)|
 
-A hybrid is a weighted sum of several.
+A hybrid is a weighted sum of several losses.
 
     python train_clip4cmr.py                                 # built-in shapes; a tiny CLIP is trained along
     python train_clip4cmr.py --data wikipedia --features features_train.npz features_test.npz  # under --root
@@ -45,7 +47,7 @@ FINETUNED = dict(epochs=20, batch_size=64, lr=1e-4, clip_lr=1e-6, weight_decay=0
 SCRATCH = dict(epochs=10, batch_size=64, lr=1e-3, clip_lr=1e-3, weight_decay=0.0)
 BETAS = (0.5, 0.999)  # of Adam
 WARMUP = 0.05  # share of the steps in which the learning rate rises, where CLIP is trained
-BLOCK = 4096  # rows of features that are read at a time
+BLOCK = 4096  # rows of features that are computed with at a time
 
 PAIR_WISE = {
     "contrastive": partial(losses.contrastive_loss, margin=0.2),
@@ -90,7 +92,7 @@ def settings(argv=None):
     if args.features and args.data == "primitives":
         args.data = "features"  # a name for the run: nothing of the built-in data is read
     args.finetune = not args.features and (args.finetune or args.clip in clip.SCRATCH)
-    terms(args.loss)  # what is no loss is refused
+    terms(args.loss)  # raises where one of them is no loss
     trained_clip = SCRATCH if args.clip in clip.SCRATCH else FINETUNED
     return eval.complete(args, "clip4cmr", trained_clip if args.finetune else FROZEN)
 
@@ -179,7 +181,7 @@ def standardise(model, features, image_used, text_used):
     """
     for modality, array, used in (("image", features.images, np.repeat(image_used, features.views)),
                                   ("text", features.texts, np.repeat(text_used, features.captions))):
-        def blocks():  # features may be larger than memory
+        def blocks():  # the features may lie on disk and be larger than memory
             for begin in range(0, len(array), BLOCK):
                 yield array[begin:begin + BLOCK][used[begin:begin + BLOCK]].astype(np.float64)
 
@@ -311,8 +313,7 @@ def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gall
         images, texts = embed_features(model, features)
         layout = features.layout
     rows = eval.class_retrieval(images, texts, *layout, classes)
-    text = f"{'':16} {'image-to-text':>16} {'text-to-image':>16} {'average':>9}"
-    text += "   (mAP over the whole ranking)"
+    text = " " * 16 + "    image-to-text    text-to-image   average   (mAP over the whole ranking)"
     for row, metrics in rows.items():
         to_text = metrics["image_to_text"]["mAP"]
         to_image = metrics["text_to_image"]["mAP"]
@@ -330,14 +331,14 @@ def load_splits(args, device):
     args.task = data.choose_task(tasks, args.task, args.data, train)
     train, classes = data.by_class(train, tasks, args.task, args.data, "train")
     val, _ = data.by_class(*val, args.task, args.data, "val", classes)
-    data.by_class(*test, args.task, args.data, "test", classes)  # what is missing is said before training
+    data.by_class(*test, args.task, args.data, "test", classes)  # what it lacks is said before training
     return train, val, classes
 
 
 def used_samples(args, count):
     """-> (images, texts), bool (count,) each: which training samples a run uses, the same in every epoch.
 
-    A fixed random share of each modality (--image-fraction, --text-fraction), at least one.
+    A random share of each modality (--image-fraction, --text-fraction), at least one sample.
     """
     masks = []
     for modality, fraction in enumerate((args.image_fraction, args.text_fraction)):
@@ -356,8 +357,8 @@ def prepare_frozen(args, rank, world, device):
         labels      int64 (N,): the class of each training instance
         classes     names of the classes
         loader      batches of the training instances
-        encode      batch -> features of images (b, Di) and of texts (b, Dt), and the instances' numbers (b,)
-        evaluate    () -> metrics on val
+        encode      function of a batch -> features of images (b, Di) and of texts (b, Dt), index (b,)
+        evaluate    function without arguments -> metrics on val
     """
     if args.features:
         clip_model = None
@@ -369,9 +370,9 @@ def prepare_frozen(args, rank, world, device):
         clip_model, tokenizer = eval.build_or_load(args, train, device)
         clip_model.requires_grad_(False)
         with eval.first_process_first(device):  # the others read what the first has kept
-            rest = (classes, tokenizer, args.cache, args.amp, args.workers)
-            train = eval.frozen_features(clip_model, train, *rest)
-            val = eval.frozen_features(clip_model, val, *rest)
+            common = (classes, tokenizer, args.cache, args.amp, args.workers)
+            train = eval.frozen_features(clip_model, train, *common)
+            val = eval.frozen_features(clip_model, val, *common)
     widths = (train.images.shape[1], train.texts.shape[1])
     model = build(args, clip_model, widths, classes).to(device)
     standardise(model, train, *used_samples(args, len(train.labels)))
@@ -426,9 +427,8 @@ def main(argv=None):
         groups.append({"params": clip_weights, "peak": args.clip_lr})
     optimizer = torch.optim.Adam(groups, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay, fused=True)
     steps = args.epochs * len(loader)
-    identity = None
-    if model.clip and not args.finetune:
-        identity = clip.identity(model.clip)  # stands for the weights, which a frozen CLIP keeps
+    # a trained CLIP is written into the checkpoints, of a frozen one only the hash
+    identity = clip.identity(model.clip) if model.clip and not args.finetune else None
 
     def pack():
         checkpoint = {"classes": classes, "heads": clip.describe_heads(model), "clip_identity": identity}
@@ -447,7 +447,7 @@ def main(argv=None):
             f"{'trained' if args.finetune else 'frozen'} features; at most {steps:,} steps on {device.type}")
     model.train()
     for step, batch in run.batches(loader):
-        # of the peak: constant for frozen features, as in the paper
+        # share of the peak rate; the paper's, on frozen features, is constant
         rate = eval.warmup_cosine(step, steps, WARMUP) if args.finetune else 1.0
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
