@@ -305,8 +305,10 @@ def test_metrics_are_those_of_its_embeddings(kind, squares, runs):
             with torch.no_grad():
                 pixels = torch.stack([transform(Image.open(file)) for file in files])
                 views = model.encode_image(pixels)
-                captions = model.encode_text(tokenizer(row["captions"], 24))
+                tokens = tokenizer(row["captions"], 24)
+                captions = model.encode_text(tokens)
                 assert torch.equal(views, model.embed_image(model.clip.encode_image(pixels)))
+                assert torch.equal(captions, model.embed_text(model.clip.encode_text(tokens)))
             images.append((views.sum(0), row["labels"]["outer"]))
             texts += [(caption, row["labels"]["outer"]) for caption in captions]
     for way, queries, gallery in (("image_to_text", images, texts), ("text_to_image", texts, images)):
