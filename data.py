@@ -11,6 +11,7 @@ is read with
 
 Knows nothing of models or losses.
 """
+import atexit
 import csv
 import difflib
 import hashlib
@@ -19,6 +20,7 @@ import io
 import json
 import math
 import mmap
+import multiprocessing
 import os
 import pickle
 import random
@@ -1607,15 +1609,22 @@ class Loader:
         """Yield the batches of steps start..stop-1, through epochs; stop None: the end of the first."""
         steps = range(start, len(self) if stop is None else stop)
         forked = self.workers and steps and sys.platform == "linux"  # forked workers share the cache
-        batches = torch.utils.data.DataLoader(
+        others = multiprocessing.active_children()
+        batches = iter(torch.utils.data.DataLoader(
             _Batches(self), sampler=steps, batch_size=None, num_workers=min(self.workers, len(steps)),
             multiprocessing_context="fork" if forked else None, worker_init_fn=_ignore_signals,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator())  # leaves torch's global generator alone
-        for batch in batches:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+            generator=torch.Generator()))  # leaves torch's global generator alone
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        kill = partial(_kill, workers)
+        atexit.register(kill)  # a traceback can hold this loop until then
+        try:
+            for batch in batches:
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+        finally:
+            atexit.unregister(kill)
 
 
 class _Batches(torch.utils.data.Dataset):
@@ -1636,6 +1645,14 @@ def _ignore_signals(worker):
     """Ctrl-C and SIGTERM reach every process of a run; the main one acts on them and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _kill(workers):
+    """End workers at exit. Python would send them SIGTERM, which they ignore, and wait for ever."""
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an accident
+    for process in workers:
+        process.kill()
 
 
 def to_device(batch, device):

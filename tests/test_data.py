@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import struct
+import subprocess
 import sys
 import zipfile
 import zlib
@@ -966,3 +967,12 @@ def test_splits_of_your_own_data_by_hash(mine, capsys):
     train, val = ids(lambda i: "val" if i == 5 else "train", "train", "val")
     assert val == {"5.png"} and len(train) == 59
     assert "'note' has" in capsys.readouterr().err  # a remark, not a task
+
+
+def test_a_loader_that_is_still_held_at_exit_lets_the_process_end():
+    """As the traceback of a bug holds it: its workers ignore the signal that Python ends them with."""
+    code = ("import clip, data; instances, _ = data.load('primitives', split='val'); "
+            "loader = data.Loader(instances, clip.Tokenizer([]), 77, 8, 8, 1, 1, workers=1); "
+            "batches = loader.batches(0, 9); next(batches)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
