@@ -1,5 +1,5 @@
-"""Tests of losses.py: every loss against loops over observations, in value and in gradient; at extremes and
-in half precision; two processes against one. A function here that has the name of a loss is that loss by its
+"""Tests of losses.py: every loss against loops over observations, in value and in gradient, at extremes and
+in half precision; two processes against one. A function with the name of a loss is that loss by its
 definition.
 
     python -m pytest tests/test_losses.py
@@ -82,6 +82,8 @@ def hard_terms(positives, negatives):
 
 
 def hard_uniform_terms(positives, negatives):
+    if not positives:
+        return []
     return [mean(-torch.log(p / sum(positives + negatives)) for p in positives)]
 
 
@@ -233,10 +235,6 @@ def pairs(x, y, x_labels, y_labels):
                 yield p, q, of_p, of_q
 
 
-def anchors_of_both(one_direction, x, y, a, b):
-    return (one_direction(x, y, a, b) + one_direction(y, x, b, a)) / 2
-
-
 def contrastive_loss(x, y, a, b):
     d = torch.stack([squared(p, q) for p in x for q in y])
     positive = torch.tensor([bool(i == j) for i in a for j in b])
@@ -248,12 +246,13 @@ def modality_invariant_loss(x, y, a, b):
 
 
 def triplet_loss(x, y, a, b):
-    def one_direction(*batch):
+    total = 0
+    for batch in ((x, y, a, b), (y, x, b, a)):
         terms = []
         for p, q, negatives, _ in pairs(*batch):
             terms.append(sum((squared(p, q) - squared(p, n) + 0.2).clamp(min=0) for n in negatives))
-        return mean(terms)
-    return anchors_of_both(one_direction, x, y, a, b)
+        total = total + mean(terms) / 2
+    return total
 
 
 def lifted_structure_loss(x, y, a, b):
@@ -266,24 +265,11 @@ def lifted_structure_loss(x, y, a, b):
 
 
 def n_pairs_loss(x, y, a, b):
-    def one_direction(*batch):
-        terms = []
-        for p, q, negatives, _ in pairs(*batch):
-            terms.append(torch.log(1 + sum((p @ n - p @ q).exp() for n in negatives)))
-        return mean(terms)
-    return anchors_of_both(one_direction, x, y, a, b)
+    return both_directions(hard_terms, x, y, 1, a, b)
 
 
 def supervised_contrastive_loss(x, y, a, b):
-    def one_direction(x, y, a, b):
-        terms = []
-        for p, label in zip(x, a):
-            e = [(p @ q / 0.07).exp() for q in y]
-            of_positives = [-torch.log(value / sum(e)) for value, other in zip(e, b) if other == label]
-            if of_positives:
-                terms.append(mean(of_positives))
-        return mean(terms)
-    return anchors_of_both(one_direction, x, y, a, b)
+    return both_directions(hard_uniform_terms, x, y, 1 / 0.07, a, b)
 
 
 def label_regression_loss(logits, labels):
