@@ -246,3 +246,24 @@ def test_warmup_cosine(steps, warmup, warm):
         expected = 3.0 * ((step + 1) / warm if step < warm else cosine)
         assert eval.warmup_cosine(step, steps, warmup, 3.0) == pytest.approx(expected, abs=1e-12)
     assert eval.warmup_cosine(steps, steps, warmup) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_run_of_before_resumes(tmp_path):
+    """The state of an earlier version's last.pt has fewer entries."""
+    Toy(tmp_path)
+    checkpoint = clip.load_checkpoint(tmp_path / "last.pt")
+    checkpoint["state"] = {"step": 3, "best": 40.0, "loss_sum": 1.0}
+    clip.save_checkpoint(tmp_path / "last.pt", checkpoint)
+    state = Toy(tmp_path, resume=True).run.state
+    assert state == {"step": 3, "best": 40.0, "loss_sum": 1.0, "waited": 0, "finished": False}
+
+
+@pytest.mark.parametrize("asked, index", [(None, 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_is_joined_by_its_number(asked, index, monkeypatch):
+    """torch.cuda.set_device takes no device without one."""
+    joined = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    monkeypatch.setattr(data, "seed_everything", lambda seed: None)
+    device = torch.device("cuda", index)
+    assert eval.join(argparse.Namespace(device=asked, seed=0)) == (0, 1, device) and joined == [device]
