@@ -5,8 +5,6 @@
 import itertools
 import math
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,8 +14,7 @@ from PIL import Image
 
 import data
 import eval
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from runs import command
 
 
 def random(*shape, seed=0):
@@ -216,8 +213,7 @@ def test_search_equals_a_full_sort(high, monkeypatch):
 
 
 MEMORY = '''
-import sys, torch
-sys.path.insert(0, ".")
+import torch
 import eval
 torch.set_num_threads(1)
 
@@ -257,8 +253,7 @@ def test_memory_grows_with_the_block_alone():
     """Above the inputs: 1,000 queries in 1,007,616 streamed rows under 300 MiB; by class 10,000 x 10,000,
     whose scores alone are 400 MB, in less than that; COCO's 25,000 captions x 5,000 images x 512 under 1
     GiB."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = command("-c", MEMORY)
     assert done.returncode == 0, done.stderr
     search, by_class, retrieval = map(int, done.stdout.split())
     assert 0 < search < 300 << 20 and 0 < by_class < 400e6 and 0 < retrieval < 1 << 30, done.stdout
