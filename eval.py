@@ -1,4 +1,4 @@
-"""Evaluation: metrics, tables, pictures and the evaluation command; and what every script has around its loop.
+"""Evaluation: metrics, tables, pictures, the evaluation command; and what every script has around its loop.
 
     python eval.py --checkpoint runs/mxm-primitives/best.pt                 # one table, and metrics.json
     python eval.py --checkpoint runs/mxm-primitives/best.pt --split unseen --gallery out.png
@@ -77,7 +77,7 @@ def positions(scores, relevant, k=None):
 
 
 def ranked(scores, query_group, gallery_group, k=None):
-    """Yield (place, count) of blocks of queries: `positions` (b, K), and how many relevant items each has (b,).
+    """Yield (place, count) of blocks of queries: `positions` (b, K), and each query's relevant items (b,).
 
     Arguments as in `ranking_metrics`. Memory grows with the block, not with queries x gallery.
     """
@@ -145,10 +145,10 @@ def average_precisions(place, count):
 def both_ways(text_scores, image_scores, image_group, text_group, image_query=ALL, text_query=ALL):
     """`ranking_metrics` of both directions, and rSum, the sum of R@1, 5 and 10 of both (0..600).
 
-    text_scores: a function (begin, end) -> the scores of these of the asked texts with all images.
-    image_scores: a function (begin, end) -> the scores of these of the asked images with all texts.
+    text_scores: scores of the asked texts with all N images, as `ranking_metrics` takes them.
+    image_scores: scores of the asked images with all C texts.
     image_group (N,), text_group (C,): integer tensors.
-    image_query (N,), text_query (C,): bool, which rows are asked about (default: all); all rows are searched.
+    image_query (N,), text_query (C,): bool, which rows are asked about (default: all); all are searched.
     """
     text_to_image = ranking_metrics(text_scores, text_group[text_query], image_group)
     image_to_text = ranking_metrics(image_scores, image_group[image_query], text_group)
@@ -232,7 +232,7 @@ SCOPES = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def class_metrics(scores, query_label, gallery_label, classes):
-    """Supervised cross-modal retrieval: an item is relevant to queries of its class; the whole ranking counts.
+    """Supervised retrieval: an item is relevant to queries of its class, and the whole ranking counts.
 
     scores as in `ranking_metrics`; labels: int64 (Q,), (G,), 0 or more; classes: their names. Returns
     percentages in 0..100:
@@ -506,16 +506,15 @@ def retrieval_rows(name, images, texts, instances, fold=1000):
     (its 5,000 test images are published whole, 5K, and as the mean of five folds, 1K). images (N, D), texts
     (C, D): unit norm.
     """
-    groups = layout(instances)
     images, texts = images.cpu(), texts.cpu()
-    rows = {"model": retrieval_metrics(images, texts, **groups)}
+    rows = {"model": retrieval_metrics(images, texts, **layout(instances))}
     if name == "coco" and len(instances) > fold:
         owner = caption_owner(instances)
         folds = []
         for begin in range(0, len(instances) - fold + 1, fold):
-            here = {"image": slice(begin, begin + fold), "text": (owner >= begin) & (owner < begin + fold)}
-            part = {key: value[here[key.split("_")[0]]] for key, value in groups.items()}
-            folds.append(retrieval_metrics(images[here["image"]], texts[here["text"]], **part))
+            captions = (owner >= begin) & (owner < begin + fold)
+            part = layout(instances[begin:begin + fold])
+            folds.append(retrieval_metrics(images[begin:begin + fold], texts[captions], **part))
         rsum = float(np.mean([metrics["rSum"] for metrics in folds]))
         rows["model, 1K folds"] = {"rSum": rsum, **mean_of_metrics(folds)}
     return rows | bounds(name, instances)
@@ -539,9 +538,7 @@ def bounds(name, instances, draws=5, seed=0):
         results = []
         for _ in range(draws):
             noisy = probability + 1e3 * torch.rand(probability.shape, generator=generator)
-            to_image = ranking_metrics(noisy[groups["text_query"]], asked_texts, groups["image_group"])
-            to_text = ranking_metrics(noisy.t()[groups["image_query"]], asked_images, groups["text_group"])
-            results.append({"text_to_image": to_image, "image_to_text": to_text})
+            results.append(both_ways(noisy[groups["text_query"]], noisy.t()[groups["image_query"]], **groups))
         rows["ceiling"] = mean_of_metrics(results)
     return rows
 
@@ -814,10 +811,9 @@ def join(args):
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if world > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)  # which asks for a number
     else:
         clip.fast_float32()
     if world > 1:
@@ -829,7 +825,7 @@ def join(args):
 
 def any_process(flag, device):
     """True where the flag is set on any process, so that all of them do the same. All must ask."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized():
         return flag
     flag = torch.tensor([float(flag)], device=device)
     dist.all_reduce(flag)
@@ -849,9 +845,8 @@ def first_process_first(device):
 
 
 def average_gradients(parameters):
-    """Replace every gradient by its mean over the processes (one message); does nothing in a single
-    process."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    """Replace every gradient by its mean over the processes, in one message."""
+    if not dist.is_initialized():
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -904,7 +899,7 @@ def warmup_cosine(step, steps, warmup, peak=1.0):
 # ---------------------------------------------------------------- a run
 
 class Run:
-    """What no reader of a training loop came for: the folder, the log, the checkpoints, the progress, the end.
+    """What is around a training loop: the folder, the log, the checkpoints, the progress line, stopping.
 
         run = eval.Run(args, "train_mxm", optimizer, steps, len(loader), pack, unpack)
         for step, batch in run.batches(loader):   # from where an interrupted run stopped
@@ -944,7 +939,7 @@ class Run:
             for name, module in self.modules.items():
                 module.load_state_dict(checkpoint[name])
             optimizer.load_state_dict(checkpoint["optimizer"])
-            self.state = checkpoint["state"]
+            self.state |= checkpoint["state"]
         elif self.first:
             self.save("last.pt")  # so that there is always one; and a full disk is found before any work
         self.progress = Progress(steps, self.state["step"], quiet=not self.first)
@@ -958,7 +953,7 @@ class Run:
                       "state": self.state, "step": self.state["step"]}
         if name == "last.pt":
             checkpoint["optimizer"] = self.optimizer.state_dict()
-            checkpoint |= {name: clip.weights(module) for name, module in self.modules.items()}
+            checkpoint |= {key: clip.weights(module) for key, module in self.modules.items()}
         clip.save_checkpoint(os.path.join(self.args.out, name), checkpoint)
 
     def batches(self, loader):
@@ -970,9 +965,10 @@ class Run:
             began = time.perf_counter()
             yield self.state["step"], batch
             self.seconds.append(time.perf_counter() - began)
-            if self.first and self.record:
-                log_line(self.args.out, **self.record)
-            self.state["finished"] = any_process(self.state["finished"], self.device)
+            if self.record:  # an epoch has ended, on all processes
+                if self.first:
+                    log_line(self.args.out, **self.record)
+                self.state["finished"] = any_process(self.state["finished"], self.device)
             stopping = any_process(self.stop.requested, self.device)  # asked once: a later signal waits
             if self.first and (self.record or stopping or time.time() - self.saved > SAVE_SECONDS):
                 self.save("last.pt")
@@ -990,7 +986,7 @@ class Run:
         if not math.isfinite(loss.item() + norm.item()):
             raise SystemExit(f"error: the loss is {loss.item()}, its gradient's norm {norm.item()} at step "
                              f"{self.state['step']}; try a lower --lr or --amp off. "
-                             f"{self.args.out}/last.pt is from before")
+                             f"{self.args.out}/last.pt holds an earlier step")
 
     def log(self, loss, samples, **values):
         """Count a step of so many samples. Returns True where an epoch has ended after which this process
@@ -1011,7 +1007,7 @@ class Run:
         return self.first and (epoch % self.args.eval_every == 0 or epoch == self.args.epochs)
 
     def keep_best(self, score, message, **evaluations):
-        """Log `evaluations`, say `message` (unless it is empty), and write best.pt where `score` is the highest
+        """Log `evaluations`, say `message` if there is one, and write best.pt where `score` is the highest
         so far.
 
         The score is one on val: a model is never chosen on test.
@@ -1031,7 +1027,7 @@ class Run:
         self.say(f"epoch {self.record['epoch']}: {message}")
 
     def seconds_per_step(self):
-        """The median over this process's steps, or None where it made none."""
+        """The median over this process's steps (an epoch's last one with its evaluation), None without any."""
         return sorted(self.seconds)[len(self.seconds) // 2] if self.seconds else None
 
 
@@ -1166,8 +1162,8 @@ def report(args, device):
 def restore(path, device=None, clip_path=None):
     """-> (model, tokenizer, checkpoint) of a checkpoint file.
 
-    The script that the checkpoint names rebuilds the model; no other module is imported. clip_path: where the
-    CLIP lies now that a checkpoint without one (an adapter's) belongs to.
+    The script that the checkpoint names rebuilds the model; no other module is imported. clip_path: for the
+    checkpoint of an adapter, which holds no CLIP: where its CLIP lies now.
     """
     checkpoint = clip.load_checkpoint(path)
     if checkpoint.get("method") not in METHODS:
@@ -1194,8 +1190,8 @@ def embedded(model, checkpoint, name, root, split, amp="auto", workers=0):
 def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gallery=None):
     """What a checkpoint's model reaches on a split -> ({row: metrics}, the text of a table).
 
-    A method whose results are no ranks of cosines has an `evaluation` of its own, which is called instead.
-    gallery: a path for a picture of queries and their top results.
+    A script may define `evaluation` itself; then that is called. gallery: a path for a picture of queries and
+    their top results.
     """
     method = importlib.import_module(checkpoint["method"])
     if hasattr(method, "evaluation"):
@@ -1214,8 +1210,7 @@ def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gall
 
 
 def answer(model, checkpoint, name, root, args):
-    """Print what the words of --query find among a split's images, and draw it where --gallery asks for
-    it."""
+    """Print what the words of --query find among a split's images; --gallery draws it."""
     tokenizer = model.tokenizer or (model.config and clip.default_tokenizer())
     if not tokenizer or not hasattr(model, "encode_text"):
         raise clip.CheckpointError(f"--query: this model of {checkpoint['method']} "

@@ -21,7 +21,7 @@ import eval
 import losses
 import train_clip4cmr
 from runs import (COLOURS, ROOT, assert_documented_commands_parse, command, evaluated,  # noqa: F401
-                  in_process, kept_signals, log, make_features, make_squares, metrics, refused, remarks)
+                  in_process, kept_signals, log, make_features, make_squares, metrics, refused)
 from train_clip4cmr import (CLIP4CMR, FINETUNED, FROZEN, SCRATCH, main, settings, standardise, terms,
                             total_loss, used_samples)
 

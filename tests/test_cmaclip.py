@@ -18,7 +18,7 @@ import clip
 import data
 import eval
 import train_cmaclip
-from runs import (COLOURS, ROOT, assert_documented_commands_parse, command, in_process, kept_signals, log, make_squares, metrics, evaluated, remarks,  # noqa: F401
+from runs import (COLOURS, ROOT, assert_documented_commands_parse, command, in_process, kept_signals, log, make_squares, metrics, evaluated,  # noqa: F401
                   refused)  # in_process acts by being here
 from train_cmaclip import CMACLIP, choose_tasks, corrupt_batch, corrupted, main, multitask_loss, pairs, predict, settings
 

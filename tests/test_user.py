@@ -22,7 +22,7 @@ import eval
 import losses
 import runs
 import train_user
-from runs import in_process, remarks  # noqa: F401 (fixtures that act by being here)
+from runs import in_process  # noqa: F401 (fixtures that act by being here)
 from runs import FILES, SMALL, arguments, log, metrics, refused
 from train_user import GPO, SGE, USER, Queue, augmented, guided_enhancement, main, momentum_update, settings
 from train_user import total_loss
