@@ -1,21 +1,35 @@
 """CMA-CLIP: cross-modality attention CLIP for image-text classification (arXiv 2112.03562).
 
-A product has a picture, a title and several attributes to predict, and either modality may be irrelevant to an attribute or wrong.
-CLIP's patch tokens and text tokens are joined into one sequence; *sequence-wise attention*, a transformer encoder over it, lets words
-and patches look at each other. Each modality's summary comes out, and *modality-wise attention*, one per attribute (task), weighs
-the two by how much they tell about it; a small MLP per task classifies the weighted sum.
+A product has a picture, a title and several attributes to predict (tasks), and either modality may tell nothing
+about an attribute, or be wrong. CLIP's patch tokens p and text tokens t, projected to one width, become one
+sequence; m and e are learned embeddings of the modality and of the position:
 
-    python train_cmaclip.py                                                   # built-in shapes: shape, colour, height and width at once
+    x = [p_1 + m_image + e_1, ..., p_P + m_image + e_P,  t_1 + m_text + e'_1, ..., t_L + m_text + e'_L]
+
+Sequence-wise attention is a transformer encoder over x, in which words and patches look at each other. In every
+layer, with Q, K and V linear functions of LayerNorm(x) and d the width of a head:
+
+    x <- x + softmax(Q K^T / sqrt(d)) V,    then    x <- x + MLP(LayerNorm(x))
+
+u_image, at the class token, and u_text, at the end token, summarise the two modalities. Modality-wise attention
+weighs them, for each task on its own, by how much they tell about it; a small MLP classifies the weighted sum:
+
+    a_m = exp(u_m . w_task) / (exp(u_image . w_task) + exp(u_text . w_task)),   m = image, text
+    logits_task = MLP_task(a_image u_image + a_text u_text)
+    loss = sum over tasks of the mean cross-entropy of logits_task, over the rows that have a label
+
+This is a reconstruction from the paper's abstract and from notes of others; the paper itself could not be
+consulted.
+
+    python train_cmaclip.py                                 # built-in shapes: shape, colour, height and width
     python train_cmaclip.py --data products --root path/to/products --clip ViT-B/32
-    python train_cmaclip.py --data mine.csv --tasks color,size --freeze --clip ViT-B/32       # only the attentions and MLPs are trained
-    python train_cmaclip.py --fusion concat                                   # a baseline; also sequence, modality, image, text
-    python train_cmaclip.py --train-noise-text 0.3 --robustness               # learn from wrong texts; test with wrong pictures and texts
-    torchrun --nproc_per_node=2 train_cmaclip.py                              # the same batch over two processes
-    python train_cmaclip.py --resume                                          # go on after an interruption, to the same bits
+    python train_cmaclip.py --data mine.csv --tasks color,size --freeze --clip ViT-B/32  # CLIP stays as it is
+    python train_cmaclip.py --fusion concat                 # a baseline; also sequence, modality, image, text
+    python train_cmaclip.py --train-noise-text 0.3 --robustness  # learn from wrong texts; test with wrong ones
+    torchrun --nproc_per_node=2 train_cmaclip.py            # the same batch over two processes
+    python train_cmaclip.py --resume                        # go on where it stopped, to the same bits
 """
 import math
-import os
-import time
 from dataclasses import replace
 from functools import lru_cache
 
@@ -29,324 +43,484 @@ import data
 import eval
 import losses
 
-SCRATCH = dict(epochs=12, batch_size=64, lr=1e-3, clip_lr=1e-3, weight_decay=0.05)  # a small CLIP with random weights
-PRETRAINED = dict(epochs=20, batch_size=64, lr=1e-4, clip_lr=1e-5, weight_decay=0.05)  # a published CLIP, at a rate of its own
-WARMUP, CLIP_GRADIENT, SAVE_SECONDS = 0.05, 1.0, 300  # share of steps; norm; last.pt is written after every epoch and this often
-NOISE = (0.0, 0.25, 0.5, 1.0)  # shares of --robustness
+SCRATCH = dict(epochs=12, batch_size=64, lr=1e-3, clip_lr=1e-3, weight_decay=0.05)  # a CLIP of random weights
+PRETRAINED = dict(epochs=20, batch_size=64, lr=1e-4, clip_lr=1e-5, weight_decay=0.05)  # a published CLIP
+WARMUP = 0.05  # share of the steps in which the learning rates rise
+MAX_NORM = 1.0  # of the gradient
+NOISE = (0.0, 0.25, 0.5, 1.0)  # shares of the images, or of the texts, that --robustness replaces
 
 
 def settings(argv=None):
     p = eval.common_arguments(__doc__)
     p.add_argument("--tasks", help="comma-separated tasks to learn (default: all that the data has)")
     p.add_argument("--fusion", choices=("cma", "sequence", "modality", "concat", "image", "text"), default="cma",
-                   help="cma: both attentions; sequence, modality: one of them; concat: neither; image, text: one modality")
+                   help="cma: both attentions; sequence, modality: one of them; concat: neither; "
+                        "image, text: one modality")
     p.add_argument("--freeze", action="store_true", help="leave CLIP's weights as they are")
     p.add_argument("--clip-lr", type=eval.positive, help="peak learning rate of CLIP's own weights")
-    p.add_argument("--width", type=eval.positive_int, help="of the joint sequence (default: CLIP's embedding)")
-    p.add_argument("--layers", type=eval.positive_int, default=2, help="of the sequence-wise attention")
-    p.add_argument("--heads", type=eval.positive_int, default=4)
-    p.add_argument("--dropout", type=eval.share, default=0.1)
-    for when, meaning in (("train-", "in training, anew at every step"), ("", "when testing")):
-        for what in ("noise", "missing"):
-            for kind in ("image", "text"):
-                p.add_argument(f"--{when}{what}-{kind}", type=eval.share, default=0.0, metavar="SHARE",
-                               help=f"share of {kind}s {'replaced with those of another instance' if what == 'noise' else 'left out'} {meaning}")
-    p.add_argument("--robustness", action="store_true", help="also test with noise in a quarter, half and all of the images or texts")
-    p.add_argument("--precision", type=eval.fraction, default=0.9, help="recall is also reported at this precision, reached on val")
-    p.add_argument("--eval-every", type=eval.positive_int, help="epochs between evaluations on val (default: five in a run)")
+    p.add_argument("--width", type=eval.positive_int,
+                   help="width of the joint sequence (default: that of CLIP's embedding)")
+    p.add_argument("--layers", type=eval.positive_int, default=2, help="layers of the sequence-wise attention")
+    p.add_argument("--heads", type=eval.positive_int, default=4, help="heads of the sequence-wise attention")
+    p.add_argument("--dropout", type=eval.fraction, default=0.1)
+    for prefix, when in (("train-", "in training, drawn anew at every step"), ("", "when testing")):
+        for kind in ("image", "text"):
+            p.add_argument(f"--{prefix}noise-{kind}", type=eval.fraction, default=0.0, metavar="SHARE",
+                           help=f"share of the {kind}s replaced with those of another instance {when}")
+            p.add_argument(f"--{prefix}missing-{kind}", type=eval.fraction, default=0.0, metavar="SHARE",
+                           help=f"share of the {kind}s left out {when}")
+    p.add_argument("--robustness", action="store_true",
+                   help="also test with noise in a quarter, half and all of the images or of the texts")
+    p.add_argument("--precision", type=eval.positive_fraction, default=0.9,
+                   help="recall is also reported at this precision, reached on val")
     args = p.parse_args(argv)
-    for name, value in (SCRATCH if args.clip in clip.SCRATCH else PRETRAINED).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     if args.freeze and args.clip in clip.SCRATCH:
-        p.error(f"--freeze: {args.clip} starts from random weights, which are worth nothing frozen; give --clip a pretrained one")
-    args.eval_every = args.eval_every or max(1, args.epochs // 5)
-    args.out = args.out or os.path.join("runs", f"cmaclip-{os.path.splitext(os.path.basename(args.data))[0]}")
-    return args
+        p.error(f"--freeze: {args.clip} starts from random weights, which are worth nothing frozen; "
+                "give --clip a pretrained one")
+    return eval.complete(args, "cmaclip", SCRATCH if args.clip in clip.SCRATCH else PRETRAINED)
 
 
-# ---------------------------------------------------------------- the model
+# ---------------------------------------------------------------- the model and its loss
 
 class CMACLIP(nn.Module):
-    """Figure 2 of the paper, and with other fusions its parts and baselines.
+    """CLIP with sequence-wise and modality-wise attention, or a baseline that leaves out some of it.
 
-    classes: {task: class names}. fusion: cma: both attentions. sequence: summaries of the sequence-wise attention, concatenated.
-    modality: modality-wise attention over CLIP's own two features. concat: these features concatenated. image, text: one of them.
+    clip_model: a CLIP. classes: {task: names of its classes}.
+    fusion: cma: both attentions.
+            sequence: the summaries of the sequence-wise attention, concatenated.
+            modality: modality-wise attention over CLIP's own feature of the image and that of the text.
+            concat: these two features, concatenated.
+            image, text: one of these two features.
+    width: W, of the joint sequence and of the summaries; None: that of CLIP's embedding.
+    layers, heads: of the sequence-wise attention. dropout: of its layers and of the classifiers.
+    seed: of the random weights.
+
+    Raises DataError where heads does not divide the width.
     """
 
     def __init__(self, clip_model, classes, fusion="cma", width=None, layers=2, heads=4, dropout=0.1, seed=0):
         super().__init__()
-        D, W = clip_model.config.embed_dim, width or clip_model.config.embed_dim
+        D = clip_model.config.embed_dim
+        W = width or D
         if W % heads:
-            raise data.DataError(f"--heads {heads} does not divide the width {W}; choose --heads or --width so that it does")
-        self.tasks, self.fusion = list(classes), fusion
-        self.config, self.tokenizer, self.context_length = clip_model.config, clip_model.tokenizer, clip_model.context_length
-        with torch.random.fork_rng(devices=[]):
+            raise data.DataError(f"--heads {heads} does not divide the width {W}; "
+                                 "choose --heads or --width so that it does")
+        self.tasks = list(classes)
+        self.fusion = fusion
+        self.sequence_wise = fusion in ("cma", "sequence")
+        self.modality_wise = fusion in ("cma", "modality")
+        self.config = clip_model.config
+        self.tokenizer = clip_model.tokenizer
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing was drawn
             torch.default_generator.manual_seed(seed)
-            self.project = nn.ModuleList([nn.Linear(D, W), nn.Linear(D, W)])  # image, text
+            self.project = nn.ModuleList([nn.Linear(D, W), nn.Linear(D, W)])  # of the image, of the text
             self.norm = nn.ModuleList([nn.LayerNorm(W), nn.LayerNorm(W)])  # of the two summaries
-            if fusion in ("cma", "sequence"):
-                patches = 1 + (self.config.image_resolution // (self.config.vision_patch_size or 32)) ** 2  # with the class token; a ResNet's stride is 32
+            if self.sequence_wise:
+                patch_size = self.config.vision_patch_size or 32  # a ResNet's stride is 32
+                patches = (self.config.image_resolution // patch_size) ** 2
                 self.modality = nn.Parameter(0.02 * torch.randn(2, W))
-                self.image_position = nn.Parameter(0.02 * torch.randn(patches, W))
-                self.text_position = nn.Parameter(0.02 * torch.randn(self.context_length, W))
-                self.layers = nn.ModuleList(nn.TransformerEncoderLayer(W, heads, 4 * W, dropout, "gelu", batch_first=True, norm_first=True) for _ in range(layers))
-            if fusion in ("cma", "modality"):
-                self.importance = nn.Parameter(torch.zeros(len(classes), W))  # w_task; at first both modalities weigh the same
+                self.image_position = nn.Parameter(0.02 * torch.randn(1 + patches, W))  # the class token first
+                self.text_position = nn.Parameter(0.02 * torch.randn(self.config.context_length, W))
+                self.layers = nn.ModuleList()
+                for _ in range(layers):
+                    self.layers.append(nn.TransformerEncoderLayer(W, heads, 4 * W, dropout, "gelu",
+                                                                  batch_first=True, norm_first=True))
+            if self.modality_wise:  # w_task; at zero both modalities weigh the same
+                self.importance = nn.Parameter(torch.zeros(len(classes), W))
             wide = 2 * W if fusion in ("sequence", "concat") else W
-            self.classifiers = nn.ModuleList(nn.Sequential(nn.Linear(wide, W), nn.GELU(), nn.Dropout(dropout), nn.Linear(W, len(names)))
-                                             for names in classes.values())
+            self.classifiers = nn.ModuleList()
+            for names in classes.values():
+                self.classifiers.append(nn.Sequential(nn.Linear(wide, W), nn.GELU(), nn.Dropout(dropout),
+                                                      nn.Linear(W, len(names))))
         self.clip = clip_model
 
     def train(self, mode=True):
         """A frozen CLIP stays in eval mode: BatchNorm would otherwise take up the statistics of every batch."""
         super().train(mode)
-        self.clip.train(mode and any(p.requires_grad for p in self.clip.parameters()))
+        trained = any(p.requires_grad for p in self.clip.parameters())
+        self.clip.train(mode and trained)
         return self
 
-    def join(self, images, tokens, present):
-        """One sequence of both modalities' tokens: images (B, 3, S, S), tokens (B, columns), present (B, 2) -> x (B, P + L, W), padding
-        (B, P + L): True where nothing may look, keep (B, L): real text tokens."""
-        _, image_tokens = self.clip.encode_image(images, tokens=True)  # (B, P, D), the class token first
-        _, text_tokens, keep = self.clip.encode_text(tokens, tokens=True)  # (B, L, D), (B, L)
-        P, L = image_tokens.shape[1], text_tokens.shape[1]
+    def sequence(self, images, tokens, present):
+        """The tokens of both modalities as one sequence, as it enters the first layer.
+
+        images (B, 3, S, S), tokens (B, columns), present bool (B, 2): which of image and text there is.
+        -> x (B, P + L, W): P image tokens, the class token first, then L text tokens;
+           hidden bool (B, P + L): what no token may look at, padding and missing modalities;
+           mask bool (B, L): the text tokens that are not padding.
+        """
+        _, image_tokens = self.clip.encode_image(images, tokens=True)  # (B, P, D)
+        _, text_tokens, mask = self.clip.encode_text(tokens, tokens=True)  # (B, L, D), (B, L)
+        P = image_tokens.shape[1]
+        L = text_tokens.shape[1]
         image = self.project[0](image_tokens.float()) + self.modality[0] + self.image_position
         text = self.project[1](text_tokens.float()) + self.modality[1] + self.text_position[:L]
-        see = torch.cat([present[:, :1].expand(-1, P), present[:, 1:] & keep], dim=1)
-        return torch.cat([image, text], dim=1), ~see, keep
+        visible = torch.cat([present[:, :1].expand(-1, P), present[:, 1:] & mask], dim=1)
+        return torch.cat([image, text], dim=1), ~visible, mask
 
     def summaries(self, images, tokens, present):
-        """u (B, 2, W): what the image and the text come to; of --fusion image or text both are that one."""
-        if self.fusion in ("cma", "sequence"):
-            x, padding, keep = self.join(images, tokens, present)
-            for layer in self.layers:  # sequence-wise attention (section 3.1)
-                x = layer(x, src_key_padding_mask=padding)
-            end = len(self.image_position) + keep.sum(1) - 1
-            image, text = x[:, 0], x.gather(1, end[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
+        """u (B, 2, W): u_image and u_text, zero where the modality is missing. Arguments as in `sequence`.
+
+        With --fusion image or text both are of that modality, and only one of them is used.
+        """
+        if self.sequence_wise:
+            x, hidden, mask = self.sequence(images, tokens, present)
+            for layer in self.layers:
+                x = layer(x, src_key_padding_mask=hidden)
+            end = len(self.image_position) + mask.sum(1) - 1  # (B,): where each text's end token stands
+            image = x[:, 0]
+            text = x[torch.arange(len(x), device=x.device), end]
         else:
-            image = self.project[0](self.clip.encode_image(images).float()) if self.fusion != "text" else None
-            text = self.project[1](self.clip.encode_text(tokens).float()) if self.fusion != "image" else image
-            image = text if image is None else image
+            if self.fusion != "text":
+                image = self.project[0](self.clip.encode_image(images).float())
+            if self.fusion != "image":
+                text = self.project[1](self.clip.encode_text(tokens).float())
+            if self.fusion == "image":
+                text = image
+            if self.fusion == "text":
+                image = text
         return torch.stack([self.norm[0](image), self.norm[1](text)], dim=1) * present[..., None]
 
     def forward(self, images, tokens, present=None):
-        """images (B, 3, S, S), tokens (B, columns); present bool (B, 2): which of image and text there is (None: both; never neither).
-        -> ({task: logits (B, C)}, modality weights (B, tasks, 2) or None where the fusion has none)."""
+        """What the model takes a batch for.
+
+        images (B, 3, S, S), tokens (B, columns).
+        present: bool (B, 2), which of image and text there is; never neither. None: both.
+        -> ({task: logits (B, C)}, weights (B, tasks, 2) of image and text, or None where the fusion has none).
+        """
         if present is None:
             present = torch.ones(len(images), 2, dtype=torch.bool, device=images.device)
-        u, weights = self.summaries(images, tokens, present), None
-        if self.fusion in ("cma", "modality"):  # modality-wise attention (section 3.2): softmax over {image, text} of u . w_task
-            scores = torch.einsum("bmw,tw->btm", u, self.importance).masked_fill(~present[:, None, :], -math.inf)
-            weights = scores.softmax(-1)
-            features = torch.einsum("btm,bmw->tbw", weights, u)  # (tasks, B, W)
+        u = self.summaries(images, tokens, present)
+        weights = None
+        if self.modality_wise:
+            relevance = torch.einsum("bmw,tw->btm", u, self.importance)  # u_m . w_task
+            relevance = relevance.masked_fill(~present[:, None, :], -math.inf)
+            weights = relevance.softmax(-1)
+            features = torch.einsum("btm,bmw->tbw", weights, u)
         else:
-            one = {"image": u[:, 0], "text": u[:, 1]}.get(self.fusion, u.flatten(1))
-            features = one.expand(len(self.tasks), *one.shape)
-        return {task: mlp(x) for task, mlp, x in zip(self.tasks, self.classifiers, features)}, weights
+            feature = u.flatten(1)
+            if self.fusion == "image":
+                feature = u[:, 0]
+            if self.fusion == "text":
+                feature = u[:, 1]
+            features = feature.expand(len(self.tasks), *feature.shape)  # the same for every task
+        logits = {}
+        for task, classifier, feature in zip(self.tasks, self.classifiers, features):
+            logits[task] = classifier(feature)
+        return logits, weights
 
     @torch.no_grad()
     def attention(self, images, tokens):
-        """How much each text token looks at each patch in the last layer, mean over heads: (B, L, patches), rows sum to 1; keep (B, L)."""
-        x, padding, keep = self.join(images, tokens, torch.ones(len(images), 2, dtype=torch.bool, device=images.device))
+        """How much each text token looks at each patch in the last layer, as the mean over its heads.
+
+        -> (maps (B, L, patches), of which every row sums to 1; mask bool (B, L): no padding).
+        """
+        both = torch.ones(len(images), 2, dtype=torch.bool, device=images.device)
+        x, hidden, mask = self.sequence(images, tokens, both)
         for layer in self.layers[:-1]:
-            x = layer(x, src_key_padding_mask=padding)
-        x, P = self.layers[-1].norm1(x), len(self.image_position)
-        weights = self.layers[-1].self_attn(x, x, x, key_padding_mask=padding, need_weights=True)[1][:, P:, 1:P]  # text rows, patch columns
-        return weights / weights.sum(-1, keepdim=True), keep
+            x = layer(x, src_key_padding_mask=hidden)
+        last = self.layers[-1]
+        x = last.norm1(x)
+        _, weights = last.self_attn(x, x, x, key_padding_mask=hidden, need_weights=True)  # (B, P + L, P + L)
+        P = len(self.image_position)
+        maps = weights[:, P:, 1:P]  # from text tokens to patches, without the class token
+        return maps / maps.sum(-1, keepdim=True), mask
 
 
 def multitask_loss(logits, labels):
-    """Sum over tasks of the mean cross-entropy of the labelled rows. logits {task: (B, C)}, labels {task: int64 (B,)}, -1: unlabelled."""
+    """The sum over tasks of the mean cross-entropy of the rows that have a label.
+
+    logits {task: (B, C)}, labels {task: int64 (B,)}, -1 where there is none. A task that no row of the batch
+    has a label of adds zero.
+    """
     total = 0.0
-    for task, scores in logits.items():
-        each = F.cross_entropy(scores.float(), labels[task], ignore_index=-1, reduction="sum")
-        total = total + each / (labels[task] >= 0).sum().clamp(min=1)
+    for task in logits:
+        summed = F.cross_entropy(logits[task].float(), labels[task], ignore_index=-1, reduction="sum")
+        labelled = (labels[task] >= 0).sum()
+        total = total + summed / labelled.clamp(min=1)
     return total
 
 
-# ---------------------------------------------------------------- data: pairs, noise
+# ---------------------------------------------------------------- what is classified, and how it is corrupted
 
 def choose_tasks(classes, asked, where, instances):
-    """{task: class names} to learn. Those asked for must be fit to learn; of all others, what is not is left out with a remark."""
-    chosen = asked.split(",") if asked else list(classes) or [None]
-    out = {}
-    for task in chosen:
+    """{task: names of its classes} of the tasks to learn.
+
+    classes: of all tasks that the training data `instances` has. asked: the text of --tasks, or None for all.
+    where: the data's name, for messages. Raises DataError for an asked task that cannot be learned, and where
+    there is none at all; without --tasks what cannot be learned is left out with a remark.
+    """
+    chosen = {}
+    for task in asked.split(",") if asked else list(classes) or [None]:
         try:
-            out[data.choose_task(classes, task, where, instances)] = classes.get(task)
+            data.choose_task(classes, task, where, instances)
         except data.DataError as e:
             if asked or not classes:
                 raise
             data.note(f"{e}; left out")
-    if not out:
+        else:
+            chosen[task] = classes[task]
+    if not chosen:
         raise data.DataError(f"{where}: none of the tasks {', '.join(classes)} has two or more classes to learn")
-    return out
+    return chosen
 
 
-def pairs(instances, own, classes):
-    """One instance per caption, with one of the views: what is classified. Labels are renumbered from the data's classes `own` to the
-    model's `classes`; what the model does not know is unlabelled."""
-    number = {task: [classes[task].index(name) if name in classes[task] else -1 for name in own.get(task, [])] for task in classes}
+def pairs(instances, data_classes, classes):
+    """One instance for each caption, with one of the images: what is classified.
+
+    The labels, which number the classes that the data has, are renumbered to the model's `classes` by name;
+    -1 where there is no label, or one of a class that the model does not know.
+    """
+    number = {}  # {task: the model's number of each of the data's classes}
+    for task, names in classes.items():
+        number[task] = [names.index(name) if name in names else -1 for name in data_classes.get(task, [])]
     out = []
     for x in instances:
-        labels = {task: number[task][x.labels[task]] if x.labels.get(task, -1) >= 0 else -1 for task in classes}
-        out += [replace(x, images=[x.images[k % len(x.images)]], captions=[caption], labels=labels) for k, caption in enumerate(x.captions)]
+        labels = {}
+        for task in classes:
+            label = x.labels.get(task, -1)
+            labels[task] = number[task][label] if label >= 0 else -1
+        for k, caption in enumerate(x.captions):
+            image = x.images[k % len(x.images)]
+            out.append(replace(x, images=[image], captions=[caption], labels=labels))
     return out
 
 
-def corrupted(pairs, noise=(0.0, 0.0), missing=(0.0, 0.0), seed=0):
-    """-> (pairs, present bool (N, 2)): shares `noise` of (images, texts) replaced with those of another instance, shares `missing` of them
-    left out (a text only where the image stays). Which ones depends on the seed; a larger share takes in those of a smaller one."""
-    rng = np.random.default_rng([seed, len(pairs)])
-    chance, source = rng.random((4, len(pairs))), rng.integers(len(pairs), size=(2, len(pairs)))
+def another(pairs, start, x):
+    """The first of `pairs` from number `start` on, and around, that is of another instance than x."""
+    while pairs[start].id == x.id:
+        start = (start + 1) % len(pairs)
+    return pairs[start]
+
+
+def corrupt_pairs(pairs, noise=(0.0, 0.0), missing=(0.0, 0.0), seed=0):
+    """Corrupt a split for testing -> (pairs, present bool (N, 2): which of image and text there is).
+
+    noise: the shares of images and of texts that are replaced with those of another instance.
+    missing: the shares that are left out; a text only where its image stays.
+    seed: it decides which. A larger share takes in those of a smaller one.
+
+    Raises DataError where noise has no other instance to take from.
+    """
+    N = len(pairs)
     if max(noise) > 0 and len({x.id for x in pairs}) < 2:
         raise data.DataError("noise takes pictures and texts of other instances, and there is one instance only")
-    present = torch.from_numpy(chance[2:] >= np.array(missing)[:, None]).t().contiguous()
-    present[:, 1] |= ~present[:, 0]
-
-    def another(i, k):  # the drawn pair, or the next of another instance
-        j = source[k, i]
-        while pairs[j].id == pairs[i].id:
-            j = (j + 1) % len(pairs)
-        return pairs[j]
-    out = [replace(x, images=another(i, 0).images if chance[0, i] < noise[0] else x.images,
-                   captions=another(i, 1).captions if chance[1, i] < noise[1] else x.captions) for i, x in enumerate(pairs)]
-    return out, present
+    rng = np.random.default_rng([seed, N])
+    image_noise, text_noise, image_missing, text_missing = rng.random((4, N))  # what happens, in 0..1
+    image_source, text_source = rng.integers(N, size=(2, N))  # where a replacement comes from
+    corrupted = []
+    for i, x in enumerate(pairs):
+        if image_noise[i] < noise[0]:
+            x = replace(x, images=another(pairs, image_source[i], x).images)
+        if text_noise[i] < noise[1]:
+            x = replace(x, captions=another(pairs, text_source[i], x).captions)
+        corrupted.append(x)
+    image_there = torch.from_numpy(image_missing >= missing[0])
+    text_there = torch.from_numpy(text_missing >= missing[1]) | ~image_there
+    return corrupted, torch.stack([image_there, text_there], dim=1)
 
 
 def corrupt_batch(images, tokens, noise, missing):
-    """The same of a training batch, drawn from torch's generator: the replacement comes from the batch. -> images, tokens, present (B, 2)."""
-    B, device = len(images), images.device
-    chance = torch.rand(4, B).to(device)
-    rows = torch.arange(B, device=device)
+    """The same for a training batch, drawn from torch's generator; replacements come from the batch.
+
+    images (B, 3, S, S), tokens (B, columns) -> images, tokens, present bool (B, 2).
+    """
+    B = len(images)
+    device = images.device
+    image_noise, text_noise, image_missing, text_missing = torch.rand(4, B).to(device)
     if B > 1:
-        other = (rows + torch.randint(1, B, (2, B)).to(device)) % B  # never the row itself
-        images = images[torch.where(chance[0] < noise[0], other[0], rows)]
-        tokens = tokens[torch.where(chance[1] < noise[1], other[1], rows)]
-    present = torch.stack([chance[2] >= missing[0], chance[3] >= missing[1]], dim=1)
-    present[:, 1] |= ~present[:, 0]
-    return images, tokens, present
+        rows = torch.arange(B, device=device)
+        image_source, text_source = (rows + torch.randint(1, B, (2, B)).to(device)) % B  # never the row itself
+        images = images[torch.where(image_noise < noise[0], image_source, rows)]
+        tokens = tokens[torch.where(text_noise < noise[1], text_source, rows)]
+    image_there = image_missing >= missing[0]
+    text_there = (text_missing >= missing[1]) | ~image_there
+    return images, tokens, torch.stack([image_there, text_there], dim=1)
 
 
 # ---------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def predict(model, pairs, tokenizer, amp="auto", workers=0, present=None, loader=None):
-    """-> ({task: probabilities (N, C)}, {task: labels (N,)}, modality weights (N, tasks, 2) or None), float32 on the CPU."""
-    was_training, device = model.training, next(model.parameters()).device
+def predict(model, loader, amp="auto", present=None):
+    """What the model takes the pairs of an evaluation loader for. present: bool (N, 2); None: all is there.
+
+    -> ({task: probabilities (N, C)}, {task: labels (N,)}, modality weights (N, tasks, 2) or None), on the CPU.
+    """
+    was_training = model.training
+    device = next(model.parameters()).device
     model.eval()
-    loader = loader or data.Loader(pairs, tokenizer, model.context_length, model.config.image_resolution, 256, workers=workers)
-    logits, weights = [], []
+    logits = {task: [] for task in model.tasks}
+    labels = {task: [] for task in model.tasks}
+    weights = []
     for batch in loader.batches():
+        there = None if present is None else present[batch["index"]].to(device)
         batch = data.to_device(batch, device)
-        here = None if present is None else present[batch["index"].cpu()].to(device)
         with clip.autocast(amp, model.clip):
-            out, w = model(batch["images"][:, 0], batch["tokens"][:, 0], here)
-        logits.append(out)
-        weights.append(w)
+            batch_logits, batch_weights = model(batch["images"][:, 0], batch["tokens"][:, 0], there)
+        for task in model.tasks:
+            logits[task].append(batch_logits[task].float())
+            labels[task].append(batch["labels"][task])
+        weights.append(batch_weights)
     model.train(was_training)
-    probabilities = {task: torch.cat([part[task].float() for part in logits]).softmax(-1).cpu() for task in model.tasks}
-    labels = {task: torch.tensor([x.labels[task] for x in pairs]) for task in model.tasks}
-    return probabilities, labels, None if weights[0] is None else torch.cat(weights).float().cpu()
+    probabilities = {task: torch.cat(parts).softmax(-1).cpu() for task, parts in logits.items()}
+    labels = {task: torch.cat(parts).cpu() for task, parts in labels.items()}
+    weights = torch.cat(weights).float().cpu() if model.modality_wise else None
+    return probabilities, labels, weights
 
 
-def scores(predicted, thresholds=None):
-    """{task: eval.classification_metrics and the mean weight of the image in percent} of `predict`'s output; a task without labels is
-    left out. "mean" holds the means over tasks."""
-    probabilities, labels, weights = predicted
+def scores(probabilities, labels, weights, thresholds=None):
+    """{task: metrics} of what `predict` returns, and "mean": the means over tasks.
+
+    metrics: those of `eval.classification_metrics`, and the mean weight of the image in percent. A task
+    without labels is left out. thresholds: {task: (C,)}, for recall at a precision. Raises DataError where no
+    task has a label.
+    """
     out = {}
     for k, task in enumerate(probabilities):
-        found = eval.classification_metrics(probabilities[task], labels[task], thresholds[task] if thresholds else None)
-        if found:
-            out[task] = found | ({"image_weight": 100 * weights[:, k, 0].mean().item()} if weights is not None else {})
+        limits = thresholds[task] if thresholds else None
+        metrics = eval.classification_metrics(probabilities[task], labels[task], limits)
+        if metrics is None:
+            continue
+        if weights is not None:
+            metrics["image_weight"] = 100 * weights[:, k, 0].mean().item()
+        out[task] = metrics
     if not out:
         raise data.DataError("nothing to evaluate: no instance has a label of a task that the model knows")
-    return out | {"mean": {name: float(np.mean([found[name] for found in out.values()])) for name in next(iter(out.values()))}}
+    mean = {}
+    for name in next(iter(out.values())):  # every task has the same metrics
+        mean[name] = float(np.mean([metrics[name] for metrics in out.values()]))
+    return out | {"mean": mean}
 
+
+def majority(labels):
+    """The accuracy, in percent, of always naming the commonest class of labels (N,); -1 is no label."""
+    counts = torch.bincount(labels[labels >= 0])
+    return 100 * counts.max().item() / counts.sum().item()
+
+
+def noise_study(reached):
+    """{"image": {share: scores}, "text": {share: scores}} with noise in these shares of the images, of the texts.
+
+    reached: a function of the shares (image noise, text noise) -> scores.
+    """
+    return {"image": {str(share): reached((share, 0.0)) for share in NOISE},
+            "text": {str(share): reached((0.0, share)) for share in NOISE}}
+
+
+def table(split, rows, classes, precision):
+    """The rows of `evaluation` as text: a line for each task and their mean, then one for each kind of noise."""
+    recall = f"R@P{100 * precision:.0f}"
+    titles = ["classes", "majority", "accuracy", "macro F1", f"{recall:>8}", "image weight"]
+    width = max(len(task) for task in rows["model"])
+    lines = ["  ".join([split.ljust(width), *titles])]
+    for task, metrics in rows["model"].items():
+        cells = ["", ""]  # the mean has neither classes nor a majority
+        if task in classes:
+            cells = [str(len(classes[task])), f"{rows['majority'][task]['accuracy']:.1f}"]
+        for name in ("accuracy", "macro_f1", "recall_at_precision", "image_weight"):
+            cells.append(f"{metrics[name]:.1f}" if name in metrics else "")
+        cells = [cell.rjust(len(title)) for cell, title in zip(cells, titles)]
+        lines.append("  ".join([task.ljust(width), *cells]))
+    for kind, study in rows.get("noise", {}).items():
+        cells = []
+        for share, metrics in study.items():
+            mean = metrics["mean"]
+            cell = f"{100 * float(share):.0f}%: {mean['accuracy']:.1f}"
+            if "image_weight" in mean:
+                cell += f" (image weight {mean['image_weight']:.0f})"
+            cells.append(cell)
+        lines.append(f"noise in {kind:5}: " + "   ".join(cells))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- what eval.py calls
 
 def restore(checkpoint, path):
-    """The model of a checkpoint of this script, for eval.py."""
+    """The model of a checkpoint of this script."""
     s = checkpoint["settings"]
-    model = CMACLIP(clip.load(path, "cpu")[0], checkpoint["classes"], s["fusion"], s["width"], s["layers"], s["heads"], s["dropout"])
+    clip_model, _ = clip.load(path, "cpu")
+    model = CMACLIP(clip_model, checkpoint["classes"], s["fusion"], s["width"], s["layers"], s["heads"], s["dropout"])
     clip.load_heads(model, checkpoint["heads"])
     return model
 
 
-def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0):
-    """-> ({"model", "majority": {task: metrics}, with --robustness "noise"}, table) of a split, under the run's test-time noise.
-    majority: the share of the split's commonest class."""
-    s, classes = checkpoint["settings"], checkpoint["classes"]
+def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gallery=None):
+    """What the model reaches on a split under the run's test-time noise -> (rows, the text of a table).
+
+    rows: {"model": scores, "majority": {task: the accuracy of always naming the commonest class}}, and with
+    --robustness "noise", what `noise_study` finds (not on `unseen`: one such study is enough).
+    gallery: a path for a picture of pairs and predictions.
+    """
+    s = checkpoint["settings"]
     tokenizer = model.tokenizer or clip.default_tokenizer()
-    instances, own = data.load(name, root, split)
-    clean = pairs(instances, own, classes)
+    clean = pairs(*data.load(name, root, split), checkpoint["classes"])
 
-    @lru_cache  # --robustness asks for clean data more than once
-    def run(noise, missing):
-        changed, present = corrupted(clean, noise, missing, s["seed"])
-        return scores(predict(model, changed, tokenizer, amp, workers, present), checkpoint["thresholds"])
+    @lru_cache  # the study asks for clean pairs more than once
+    def reached(noise, missing=(0.0, 0.0)):
+        corrupted, present = corrupt_pairs(clean, noise, missing, s["seed"])
+        loader = eval.evaluation_loader(model, corrupted, tokenizer, workers)
+        return scores(*predict(model, loader, amp, present), checkpoint["thresholds"])
 
-    found = run((s["noise_image"], s["noise_text"]), (s["missing_image"], s["missing_text"]))
-    majority = {}
-    for task in found:
+    metrics = reached((s["noise_image"], s["noise_text"]), (s["missing_image"], s["missing_text"]))
+    rows = {"model": metrics, "majority": {}}
+    for task in metrics:
         if task != "mean":
-            counts = torch.bincount(torch.tensor([x.labels[task] for x in clean if x.labels[task] >= 0]))
-            majority[task] = {"accuracy": 100 * counts.max().item() / counts.sum().item()}
-    rows = {"model": found, "majority": majority}
-    width, recall = max(map(len, found)), f"R@P{100 * s['precision']:.0f}"
-    lines = [f"{split:{width}} {'classes':>8} {'majority':>9} {'accuracy':>9} {'macro F1':>9} {recall:>9} {'image weight':>13}"]
-    for task, m in found.items():
-        cells = [f"{len(classes[task]) if task in classes else '':>8}", f"{majority[task]['accuracy']:9.1f}" if task in majority else " " * 9]
-        cells += [f"{m[key]:{wide}.1f}" if key in m else " " * wide for key, wide in (("accuracy", 9), ("macro_f1", 9), ("recall_at_precision", 9), ("image_weight", 13))]
-        lines.append(f"{task:{width}} " + " ".join(cells))
-    if s["robustness"]:
-        rows["noise"] = {kind: {str(share): run((share, 0.0) if kind == "image" else (0.0, share), (0.0, 0.0)) for share in NOISE} for kind in ("image", "text")}
-        for kind, runs in rows["noise"].items():
-            lines.append(f"noise in {kind:5}: " + "   ".join(
-                f"{100 * float(share):.0f}%: {m['mean']['accuracy']:.1f}" + (f" (image weight {m['mean']['image_weight']:.0f})" if "image_weight" in m["mean"] else "")
-                for share, m in runs.items()))
-    return rows, "\n".join(lines)
+            labels = torch.tensor([x.labels[task] for x in clean])
+            rows["majority"][task] = {"accuracy": majority(labels)}
+    if s["robustness"] and split != "unseen":
+        rows["noise"] = noise_study(reached)
+    if gallery:
+        draw_gallery(gallery, model, tokenizer, clean, checkpoint["classes"], amp)
+    return rows, table(split, rows, checkpoint["classes"], s["precision"])
 
 
-# ---------------------------------------------------------------- pictures, for eval.py
-
-def draw_pairs(name, root, split, checkpoint, count):
-    """A few pairs of different instances, drawn from the split."""
-    instances, own = data.load(name, root, split)
-    every = pairs(instances, own, checkpoint["classes"])
-    return [every[i] for i in np.random.default_rng(0).permutation(len(every))[:count]]
+def draw_some(pairs, count):
+    """A few pairs at random, the same ones every time."""
+    return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[:count]]
 
 
-def gallery(model, checkpoint, name, root, split, path):
-    """Pairs of a split with what the model takes them for: right predictions framed green, wrong ones red, unlabelled ones grey."""
-    chosen, classes = draw_pairs(name, root, split, checkpoint, 10), checkpoint["classes"]
-    probabilities, labels, _ = predict(model, chosen, model.tokenizer or clip.default_tokenizer())
+def draw_gallery(path, model, tokenizer, pairs, classes, amp):
+    """Ten pairs with what the model takes them for: right ones framed green, wrong red, unlabelled grey."""
+    chosen = draw_some(pairs, 10)
+    loader = eval.evaluation_loader(model, chosen, tokenizer)
+    probabilities, labels, _ = predict(model, loader, amp)
     rows = []
     for i, x in enumerate(chosen):
         results = [(x.captions[0], None)]
         for task in model.tasks:
-            p, label = probabilities[task][i], int(labels[task][i])
-            text = f"{task}: {classes[task][int(p.argmax())]} ({100 * p.max():.0f}%)" + (f", is {classes[task][label]}" if label not in (-1, int(p.argmax())) else "")
-            results.append((text, None if label == -1 else int(p.argmax()) == label))
+            best = int(probabilities[task][i].argmax())
+            label = int(labels[task][i])
+            text = f"{task}: {classes[task][best]} ({100 * probabilities[task][i, best]:.0f}%)"
+            if label not in (-1, best):
+                text += f", is {classes[task][label]}"
+            results.append((text, None if label == -1 else best == label))
         rows.append((data.pixels(x.images[0], eval.CELL), results))
     eval.gallery_picture(path, rows)
 
 
 def attention_picture(model, checkpoint, name, root, split, path):
-    """Where each text token looks in the picture, and how much each task weighs image and text, for a few pairs of a split."""
-    if model.fusion not in ("cma", "sequence", "modality"):
-        raise clip.CheckpointError(f"--attention: --fusion {model.fusion} has no attention between the modalities; cma, sequence and modality do")
-    chosen, tokenizer = draw_pairs(name, root, split, checkpoint, 6), model.tokenizer or clip.default_tokenizer()
-    loader = data.Loader(chosen, tokenizer, model.context_length, model.config.image_resolution, len(chosen))
+    """Six pairs of a split: where each word looks in the picture, and how each task weighs image and text."""
+    if not model.sequence_wise and not model.modality_wise:
+        raise clip.CheckpointError(f"--attention: --fusion {model.fusion} has no attention between the modalities; "
+                                   "cma, sequence and modality do")
+    tokenizer = model.tokenizer or clip.default_tokenizer()
+    chosen = draw_some(pairs(*data.load(name, root, split), checkpoint["classes"]), 6)
+    loader = eval.evaluation_loader(model, chosen, tokenizer)
     batch = data.to_device(loader.make(0), next(model.parameters()).device)
-    images, tokens = batch["images"][:, 0], batch["tokens"][:, 0]
-    weights = model(images, tokens)[1]
+    images = batch["images"][:, 0]
+    tokens = batch["tokens"][:, 0]
+    _, weights = model(images, tokens)
     rows = []
     for i, x in enumerate(chosen):
-        words, bars = [], []
-        if model.fusion != "modality":
-            maps, keep = model.attention(images[i:i + 1], tokens[i:i + 1])
+        words = []
+        bars = []
+        if model.sequence_wise:
+            maps, mask = model.attention(images[i:i + 1], tokens[i:i + 1])
             side = math.isqrt(maps.shape[2])
-            words = [(tokenizer.decode([t]).strip(), m.view(side, side).cpu().numpy()) for t, m in list(zip(tokens[i].tolist(), maps[0]))[1:int(keep.sum()) - 1]]
-        if weights is not None:
+            for k in range(1, int(mask.sum()) - 1):  # without start and end
+                word = tokenizer.decode([int(tokens[i, k])]).strip()
+                words.append((word, maps[0, k].view(side, side).cpu().numpy()))
+        if model.modality_wise:
             bars = [(task, weights[i, k, 0].item()) for k, task in enumerate(model.tasks)]
         rows.append((data.pixels(x.images[0], eval.CELL), x.captions[0], words, bars))
     eval.attention_picture(path, rows)
@@ -356,132 +530,79 @@ def attention_picture(model, checkpoint, name, root, split, path):
 
 def main(argv=None):
     args = settings(argv)
-    rank, world, device = losses.join(args.device)
-    first = rank == 0  # the only process that writes
-    data.seed_everything(args.seed)
-    if device.type == "cpu":
-        clip.fast_float32()
-
-    # data
-    if args.download and first:
-        data.load(args.data, args.root, "train", download=True)
-    losses.any_process(False, device)  # the others wait for what the first fetches
-    train, own = data.load(args.data, args.root, "train")
-    classes = choose_tasks(own, args.tasks, args.data, train)
-    val = pairs(*data.load(args.data, args.root, "val"), classes)
-    test = pairs(*data.load(args.data, args.root, "test"), classes)  # needed at the end: what is missing is said before training, not after
-    for split, part in (("val", val), ("test", test)):
-        if not any(label >= 0 for x in part for label in x.labels.values()):
-            raise data.DataError(f"{args.data}: no instance of split {split!r} has a label of {', '.join(classes)}; label some")
-
-    # model
-    if args.clip in clip.SCRATCH:
-        tokenizer = clip.Tokenizer.train([c for x in train for c in x.captions], args.vocab_size)
-        inner = clip.build(args.clip, tokenizer, args.seed, args.image_size)
-    else:
-        inner, _ = clip.load(args.clip, "cpu", image_size=args.image_size)
-        tokenizer = inner.tokenizer or clip.default_tokenizer()
-    model = CMACLIP(inner, classes, args.fusion, args.width, args.layers, args.heads, args.dropout, args.seed).to(device)
-    inner.requires_grad_(not args.freeze)
-    if args.compile:
-        clip.compile_blocks(inner)
-    loader = data.Loader(train, tokenizer, inner.context_length, inner.config.image_resolution, args.batch_size, 1, 1, train=True, seed=args.seed,
-                         workers=args.workers, rank=rank, world=world)
-    val_loader = data.Loader(val, tokenizer, inner.context_length, inner.config.image_resolution, 256, workers=args.workers)
-    groups = []  # CLIP at its own rate; only matrices are decayed
-    for prefix, peak in (("clip.", args.clip_lr), ("", args.lr)):
-        part = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("clip.") == bool(prefix)]
-        groups += [{"params": [p for p in part if p.ndim >= 2], "peak": peak, "weight_decay": args.weight_decay},
-                   {"params": [p for p in part if p.ndim < 2], "peak": peak, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, fused=True)
+    rank, world, device = eval.join(args)
+    (train, known), val, test = eval.load_splits(args, device)
+    classes = choose_tasks(known, args.tasks, args.data, train)
+    val = pairs(*val, classes)
+    for split, part in (("val", val), ("test", pairs(*test, classes))):
+        if not any(max(x.labels.values()) >= 0 for x in part):
+            raise data.DataError(f"{args.data}: no instance of split {split!r} has a label of {', '.join(classes)}; "
+                                 "label some")
+    clip_model, tokenizer = eval.build_or_load(args, train, device)
+    clip_model.requires_grad_(not args.freeze)
+    model = CMACLIP(clip_model, classes, args.fusion, args.width, args.layers, args.heads, args.dropout,
+                    args.seed).to(device)
+    loader = data.Loader(train, tokenizer, model.config.context_length, model.config.image_resolution,
+                         args.batch_size, 1, 1, train=True, seed=args.seed, workers=args.workers,
+                         rank=rank, world=world)
+    val_loader = eval.evaluation_loader(model, val, tokenizer, args.workers)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    clip_part = [p for name, p in trained.items() if name.startswith("clip.")]
+    heads = [p for name, p in trained.items() if not name.startswith("clip.")]
+    groups = []
+    for part, peak in ((clip_part, args.clip_lr), (heads, args.lr)):  # CLIP has a learning rate of its own
+        matrices = [p for p in part if p.ndim >= 2]
+        vectors = [p for p in part if p.ndim < 2]  # gains, biases, logit_scale: not decayed
+        groups.append({"params": matrices, "peak": peak, "weight_decay": args.weight_decay})
+        groups.append({"params": vectors, "peak": peak, "weight_decay": 0.0})
+    groups = [group for group in groups if group["params"]]  # a frozen CLIP has none
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     steps = args.epochs * len(loader)
+    thresholds = {}  # {task: (C,)}, for recall at --precision: those of the latest evaluation on val
 
-    # run: everything that changes is in `state`, the weights and the optimizer, so that a resumed run ends with the same bits
-    state, thresholds = {"step": 0, "best": -1.0, "loss_sum": 0.0}, None
-    checkpoint = eval.open_run(args.out, vars(args), args.resume, first) if first or args.resume else None
-    if checkpoint:
-        inner.load_state_dict(checkpoint["clip"]["state_dict"])
+    def pack():
+        return {"classes": classes, "thresholds": thresholds, "heads": clip.describe_heads(model),
+                "clip": clip.describe(clip_model)}
+
+    def unpack(checkpoint):
+        clip_model.load_state_dict(checkpoint["clip"]["state_dict"])
         clip.load_heads(model, checkpoint["heads"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        state, thresholds = checkpoint["state"], checkpoint["thresholds"]
+        thresholds.update(checkpoint["thresholds"])
 
-    def save(name):
-        clip.save_checkpoint(os.path.join(args.out, name), {
-            "method": "train_cmaclip", "settings": vars(args), "classes": classes, "thresholds": thresholds, "heads": clip.describe_heads(model),
-            "clip": clip.describe(inner), "optimizer": optimizer.state_dict(), "state": state, "step": state["step"]})
-
-    def rate(step):  # linear warm-up, then half a cosine down to zero
-        warm = max(1, int(WARMUP * steps))
-        return (step + 1) / warm if step < warm else (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
-
-    if first and not checkpoint:
-        save("last.pt")  # from here on there is one to resume from; and a disk that is full is found before any work
-
-    stop, saved = eval.StopSignal(), time.time()
-    progress = eval.Progress(steps, state["step"], quiet=not first)
-    progress.line(f"{args.data}: {len(train):,} instances, {len(classes)} tasks ({', '.join(classes)}), fusion {args.fusion}; "
-                  f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f} M trained parameters; {steps:,} steps on {device.type}")
+    run = eval.Run(args, "train_cmaclip", optimizer, steps, len(loader), pack, unpack)
+    run.say(f"{args.data}: {len(train):,} instances, {len(classes)} tasks ({', '.join(classes)}), "
+            f"fusion {args.fusion}; {sum(p.numel() for p in trained.values()) / 1e6:.2f} M trained parameters; "
+            f"{steps:,} steps on {device.type}")
     model.train()
-    for batch in loader.batches(state["step"], steps):
+    for step, batch in run.batches(loader):
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate(state["step"])
-        data.seed_step(args.seed, state["step"], rank)  # noise and dropout
+            group["lr"] = group["peak"] * eval.warmup_cosine(step, steps, WARMUP)
+        data.seed_step(args.seed, step, rank)  # noise and dropout
         batch = data.to_device(batch, device)
-        images, tokens, present = corrupt_batch(batch["images"][:, 0], batch["tokens"][:, 0], (args.train_noise_image, args.train_noise_text),
+        images, tokens, present = corrupt_batch(batch["images"][:, 0], batch["tokens"][:, 0],
+                                                (args.train_noise_image, args.train_noise_text),
                                                 (args.train_missing_image, args.train_missing_text))
-        with clip.autocast(args.amp, inner):
-            logits, weights = model(images, tokens, present)
-        logits = {task: losses.gather(scores.float()) for task, scores in logits.items()}
-        loss = multitask_loss(logits, {task: losses.gather(batch["labels"][task]) for task in classes})
+        with clip.autocast(args.amp, clip_model):
+            logits, _ = model(images, tokens, present)
+        logits = {task: losses.gather(logits[task].float()) for task in classes}
+        labels = {task: losses.gather(batch["labels"][task]) for task in classes}
+        loss = multitask_loss(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        losses.average_gradients(model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRADIENT)
-        if not math.isfinite(loss.item() + norm.item()):  # before the weights take it up
-            raise SystemExit(f"error: the loss is {loss.item()}, its gradient's norm {norm.item()} at step {state['step']}; "
-                             f"try a lower --lr or --amp off. {args.out}/last.pt is from before")
+        eval.average_gradients(model.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        run.check(loss, norm)
         optimizer.step()
-
-        state["step"] += 1
-        state["loss_sum"] += loss.item()
-        progress.step(state["step"], args.batch_size, loss=loss.item())
-        epoch, inside = divmod(state["step"], len(loader))
-        if inside == 0 and first:
-            record = {"step": state["step"], "epoch": epoch, "loss": state["loss_sum"] / len(loader)}
-            if epoch % args.eval_every == 0 or epoch == args.epochs:
-                predicted = predict(model, val, tokenizer, args.amp, args.workers, loader=val_loader)
-                metrics = scores(predicted)
-                record["val"] = metrics
-                progress.line(f"epoch {epoch}: loss {record['loss']:.3f}, val accuracy {metrics['mean']['accuracy']:.1f}, the mean of {len(metrics) - 1} tasks")
-                if metrics["mean"]["accuracy"] > state["best"]:  # the model and its thresholds are chosen on val, never on test
-                    state["best"] = metrics["mean"]["accuracy"]
-                    thresholds = {task: eval.precision_thresholds(p, predicted[1][task], args.precision) for task, p in predicted[0].items()}
-                    save("best.pt")
-            eval.log_line(args.out, **record)
-        if inside == 0:
-            state["loss_sum"] = 0.0
-        stopping = losses.any_process(stop.requested, device)  # asked once: a signal after this waits for the next step
-        if first and (inside == 0 or time.time() - saved > SAVE_SECONDS or stopping):
-            save("last.pt")
-            saved = time.time()
-        if stopping:
-            progress.line(f"stopped at step {state['step']}; the same command with --resume goes on")
-            raise SystemExit(130)
-
-    if first:
-        report(args, device)
-
-
-def report(args, device):
-    """Evaluate best.pt on the test split (primitives: also on configurations never seen in training), print and keep the table."""
-    model, _, checkpoint = eval.restore(os.path.join(args.out, "best.pt"), device)
-    results = {}
-    for split in ("test", "unseen") if args.data == "primitives" else ("test",):
-        checkpoint["settings"]["robustness"] = args.robustness and split == "test"
-        results[split], text = evaluation(model, checkpoint, args.data, args.root, split, args.amp, args.workers)
-        print(text)
-    eval.write_json(os.path.join(args.out, "metrics.json"), results)
-    print(f"written to {os.path.join(args.out, 'metrics.json')}")
+        if run.log(loss, args.batch_size):
+            probabilities, labels, weights = predict(model, val_loader, args.amp)
+            metrics = scores(probabilities, labels, weights)
+            for task in classes:
+                thresholds[task] = eval.precision_thresholds(probabilities[task], labels[task], args.precision)
+            accuracy = metrics["mean"]["accuracy"]
+            run.keep_best(accuracy, f"val accuracy {accuracy:.1f}, the mean of {len(metrics) - 1} tasks",
+                          val=metrics)
+    if run.first:
+        eval.report(args, device)
 
 
 if __name__ == "__main__":
