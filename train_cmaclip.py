@@ -1,33 +1,32 @@
 """CMA-CLIP: cross-modality attention CLIP for image-text classification (arXiv 2112.03562).
 
-A product has a picture, a title and several attributes to predict (tasks), and either modality may tell nothing
-about an attribute, or be wrong. CLIP's patch tokens p and text tokens t, projected to one width, become one
-sequence; m and e are learned embeddings of the modality and of the position:
+A product has a picture, a title and several attributes to predict (tasks), and either modality may tell
+nothing about an attribute, or be wrong. CLIP's patch tokens p and text tokens t, projected to one width,
+become one sequence; m and e are learned embeddings of the modality and of the position:
 
     x = [p_1 + m_image + e_1, ..., p_P + m_image + e_P,  t_1 + m_text + e'_1, ..., t_L + m_text + e'_L]
 
-Sequence-wise attention is a transformer encoder over x, in which words and patches look at each other. In every
-layer, with Q, K and V linear functions of LayerNorm(x) and d the width of a head:
+Sequence-wise attention is a transformer encoder over x, in which words and patches look at each other. In
+each layer, with Q, K and V linear in LayerNorm(x) and d the width of a head:
 
-    x <- x + softmax(Q K^T / sqrt(d)) V,    then    x <- x + MLP(LayerNorm(x))
+    x <- x + softmax(Q K^T / sqrt(d)) V,   then   x <- x + MLP(LayerNorm(x))
 
-u_image, at the class token, and u_text, at the end token, summarise the two modalities. Modality-wise attention
-weighs them, for each task on its own, by how much they tell about it; a small MLP classifies the weighted sum:
+What comes out at the class token is u_image, at the end token u_text. Modality-wise attention weighs the two,
+for each task on its own, by how much they tell about it, and a small MLP classifies the weighted sum:
 
     a_m = exp(u_m . w_task) / (exp(u_image . w_task) + exp(u_text . w_task)),   m = image, text
     logits_task = MLP_task(a_image u_image + a_text u_text)
     loss = sum over tasks of the mean cross-entropy of logits_task, over the rows that have a label
 
-This is a reconstruction from the paper's abstract and from notes of others; the paper itself could not be
-consulted.
+This is a reconstruction from the abstract and from notes of others; the paper could not be consulted.
 
-    python train_cmaclip.py                                 # built-in shapes: shape, colour, height and width
+    python train_cmaclip.py                            # built-in shapes: shape, colour, height and width
     python train_cmaclip.py --data products --root path/to/products --clip ViT-B/32
     python train_cmaclip.py --data mine.csv --tasks color,size --freeze --clip ViT-B/32  # CLIP stays as it is
-    python train_cmaclip.py --fusion concat                 # a baseline; also sequence, modality, image, text
-    python train_cmaclip.py --train-noise-text 0.3 --robustness  # learn from wrong texts; test with wrong ones
-    torchrun --nproc_per_node=2 train_cmaclip.py            # the same batch over two processes
-    python train_cmaclip.py --resume                        # go on where it stopped, to the same bits
+    python train_cmaclip.py --fusion concat            # a baseline; also sequence, modality, image, text
+    python train_cmaclip.py --train-noise-text 0.3 --robustness  # learn from wrong texts, test with noise
+    torchrun --nproc_per_node=2 train_cmaclip.py       # the same batch over two processes
+    python train_cmaclip.py --resume                   # go on where it stopped, to the same bits
 """
 import math
 from dataclasses import replace
@@ -43,7 +42,7 @@ import data
 import eval
 import losses
 
-SCRATCH = dict(epochs=12, batch_size=64, lr=1e-3, clip_lr=1e-3, weight_decay=0.05)  # a CLIP of random weights
+SCRATCH = dict(epochs=12, batch_size=64, lr=1e-3, clip_lr=1e-3, weight_decay=0.05)  # random weights
 PRETRAINED = dict(epochs=20, batch_size=64, lr=1e-4, clip_lr=1e-5, weight_decay=0.05)  # a published CLIP
 WARMUP = 0.05  # share of the steps in which the learning rates rise
 MAX_NORM = 1.0  # of the gradient
@@ -53,22 +52,21 @@ NOISE = (0.0, 0.25, 0.5, 1.0)  # shares of the images, or of the texts, that --r
 def settings(argv=None):
     p = eval.common_arguments(__doc__)
     p.add_argument("--tasks", help="comma-separated tasks to learn (default: all that the data has)")
-    p.add_argument("--fusion", choices=("cma", "sequence", "modality", "concat", "image", "text"), default="cma",
-                   help="cma: both attentions; sequence, modality: one of them; concat: neither; "
-                        "image, text: one modality")
+    p.add_argument("--fusion", choices=("cma", "sequence", "modality", "concat", "image", "text"),
+                   default="cma", help="cma: both attentions; sequence, modality: one of them; "
+                                       "concat: neither; image, text: one modality")
     p.add_argument("--freeze", action="store_true", help="leave CLIP's weights as they are")
     p.add_argument("--clip-lr", type=eval.positive, help="peak learning rate of CLIP's own weights")
-    p.add_argument("--width", type=eval.positive_int,
-                   help="width of the joint sequence (default: that of CLIP's embedding)")
-    p.add_argument("--layers", type=eval.positive_int, default=2, help="layers of the sequence-wise attention")
-    p.add_argument("--heads", type=eval.positive_int, default=4, help="heads of the sequence-wise attention")
+    p.add_argument("--width", type=eval.positive_int, help="of the joint sequence (default: CLIP's own)")
+    p.add_argument("--layers", type=eval.positive_int, default=2, help="of the sequence-wise attention")
+    p.add_argument("--heads", type=eval.positive_int, default=4, help="of the sequence-wise attention")
     p.add_argument("--dropout", type=eval.fraction, default=0.1)
     for prefix, when in (("train-", "in training, drawn anew at every step"), ("", "when testing")):
         for kind in ("image", "text"):
             p.add_argument(f"--{prefix}noise-{kind}", type=eval.fraction, default=0.0, metavar="SHARE",
-                           help=f"share of the {kind}s replaced with those of another instance {when}")
+                           help=f"share of {kind}s replaced with those of another instance {when}")
             p.add_argument(f"--{prefix}missing-{kind}", type=eval.fraction, default=0.0, metavar="SHARE",
-                           help=f"share of the {kind}s left out {when}")
+                           help=f"share of {kind}s left out {when}")
     p.add_argument("--robustness", action="store_true",
                    help="also test with noise in a quarter, half and all of the images or of the texts")
     p.add_argument("--precision", type=eval.positive_fraction, default=0.9,
@@ -83,19 +81,17 @@ def settings(argv=None):
 # ---------------------------------------------------------------- the model and its loss
 
 class CMACLIP(nn.Module):
-    """CLIP with sequence-wise and modality-wise attention, or a baseline that leaves out some of it.
+    """CLIP with sequence-wise and modality-wise attention, or a baseline that leaves some of it out.
 
-    clip_model: a CLIP. classes: {task: names of its classes}.
-    fusion: cma: both attentions.
-            sequence: the summaries of the sequence-wise attention, concatenated.
-            modality: modality-wise attention over CLIP's own feature of the image and that of the text.
-            concat: these two features, concatenated.
-            image, text: one of these two features.
-    width: W, of the joint sequence and of the summaries; None: that of CLIP's embedding.
-    layers, heads: of the sequence-wise attention. dropout: of its layers and of the classifiers.
+    clip_model: a CLIP.
+    classes: {task: names of its classes}.
+    fusion: cma: both attentions. sequence: the summaries of the sequence-wise attention, concatenated.
+        modality: modality-wise attention over CLIP's own two features. concat: these features, concatenated.
+        image, text: one of these features.
+    width: W, of the joint sequence and the summaries; None: that of CLIP's embedding.
+    layers, heads: of the sequence-wise attention. Raises DataError where heads does not divide the width.
+    dropout: in the sequence-wise attention and the classifiers.
     seed: of the random weights.
-
-    Raises DataError where heads does not divide the width.
     """
 
     def __init__(self, clip_model, classes, fusion="cma", width=None, layers=2, heads=4, dropout=0.1, seed=0):
@@ -111,43 +107,39 @@ class CMACLIP(nn.Module):
         self.modality_wise = fusion in ("cma", "modality")
         self.config = clip_model.config
         self.tokenizer = clip_model.tokenizer
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing was drawn
+        with torch.random.fork_rng(devices=[]):  # the weights depend on the seed alone
             torch.default_generator.manual_seed(seed)
             self.project = nn.ModuleList([nn.Linear(D, W), nn.Linear(D, W)])  # of the image, of the text
-            self.norm = nn.ModuleList([nn.LayerNorm(W), nn.LayerNorm(W)])  # of the two summaries
+            self.norm = nn.ModuleList([nn.LayerNorm(W), nn.LayerNorm(W)])  # of u_image, of u_text
             if self.sequence_wise:
                 patch_size = self.config.vision_patch_size or 32  # a ResNet's stride is 32
                 patches = (self.config.image_resolution // patch_size) ** 2
-                self.modality = nn.Parameter(0.02 * torch.randn(2, W))
-                self.image_position = nn.Parameter(0.02 * torch.randn(1 + patches, W))  # the class token first
-                self.text_position = nn.Parameter(0.02 * torch.randn(self.config.context_length, W))
-                self.layers = nn.ModuleList()
-                for _ in range(layers):
-                    self.layers.append(nn.TransformerEncoderLayer(W, heads, 4 * W, dropout, "gelu",
-                                                                  batch_first=True, norm_first=True))
-            if self.modality_wise:  # w_task; at zero both modalities weigh the same
-                self.importance = nn.Parameter(torch.zeros(len(classes), W))
+                self.modality = nn.Parameter(0.02 * torch.randn(2, W))  # m
+                self.image_position = nn.Parameter(0.02 * torch.randn(1 + patches, W))  # e, class token first
+                self.text_position = nn.Parameter(0.02 * torch.randn(self.config.context_length, W))  # e'
+                self.layers = nn.ModuleList(
+                    nn.TransformerEncoderLayer(W, heads, 4 * W, dropout, "gelu",
+                                               batch_first=True, norm_first=True) for _ in range(layers))
+            if self.modality_wise:
+                self.importance = nn.Parameter(torch.zeros(len(classes), W))  # w_task; at first a_m = 1/2
             wide = 2 * W if fusion in ("sequence", "concat") else W
-            self.classifiers = nn.ModuleList()
-            for names in classes.values():
-                self.classifiers.append(nn.Sequential(nn.Linear(wide, W), nn.GELU(), nn.Dropout(dropout),
-                                                      nn.Linear(W, len(names))))
+            self.classifiers = nn.ModuleList(
+                nn.Sequential(nn.Linear(wide, W), nn.GELU(), nn.Dropout(dropout), nn.Linear(W, len(names)))
+                for names in classes.values())
         self.clip = clip_model
 
     def train(self, mode=True):
-        """A frozen CLIP stays in eval mode: BatchNorm would otherwise take up the statistics of every batch."""
+        """A frozen CLIP stays in eval mode: BatchNorm would otherwise take up every batch's statistics."""
         super().train(mode)
-        trained = any(p.requires_grad for p in self.clip.parameters())
-        self.clip.train(mode and trained)
+        self.clip.train(mode and any(p.requires_grad for p in self.clip.parameters()))
         return self
 
     def sequence(self, images, tokens, present):
-        """The tokens of both modalities as one sequence, as it enters the first layer.
+        """Both modalities' tokens as one sequence, as it enters the first layer. Arguments as in `forward`.
 
-        images (B, 3, S, S), tokens (B, columns), present bool (B, 2): which of image and text there is.
         -> x (B, P + L, W): P image tokens, the class token first, then L text tokens;
-           hidden bool (B, P + L): what no token may look at, padding and missing modalities;
-           mask bool (B, L): the text tokens that are not padding.
+           hidden bool (B, P + L): what no token may look at, which is padding and a missing modality;
+           mask bool (B, L): the text tokens that are no padding.
         """
         _, image_tokens = self.clip.encode_image(images, tokens=True)  # (B, P, D)
         _, text_tokens, mask = self.clip.encode_text(tokens, tokens=True)  # (B, L, D), (B, L)
@@ -159,34 +151,28 @@ class CMACLIP(nn.Module):
         return torch.cat([image, text], dim=1), ~visible, mask
 
     def summaries(self, images, tokens, present):
-        """u (B, 2, W): u_image and u_text, zero where the modality is missing. Arguments as in `sequence`.
-
-        With --fusion image or text both are of that modality, and only one of them is used.
-        """
+        """-> (B, 2, W): u_image and u_text, zero where one is missing. Arguments as in `forward`."""
         if self.sequence_wise:
             x, hidden, mask = self.sequence(images, tokens, present)
             for layer in self.layers:
                 x = layer(x, src_key_padding_mask=hidden)
-            end = len(self.image_position) + mask.sum(1) - 1  # (B,): where each text's end token stands
+            end = len(self.image_position) + mask.sum(1) - 1  # (B,): the place of each text's end token
             image = x[:, 0]
             text = x[torch.arange(len(x), device=x.device), end]
+        elif self.fusion == "image":
+            image = text = self.project[0](self.clip.encode_image(images).float())  # u_text will not be used
+        elif self.fusion == "text":
+            image = text = self.project[1](self.clip.encode_text(tokens).float())  # u_image will not be used
         else:
-            if self.fusion != "text":
-                image = self.project[0](self.clip.encode_image(images).float())
-            if self.fusion != "image":
-                text = self.project[1](self.clip.encode_text(tokens).float())
-            if self.fusion == "image":
-                text = image
-            if self.fusion == "text":
-                image = text
+            image = self.project[0](self.clip.encode_image(images).float())
+            text = self.project[1](self.clip.encode_text(tokens).float())
         return torch.stack([self.norm[0](image), self.norm[1](text)], dim=1) * present[..., None]
 
     def forward(self, images, tokens, present=None):
-        """What the model takes a batch for.
+        """images (B, 3, S, S), tokens (B, columns); present bool (B, 2): which of image and text there is, at
+        least one (None: both).
 
-        images (B, 3, S, S), tokens (B, columns).
-        present: bool (B, 2), which of image and text there is; never neither. None: both.
-        -> ({task: logits (B, C)}, weights (B, tasks, 2) of image and text, or None where the fusion has none).
+        -> ({task: logits (B, C)}, weights a (B, tasks, 2), or None where the fusion has none).
         """
         if present is None:
             present = torch.ones(len(images), 2, dtype=torch.bool, device=images.device)
@@ -194,15 +180,15 @@ class CMACLIP(nn.Module):
         weights = None
         if self.modality_wise:
             relevance = torch.einsum("bmw,tw->btm", u, self.importance)  # u_m . w_task
-            relevance = relevance.masked_fill(~present[:, None, :], -math.inf)
-            weights = relevance.softmax(-1)
+            weights = relevance.masked_fill(~present[:, None, :], -math.inf).softmax(-1)
             features = torch.einsum("btm,bmw->tbw", weights, u)
         else:
-            feature = u.flatten(1)
             if self.fusion == "image":
                 feature = u[:, 0]
-            if self.fusion == "text":
+            elif self.fusion == "text":
                 feature = u[:, 1]
+            else:
+                feature = u.flatten(1)  # one beside the other
             features = feature.expand(len(self.tasks), *feature.shape)  # the same for every task
         logits = {}
         for task, classifier, feature in zip(self.tasks, self.classifiers, features):
@@ -213,7 +199,7 @@ class CMACLIP(nn.Module):
     def attention(self, images, tokens):
         """How much each text token looks at each patch in the last layer, as the mean over its heads.
 
-        -> (maps (B, L, patches), of which every row sums to 1; mask bool (B, L): no padding).
+        -> (maps (B, L, patches), whose rows sum to 1; mask bool (B, L): the text tokens that are no padding).
         """
         both = torch.ones(len(images), 2, dtype=torch.bool, device=images.device)
         x, hidden, mask = self.sequence(images, tokens, both)
@@ -223,15 +209,14 @@ class CMACLIP(nn.Module):
         x = last.norm1(x)
         _, weights = last.self_attn(x, x, x, key_padding_mask=hidden, need_weights=True)  # (B, P + L, P + L)
         P = len(self.image_position)
-        maps = weights[:, P:, 1:P]  # from text tokens to patches, without the class token
+        maps = weights[:, P:, 1:P]  # from text tokens to patches; the class token is none
         return maps / maps.sum(-1, keepdim=True), mask
 
 
 def multitask_loss(logits, labels):
-    """The sum over tasks of the mean cross-entropy of the rows that have a label.
+    """The sum over tasks of the mean cross-entropy over the rows that have a label; zero where none has one.
 
-    logits {task: (B, C)}, labels {task: int64 (B,)}, -1 where there is none. A task that no row of the batch
-    has a label of adds zero.
+    logits {task: (B, C)}, labels {task: int64 (B,)}, -1 where there is none.
     """
     total = 0.0
     for task in logits:
@@ -241,45 +226,45 @@ def multitask_loss(logits, labels):
     return total
 
 
-# ---------------------------------------------------------------- what is classified, and how it is corrupted
+# ---------------------------------------------------------------- tasks, pairs, and their corruption
 
 def choose_tasks(classes, asked, where, instances):
-    """{task: names of its classes} of the tasks to learn.
+    """{task: names of its classes} to learn: what --tasks asked for, or all tasks of the training data.
 
-    classes: of all tasks that the training data `instances` has. asked: the text of --tasks, or None for all.
-    where: the data's name, for messages. Raises DataError for an asked task that cannot be learned, and where
-    there is none at all; without --tasks what cannot be learned is left out with a remark.
+    Raises DataError for an asked task that is not fit to learn, and where no task is. What was not asked for
+    and is not fit is left out with a remark.
     """
     chosen = {}
-    for task in asked.split(",") if asked else list(classes) or [None]:
+    tasks = asked.split(",") if asked else list(classes)
+    for task in tasks or [None]:  # None: data without labels, which choose_task refuses
         try:
             data.choose_task(classes, task, where, instances)
+            chosen[task] = classes[task]
         except data.DataError as e:
             if asked or not classes:
                 raise
             data.note(f"{e}; left out")
-        else:
-            chosen[task] = classes[task]
     if not chosen:
-        raise data.DataError(f"{where}: none of the tasks {', '.join(classes)} has two or more classes to learn")
+        raise data.DataError(f"{where}: none of the tasks {', '.join(classes)} has two or more classes "
+                             "to learn")
     return chosen
 
 
 def pairs(instances, data_classes, classes):
     """One instance for each caption, with one of the images: what is classified.
 
-    The labels, which number the classes that the data has, are renumbered to the model's `classes` by name;
-    -1 where there is no label, or one of a class that the model does not know.
+    Labels that count the data's classes become labels that count the model's `classes`, by name; -1 where
+    there is no label, or one of a class that the model does not know.
     """
-    number = {}  # {task: the model's number of each of the data's classes}
+    number = {}  # task -> the model's number of each class of the data
     for task, names in classes.items():
         number[task] = [names.index(name) if name in names else -1 for name in data_classes.get(task, [])]
     out = []
     for x in instances:
-        labels = {}
+        labels = dict.fromkeys(classes, -1)
         for task in classes:
-            label = x.labels.get(task, -1)
-            labels[task] = number[task][label] if label >= 0 else -1
+            if x.labels.get(task, -1) >= 0:
+                labels[task] = number[task][x.labels[task]]
         for k, caption in enumerate(x.captions):
             image = x.images[k % len(x.images)]
             out.append(replace(x, images=[image], captions=[caption], labels=labels))
@@ -287,7 +272,7 @@ def pairs(instances, data_classes, classes):
 
 
 def another(pairs, start, x):
-    """The first of `pairs` from number `start` on, and around, that is of another instance than x."""
+    """The first of the pairs, from number `start` on and around, that is of another instance than x."""
     while pairs[start].id == x.id:
         start = (start + 1) % len(pairs)
     return pairs[start]
@@ -298,39 +283,38 @@ def corrupt_pairs(pairs, noise=(0.0, 0.0), missing=(0.0, 0.0), seed=0):
 
     noise: the shares of images and of texts that are replaced with those of another instance.
     missing: the shares that are left out; a text only where its image stays.
-    seed: it decides which. A larger share takes in those of a smaller one.
+    seed: decides which. A larger share takes in those of a smaller one.
 
-    Raises DataError where noise has no other instance to take from.
+    Raises DataError for noise where there is no other instance.
     """
-    N = len(pairs)
     if max(noise) > 0 and len({x.id for x in pairs}) < 2:
-        raise data.DataError("noise takes pictures and texts of other instances, and there is one instance only")
-    rng = np.random.default_rng([seed, N])
-    image_noise, text_noise, image_missing, text_missing = rng.random((4, N))  # what happens, in 0..1
-    image_source, text_source = rng.integers(N, size=(2, N))  # where a replacement comes from
-    corrupted = []
+        raise data.DataError("noise takes images and texts of other instances; there is one instance only")
+    rng = np.random.default_rng([seed, len(pairs)])
+    image_noise, text_noise, image_missing, text_missing = rng.random((4, len(pairs)))
+    image_source, text_source = rng.integers(len(pairs), size=(2, len(pairs)))
+    out = []
     for i, x in enumerate(pairs):
         if image_noise[i] < noise[0]:
             x = replace(x, images=another(pairs, image_source[i], x).images)
         if text_noise[i] < noise[1]:
             x = replace(x, captions=another(pairs, text_source[i], x).captions)
-        corrupted.append(x)
+        out.append(x)
     image_there = torch.from_numpy(image_missing >= missing[0])
     text_there = torch.from_numpy(text_missing >= missing[1]) | ~image_there
-    return corrupted, torch.stack([image_there, text_there], dim=1)
+    return out, torch.stack([image_there, text_there], dim=1)
 
 
 def corrupt_batch(images, tokens, noise, missing):
-    """The same for a training batch, drawn from torch's generator; replacements come from the batch.
+    """The same for a training batch, from torch's generator; a replacement is another row of the batch.
 
     images (B, 3, S, S), tokens (B, columns) -> images, tokens, present bool (B, 2).
     """
     B = len(images)
-    device = images.device
-    image_noise, text_noise, image_missing, text_missing = torch.rand(4, B).to(device)
+    image_noise, text_noise, image_missing, text_missing = torch.rand(4, B).to(images.device)
     if B > 1:
-        rows = torch.arange(B, device=device)
-        image_source, text_source = (rows + torch.randint(1, B, (2, B)).to(device)) % B  # never the row itself
+        rows = torch.arange(B, device=images.device)
+        shift = torch.randint(1, B, (2, B)).to(images.device)  # less than B: never to the row itself
+        image_source, text_source = (rows + shift) % B
         images = images[torch.where(image_noise < noise[0], image_source, rows)]
         tokens = tokens[torch.where(text_noise < noise[1], text_source, rows)]
     image_there = image_missing >= missing[0]
@@ -342,9 +326,9 @@ def corrupt_batch(images, tokens, noise, missing):
 
 @torch.no_grad()
 def predict(model, loader, amp="auto", present=None):
-    """What the model takes the pairs of an evaluation loader for. present: bool (N, 2); None: all is there.
+    """What the model says of the N pairs of an evaluation loader; present: bool (N, 2) as in `forward`.
 
-    -> ({task: probabilities (N, C)}, {task: labels (N,)}, modality weights (N, tasks, 2) or None), on the CPU.
+    -> ({task: probabilities (N, C)}, {task: labels (N,)}, weights (N, tasks, 2) or None), all on the CPU.
     """
     was_training = model.training
     device = next(model.parameters()).device
@@ -369,53 +353,37 @@ def predict(model, loader, amp="auto", present=None):
 
 
 def scores(probabilities, labels, weights, thresholds=None):
-    """{task: metrics} of what `predict` returns, and "mean": the means over tasks.
+    """{task: metrics} of what `predict` returns, and "mean": the mean over the tasks.
 
-    metrics: those of `eval.classification_metrics`, and the mean weight of the image in percent. A task
-    without labels is left out. thresholds: {task: (C,)}, for recall at a precision. Raises DataError where no
-    task has a label.
+    metrics: those of `eval.classification_metrics`, and the mean weight of the image in percent. thresholds:
+    {task: (C,)}, for recall at a precision. A task that no row has a label of is left out; raises DataError
+    where that is every task.
     """
     out = {}
     for k, task in enumerate(probabilities):
-        limits = thresholds[task] if thresholds else None
-        metrics = eval.classification_metrics(probabilities[task], labels[task], limits)
-        if metrics is None:
-            continue
-        if weights is not None:
+        metrics = eval.classification_metrics(probabilities[task], labels[task],
+                                              thresholds[task] if thresholds else None)
+        if metrics and weights is not None:
             metrics["image_weight"] = 100 * weights[:, k, 0].mean().item()
-        out[task] = metrics
+        if metrics:
+            out[task] = metrics
     if not out:
         raise data.DataError("nothing to evaluate: no instance has a label of a task that the model knows")
     mean = {}
-    for name in next(iter(out.values())):  # every task has the same metrics
-        mean[name] = float(np.mean([metrics[name] for metrics in out.values()]))
+    for name in list(out.values())[0]:
+        mean[name] = float(np.mean([out[task][name] for task in out]))
     return out | {"mean": mean}
 
 
-def majority(labels):
-    """The accuracy, in percent, of always naming the commonest class of labels (N,); -1 is no label."""
-    counts = torch.bincount(labels[labels >= 0])
-    return 100 * counts.max().item() / counts.sum().item()
-
-
-def noise_study(reached):
-    """{"image": {share: scores}, "text": {share: scores}} with noise in these shares of the images, of the texts.
-
-    reached: a function of the shares (image noise, text noise) -> scores.
-    """
-    return {"image": {str(share): reached((share, 0.0)) for share in NOISE},
-            "text": {str(share): reached((0.0, share)) for share in NOISE}}
-
-
 def table(split, rows, classes, precision):
-    """The rows of `evaluation` as text: a line for each task and their mean, then one for each kind of noise."""
+    """The rows of `evaluation` as text: a line for each task, for their mean, and for each kind of noise."""
     recall = f"R@P{100 * precision:.0f}"
     titles = ["classes", "majority", "accuracy", "macro F1", f"{recall:>8}", "image weight"]
-    width = max(len(task) for task in rows["model"])
+    width = max(map(len, rows["model"]))
     lines = ["  ".join([split.ljust(width), *titles])]
     for task, metrics in rows["model"].items():
-        cells = ["", ""]  # the mean has neither classes nor a majority
-        if task in classes:
+        cells = ["", ""]  # the mean has no classes
+        if task in rows["majority"]:
             cells = [str(len(classes[task])), f"{rows['majority'][task]['accuracy']:.1f}"]
         for name in ("accuracy", "macro_f1", "recall_at_precision", "image_weight"):
             cells.append(f"{metrics[name]:.1f}" if name in metrics else "")
@@ -425,10 +393,8 @@ def table(split, rows, classes, precision):
         cells = []
         for share, metrics in study.items():
             mean = metrics["mean"]
-            cell = f"{100 * float(share):.0f}%: {mean['accuracy']:.1f}"
-            if "image_weight" in mean:
-                cell += f" (image weight {mean['image_weight']:.0f})"
-            cells.append(cell)
+            weight = f" (image weight {mean['image_weight']:.0f})" if "image_weight" in mean else ""
+            cells.append(f"{100 * float(share):.0f}%: {mean['accuracy']:.1f}{weight}")
         lines.append(f"noise in {kind:5}: " + "   ".join(cells))
     return "\n".join(lines)
 
@@ -438,8 +404,8 @@ def table(split, rows, classes, precision):
 def restore(checkpoint, path):
     """The model of a checkpoint of this script."""
     s = checkpoint["settings"]
-    clip_model, _ = clip.load(path, "cpu")
-    model = CMACLIP(clip_model, checkpoint["classes"], s["fusion"], s["width"], s["layers"], s["heads"], s["dropout"])
+    model = CMACLIP(clip.load(path, "cpu")[0], checkpoint["classes"], s["fusion"], s["width"], s["layers"],
+                    s["heads"], s["dropout"])
     clip.load_heads(model, checkpoint["heads"])
     return model
 
@@ -447,13 +413,14 @@ def restore(checkpoint, path):
 def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gallery=None):
     """What the model reaches on a split under the run's test-time noise -> (rows, the text of a table).
 
-    rows: {"model": scores, "majority": {task: the accuracy of always naming the commonest class}}, and with
-    --robustness "noise", what `noise_study` finds (not on `unseen`: one such study is enough).
-    gallery: a path for a picture of pairs and predictions.
+    rows: "model": `scores`; "majority": {task: the accuracy of always naming the commonest class}; "noise",
+    with --robustness: {"image" or "text": {share replaced: `scores`}}, on other splits than `unseen`.
+    gallery: a path for a picture of pairs and what the model takes them for.
     """
     s = checkpoint["settings"]
+    classes = checkpoint["classes"]
     tokenizer = model.tokenizer or clip.default_tokenizer()
-    clean = pairs(*data.load(name, root, split), checkpoint["classes"])
+    clean = pairs(*data.load(name, root, split), classes)
 
     @lru_cache  # the study asks for clean pairs more than once
     def reached(noise, missing=(0.0, 0.0)):
@@ -465,25 +432,24 @@ def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gall
     rows = {"model": metrics, "majority": {}}
     for task in metrics:
         if task != "mean":
-            labels = torch.tensor([x.labels[task] for x in clean])
-            rows["majority"][task] = {"accuracy": majority(labels)}
+            counts = torch.bincount(torch.tensor([x.labels[task] for x in clean if x.labels[task] >= 0]))
+            rows["majority"][task] = {"accuracy": 100 * counts.max().item() / counts.sum().item()}
     if s["robustness"] and split != "unseen":
-        rows["noise"] = noise_study(reached)
+        rows["noise"] = {"image": {str(share): reached((share, 0.0)) for share in NOISE},
+                         "text": {str(share): reached((0.0, share)) for share in NOISE}}
     if gallery:
-        draw_gallery(gallery, model, tokenizer, clean, checkpoint["classes"], amp)
-    return rows, table(split, rows, checkpoint["classes"], s["precision"])
+        draw_gallery(gallery, model, drawn(clean, 10), tokenizer, classes, amp)
+    return rows, table(split, rows, classes, s["precision"])
 
 
-def draw_some(pairs, count):
+def drawn(pairs, count):
     """A few pairs at random, the same ones every time."""
     return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[:count]]
 
 
-def draw_gallery(path, model, tokenizer, pairs, classes, amp):
-    """Ten pairs with what the model takes them for: right ones framed green, wrong red, unlabelled grey."""
-    chosen = draw_some(pairs, 10)
-    loader = eval.evaluation_loader(model, chosen, tokenizer)
-    probabilities, labels, _ = predict(model, loader, amp)
+def draw_gallery(path, model, chosen, tokenizer, classes, amp):
+    """Draw pairs with what the model takes them for, framed green where right, red where wrong."""
+    probabilities, labels, _ = predict(model, eval.evaluation_loader(model, chosen, tokenizer), amp)
     rows = []
     for i, x in enumerate(chosen):
         results = [(x.captions[0], None)]
@@ -499,12 +465,12 @@ def draw_gallery(path, model, tokenizer, pairs, classes, amp):
 
 
 def attention_picture(model, checkpoint, name, root, split, path):
-    """Six pairs of a split: where each word looks in the picture, and how each task weighs image and text."""
-    if not model.sequence_wise and not model.modality_wise:
-        raise clip.CheckpointError(f"--attention: --fusion {model.fusion} has no attention between the modalities; "
-                                   "cma, sequence and modality do")
+    """Draw where each word of a few pairs looks in the picture, and how each task weighs image and text."""
+    if not (model.sequence_wise or model.modality_wise):
+        raise clip.CheckpointError(f"--attention: --fusion {model.fusion} has no attention between the "
+                                   "modalities; cma, sequence and modality do")
     tokenizer = model.tokenizer or clip.default_tokenizer()
-    chosen = draw_some(pairs(*data.load(name, root, split), checkpoint["classes"]), 6)
+    chosen = drawn(pairs(*data.load(name, root, split), checkpoint["classes"]), 6)
     loader = eval.evaluation_loader(model, chosen, tokenizer)
     batch = data.to_device(loader.make(0), next(model.parameters()).device)
     images = batch["images"][:, 0]
@@ -531,13 +497,13 @@ def attention_picture(model, checkpoint, name, root, split, path):
 def main(argv=None):
     args = settings(argv)
     rank, world, device = eval.join(args)
-    (train, known), val, test = eval.load_splits(args, device)
-    classes = choose_tasks(known, args.tasks, args.data, train)
+    (train, train_classes), val, test = eval.load_splits(args, device)
+    classes = choose_tasks(train_classes, args.tasks, args.data, train)
     val = pairs(*val, classes)
     for split, part in (("val", val), ("test", pairs(*test, classes))):
         if not any(max(x.labels.values()) >= 0 for x in part):
-            raise data.DataError(f"{args.data}: no instance of split {split!r} has a label of {', '.join(classes)}; "
-                                 "label some")
+            raise data.DataError(f"{args.data}: no instance of split {split!r} has a label of "
+                                 f"{', '.join(classes)}; label some")
     clip_model, tokenizer = eval.build_or_load(args, train, device)
     clip_model.requires_grad_(not args.freeze)
     model = CMACLIP(clip_model, classes, args.fusion, args.width, args.layers, args.heads, args.dropout,
@@ -547,18 +513,18 @@ def main(argv=None):
                          rank=rank, world=world)
     val_loader = eval.evaluation_loader(model, val, tokenizer, args.workers)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    clip_part = [p for name, p in trained.items() if name.startswith("clip.")]
-    heads = [p for name, p in trained.items() if not name.startswith("clip.")]
+    of_clip = [p for name, p in trained.items() if name.startswith("clip.")]
+    of_heads = [p for name, p in trained.items() if not name.startswith("clip.")]
     groups = []
-    for part, peak in ((clip_part, args.clip_lr), (heads, args.lr)):  # CLIP has a learning rate of its own
+    for part, peak in ((of_clip, args.clip_lr), (of_heads, args.lr)):  # each at its own learning rate
         matrices = [p for p in part if p.ndim >= 2]
         vectors = [p for p in part if p.ndim < 2]  # gains, biases, logit_scale: not decayed
         groups.append({"params": matrices, "peak": peak, "weight_decay": args.weight_decay})
         groups.append({"params": vectors, "peak": peak, "weight_decay": 0.0})
-    groups = [group for group in groups if group["params"]]  # a frozen CLIP has none
+    groups = [group for group in groups if group["params"]]  # a frozen CLIP trains none
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     steps = args.epochs * len(loader)
-    thresholds = {}  # {task: (C,)}, for recall at --precision: those of the latest evaluation on val
+    thresholds = {}  # task -> (C,), for recall at --precision: those of the latest evaluation on val
 
     def pack():
         return {"classes": classes, "thresholds": thresholds, "heads": clip.describe_heads(model),
@@ -570,14 +536,15 @@ def main(argv=None):
         thresholds.update(checkpoint["thresholds"])
 
     run = eval.Run(args, "train_cmaclip", optimizer, steps, len(loader), pack, unpack)
+    parameters = sum(p.numel() for p in trained.values())
     run.say(f"{args.data}: {len(train):,} instances, {len(classes)} tasks ({', '.join(classes)}), "
-            f"fusion {args.fusion}; {sum(p.numel() for p in trained.values()) / 1e6:.2f} M trained parameters; "
+            f"fusion {args.fusion}; {parameters / 1e6:.2f} M trained parameters; "
             f"{steps:,} steps on {device.type}")
     model.train()
     for step, batch in run.batches(loader):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * eval.warmup_cosine(step, steps, WARMUP)
-        data.seed_step(args.seed, step, rank)  # noise and dropout
+        data.seed_step(args.seed, step, rank)  # for the corruption and for dropout
         batch = data.to_device(batch, device)
         images, tokens, present = corrupt_batch(batch["images"][:, 0], batch["tokens"][:, 0],
                                                 (args.train_noise_image, args.train_noise_text),
@@ -595,9 +562,10 @@ def main(argv=None):
         optimizer.step()
         if run.log(loss, args.batch_size):
             probabilities, labels, weights = predict(model, val_loader, args.amp)
-            metrics = scores(probabilities, labels, weights)
             for task in classes:
-                thresholds[task] = eval.precision_thresholds(probabilities[task], labels[task], args.precision)
+                thresholds[task] = eval.precision_thresholds(probabilities[task], labels[task],
+                                                             args.precision)
+            metrics = scores(probabilities, labels, weights)
             accuracy = metrics["mean"]["accuracy"]
             run.keep_best(accuracy, f"val accuracy {accuracy:.1f}, the mean of {len(metrics) - 1} tasks",
                           val=metrics)
