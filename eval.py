@@ -1027,7 +1027,7 @@ class Run:
         self.say(f"epoch {self.record['epoch']}: {message}")
 
     def seconds_per_step(self):
-        """The median over this process's steps (an epoch's last one with its evaluation), None without any."""
+        """The median over this process's steps (an epoch's last includes its evaluation), or None."""
         return sorted(self.seconds)[len(self.seconds) // 2] if self.seconds else None
 
 

@@ -122,10 +122,10 @@ class CMACLIP(nn.Module):
                                                batch_first=True, norm_first=True) for _ in range(layers))
             if self.modality_wise:
                 self.importance = nn.Parameter(torch.zeros(len(classes), W))  # w_task; at first a_m = 1/2
-            wide = 2 * W if fusion in ("sequence", "concat") else W
+            in_width = 2 * W if fusion in ("sequence", "concat") else W
             self.classifiers = nn.ModuleList(
-                nn.Sequential(nn.Linear(wide, W), nn.GELU(), nn.Dropout(dropout), nn.Linear(W, len(names)))
-                for names in classes.values())
+                nn.Sequential(nn.Linear(in_width, W), nn.GELU(), nn.Dropout(dropout),
+                              nn.Linear(W, len(names))) for names in classes.values())
         self.clip = clip_model
 
     def train(self, mode=True):
@@ -169,10 +169,10 @@ class CMACLIP(nn.Module):
         return torch.stack([self.norm[0](image), self.norm[1](text)], dim=1) * present[..., None]
 
     def forward(self, images, tokens, present=None):
-        """images (B, 3, S, S), tokens (B, columns); present bool (B, 2): which of image and text there is, at
-        least one (None: both).
+        """Classify images (B, 3, S, S) with texts, of which tokens (B, columns) are the ids.
 
-        -> ({task: logits (B, C)}, weights a (B, tasks, 2), or None where the fusion has none).
+        present: bool (B, 2), which of image and text there is; at least one of them. None: both.
+        -> ({task: logits (B, C)}, the weights a (B, tasks, 2), or None where the fusion has none).
         """
         if present is None:
             present = torch.ones(len(images), 2, dtype=torch.bool, device=images.device)
@@ -182,14 +182,12 @@ class CMACLIP(nn.Module):
             relevance = torch.einsum("bmw,tw->btm", u, self.importance)  # u_m . w_task
             weights = relevance.masked_fill(~present[:, None, :], -math.inf).softmax(-1)
             features = torch.einsum("btm,bmw->tbw", weights, u)
+        elif self.fusion == "image":
+            features = u[:, 0].expand(len(self.tasks), -1, -1)  # the same for every task
+        elif self.fusion == "text":
+            features = u[:, 1].expand(len(self.tasks), -1, -1)
         else:
-            if self.fusion == "image":
-                feature = u[:, 0]
-            elif self.fusion == "text":
-                feature = u[:, 1]
-            else:
-                feature = u.flatten(1)  # one beside the other
-            features = feature.expand(len(self.tasks), *feature.shape)  # the same for every task
+            features = u.flatten(1).expand(len(self.tasks), -1, -1)  # one beside the other
         logits = {}
         for task, classifier, feature in zip(self.tasks, self.classifiers, features):
             logits[task] = classifier(feature)
@@ -253,8 +251,8 @@ def choose_tasks(classes, asked, where, instances):
 def pairs(instances, data_classes, classes):
     """One instance for each caption, with one of the images: what is classified.
 
-    Labels that count the data's classes become labels that count the model's `classes`, by name; -1 where
-    there is no label, or one of a class that the model does not know.
+    A label is the number of a class; the data's numbers become those of the model's `classes`, by name: -1
+    where there is no label or the model does not know its class.
     """
     number = {}  # task -> the model's number of each class of the data
     for task, names in classes.items():
@@ -355,14 +353,14 @@ def predict(model, loader, amp="auto", present=None):
 def scores(probabilities, labels, weights, thresholds=None):
     """{task: metrics} of what `predict` returns, and "mean": the mean over the tasks.
 
-    metrics: those of `eval.classification_metrics`, and the mean weight of the image in percent. thresholds:
-    {task: (C,)}, for recall at a precision. A task that no row has a label of is left out; raises DataError
-    where that is every task.
+    metrics: those of `eval.classification_metrics`, and the mean weight of the image in percent.
+    thresholds: {task: (C,)}, for recall at a precision.
+    A task that no row has a label of is left out. Raises DataError where that is every task.
     """
     out = {}
     for k, task in enumerate(probabilities):
-        metrics = eval.classification_metrics(probabilities[task], labels[task],
-                                              thresholds[task] if thresholds else None)
+        limits = thresholds[task] if thresholds else None
+        metrics = eval.classification_metrics(probabilities[task], labels[task], limits)
         if metrics and weights is not None:
             metrics["image_weight"] = 100 * weights[:, k, 0].mean().item()
         if metrics:
@@ -370,7 +368,7 @@ def scores(probabilities, labels, weights, thresholds=None):
     if not out:
         raise data.DataError("nothing to evaluate: no instance has a label of a task that the model knows")
     mean = {}
-    for name in list(out.values())[0]:
+    for name in next(iter(out.values())):  # the same for every task
         mean[name] = float(np.mean([out[task][name] for task in out]))
     return out | {"mean": mean}
 
@@ -413,8 +411,9 @@ def restore(checkpoint, path):
 def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gallery=None):
     """What the model reaches on a split under the run's test-time noise -> (rows, the text of a table).
 
-    rows: "model": `scores`; "majority": {task: the accuracy of always naming the commonest class}; "noise",
-    with --robustness: {"image" or "text": {share replaced: `scores`}}, on other splits than `unseen`.
+    rows: "model": what `scores` returns.
+          "majority": {task: the accuracy of always naming the commonest class}.
+          "noise", with --robustness and not on `unseen`: {"image", "text": {share replaced: scores}}.
     gallery: a path for a picture of pairs and what the model takes them for.
     """
     s = checkpoint["settings"]
@@ -423,7 +422,7 @@ def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gall
     clean = pairs(*data.load(name, root, split), classes)
 
     @lru_cache  # the study asks for clean pairs more than once
-    def reached(noise, missing=(0.0, 0.0)):
+    def reached(noise, missing):
         corrupted, present = corrupt_pairs(clean, noise, missing, s["seed"])
         loader = eval.evaluation_loader(model, corrupted, tokenizer, workers)
         return scores(*predict(model, loader, amp, present), checkpoint["thresholds"])
@@ -435,8 +434,8 @@ def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gall
             counts = torch.bincount(torch.tensor([x.labels[task] for x in clean if x.labels[task] >= 0]))
             rows["majority"][task] = {"accuracy": 100 * counts.max().item() / counts.sum().item()}
     if s["robustness"] and split != "unseen":
-        rows["noise"] = {"image": {str(share): reached((share, 0.0)) for share in NOISE},
-                         "text": {str(share): reached((0.0, share)) for share in NOISE}}
+        rows["noise"] = {"image": {str(share): reached((share, 0.0), (0.0, 0.0)) for share in NOISE},
+                         "text": {str(share): reached((0.0, share), (0.0, 0.0)) for share in NOISE}}
     if gallery:
         draw_gallery(gallery, model, drawn(clean, 10), tokenizer, classes, amp)
     return rows, table(split, rows, classes, s["precision"])

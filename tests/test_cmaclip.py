@@ -19,7 +19,7 @@ import data
 import eval
 import train_cmaclip
 from runs import (COLOURS, ROOT, assert_documented_commands_parse, command, evaluated,  # noqa: F401
-                  in_process, kept_signals, log, make_squares, metrics, refused, remarks)
+                  in_process, kept_signals, log, make_squares, metrics, refused)
 from train_cmaclip import (CMACLIP, choose_tasks, corrupt_batch, corrupt_pairs, main, multitask_loss, pairs,
                            predict, scores, settings)
 
@@ -87,7 +87,7 @@ def whole(things, tmp_path_factory):
     """The folder of the run of cma that other tests look at: long enough to learn both tasks."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     with kept_signals():
-        main(arguments(things, "--out", out, "--epochs", 15, "--eval-every", 5, "--robustness"))
+        main(arguments(things, "--out", out, "--epochs", 24, "--eval-every", 8, "--robustness"))
     return out
 
 
@@ -215,7 +215,7 @@ def test_attention_is_the_last_layers():
 
 
 def test_multitask_loss_is_a_loop():
-    """A task counts by the mean over its labelled rows; one without any adds nothing, and no NaN in gradients."""
+    """A task counts by the mean over its labelled rows; one without any adds nothing, also to gradients."""
     torch.manual_seed(0)
     logits = {task: torch.randn(6, len(names), requires_grad=True) for task, names in CLASSES.items()}
     labels = {"seen": torch.tensor([0, -1, 2, 1, -1, 0]), "told": torch.full((6,), -1),
@@ -292,15 +292,15 @@ def test_noise_in_a_training_batch():
         torch.manual_seed(seed)
         return corrupt_batch(images, tokens, noise, (0.0, 0.0))
     for noise in ((1.0, 0.0), (0.0, 1.0), (0.4, 0.4)):
-        corrupted = draw(1, noise)
-        assert corrupted[2].all()
+        *corrupted, present = draw(1, noise)
+        assert present.all()
         for share, now in zip(noise, corrupted):
-            rows = now.flatten(1)[:, 0]
-            moved = (rows != torch.arange(300)).float().mean().item()
+            rows = now.flatten(1)[:, :1]
+            moved = (rows[:, 0] != torch.arange(300)).float().mean().item()
             assert moved == pytest.approx(share, abs=0.1 if share == 0.4 else 0)
-            assert (now.flatten(1) == rows[:, None]).all()
-    rows_differ = corrupted[0][:, 0, 0, 0] != corrupted[1][:, 0]
-    assert rows_differ.float().mean() > 0.3  # image and text: not the same rows, nor the same others
+            assert (now.flatten(1) == rows).all()
+    differ = corrupted[0][:, 0, 0, 0] != corrupted[1][:, 0]
+    assert differ.float().mean() > 0.3  # image and text: not the same rows, nor the same others
     assert all(torch.equal(a, b) for a, b in zip(draw(1, noise), corrupted))
     assert not torch.equal(draw(2, noise)[0], corrupted[0])
     alone = corrupt_batch(images[:1], tokens[:1], (1.0, 1.0), (0.0, 0.0))
@@ -317,7 +317,7 @@ def test_noise_settings_reach_training_and_testing(things, tmp_path, monkeypatch
     monkeypatch.setattr(train_cmaclip, "corrupt_batch", recording)
     main(arguments(things, "--out", tmp_path, "--train-noise-image", 0.1, "--train-noise-text", 0.2,
                    "--train-missing-image", 0.3, "--train-missing-text", 0.4, "--noise-text", 0.5,
-                   "--missing-text", 0.25, "--robustness"))
+                   "--missing-text", 0.25, "--robustness", "--seed", 3))
     assert calls == [((0.1, 0.2), (0.3, 0.4))] * 3
     rows = metrics(tmp_path)["test"]
     evaluated(tmp_path / "best.pt", "--out", tmp_path / "again")
@@ -326,7 +326,7 @@ def test_noise_settings_reach_training_and_testing(things, tmp_path, monkeypatch
     clean = pairs(*data.load(things, split="test"), checkpoint["classes"])
 
     def reached(*noise):
-        corrupted, present = corrupt_pairs(clean, *noise)
+        corrupted, present = corrupt_pairs(clean, *noise, seed=3)
         return scores(*predicted(model, tokenizer, corrupted, present), checkpoint["thresholds"])
     assert rows["model"] == reached((0.0, 0.5), (0.0, 0.25))
     assert rows["noise"]["text"]["0.5"] == reached((0.0, 0.5))
@@ -353,7 +353,7 @@ def test_robustness_rows(things, whole, monkeypatch):
 # ---------------------------------------------------------------- runs
 
 def accuracy(path, checkpoint):
-    """{task: percent right} of the labelled pairs of the test split, from the files themselves, one by one."""
+    """{task: percent right} of the labelled pairs of the test split, from the files, one by one."""
     model, tokenizer, best = eval.restore(checkpoint, "cpu")
     right = {task: [] for task in best["classes"]}
     for row in map(json.loads, open(path)):
@@ -526,7 +526,7 @@ def drawn(monkeypatch, name):
 
 
 def test_gallery_shows_predictions(things, whole, tmp_path, monkeypatch):
-    """Right ones framed green, wrong ones red and with what they are, unlabelled ones grey."""
+    """Which are right, which wrong and what they are; unlabelled ones are neither (frames: test_eval.py)."""
     rows = drawn(monkeypatch, "gallery_picture")
 
     def label(i, row):
@@ -534,26 +534,19 @@ def test_gallery_shows_predictions(things, whole, tmp_path, monkeypatch):
         touch = TOUCH.index(row["labels"]["told"])
         return {"told": TOUCH[(touch + i % 2) % 4]} if row["split"] == "test" else row["labels"]
     test = relabelled(things, tmp_path / "other.jsonl", label)[-32:]
-    evaluated(whole / "best.pt", "--data", tmp_path / "other.jsonl", "--out", tmp_path,
-              "--gallery", tmp_path / "gallery.png")
-    picture = np.asarray(Image.open(tmp_path / "gallery.png"))
-    cell = eval.CELL + 16
-    names = {(160, 160, 160): "grey", eval.GREEN: "green", eval.RED: "red"}
     by_pixels = {data.pixels(row["images"][0], eval.CELL).tobytes(): row for row in test}
-    seen = []
-    assert len(rows) == 10
-    for i, (query, results) in enumerate(rows):
+    picture = tmp_path / "gallery.png"
+    evaluated(whole / "best.pt", "--data", tmp_path / "other.jsonl", "--out", tmp_path, "--gallery", picture)
+    assert len(rows) == 10 and Image.open(picture).format == "PNG"
+    judged = []
+    for query, ((caption, _), (of_seen, unknown), (of_told, right)) in rows:
         row = by_pixels[query.tobytes()]
-        caption, of_seen, of_told = (text for text, _ in results)
         label = row["labels"]["told"]
-        right = of_told.split()[1] == label
         assert caption == row["captions"][0] and of_seen.startswith("seen: ") and of_told.startswith("told: ")
-        assert (f"is {label}" in of_told) == (not right) and "is" not in of_seen
-        frames = [picture[8 + i * (cell + 8) + 4, (j + 1) * cell + 8 + 2].tolist() for j in range(3)]
-        frames = [names[tuple(frame)] for frame in frames]
-        assert frames == ["grey", "grey", "green" if right else "red"]
-        seen.append(frames[2])
-    assert min(seen.count("green"), seen.count("red")) > 1
+        assert unknown is None and "is" not in of_seen
+        assert right == (of_told.split()[1] == label) and (f"is {label}" in of_told) == (not right)
+        judged.append(right)
+    assert min(judged.count(True), judged.count(False)) > 1
 
 
 def test_attention_picture(things, whole, tmp_path, monkeypatch):
@@ -583,19 +576,20 @@ def test_attention_picture(things, whole, tmp_path, monkeypatch):
 def test_attention_of_other_fusions(fusion, things, tmp_path, monkeypatch, capsys):
     """sequence has words and no weights, modality weights and no words; what has neither is refused."""
     rows = drawn(monkeypatch, "attention_picture")
-    model = CMACLIP(small_clip(CAPTIONS), {"seen": sorted(list(COLOURS)[:4]), "told": list(TOUCH)}, fusion)
+    classes = {"seen": sorted(list(COLOURS)[:4]), "told": list(TOUCH)}
+    model = CMACLIP(small_clip(CAPTIONS), classes, fusion)
     clip.save_checkpoint(tmp_path / "best.pt", {
         "method": "train_cmaclip", "clip": clip.describe(model.clip), "heads": clip.describe_heads(model),
-        "thresholds": None, "classes": {"seen": sorted(list(COLOURS)[:4]), "told": list(TOUCH)},
+        "thresholds": None, "classes": classes,
         "settings": vars(settings(["--data", things, "--fusion", fusion]))})
-    if fusion in ("sequence", "modality"):
-        evaluated(tmp_path / "best.pt", "--attention", tmp_path / "attention.png")
-        assert len(rows) == 6
-        assert all(bool(words) == (fusion == "sequence") for _, _, words, _ in rows)
-        assert all(bool(bars) == (fusion == "modality") for _, _, _, bars in rows)
-    else:
-        argv = ["--checkpoint", tmp_path / "best.pt", "--device", "cpu", "--attention", tmp_path / "a.png"]
+    argv = ["--checkpoint", tmp_path / "best.pt", "--device", "cpu", "--attention", tmp_path / "a.png"]
+    if fusion in ("concat", "image", "text"):
         assert f"--fusion {fusion} has no attention" in refused(capsys, argv, eval.main)
+        return
+    eval.main([str(word) for word in argv])
+    assert len(rows) == 6
+    for _, _, words, bars in rows:
+        assert bool(words) == (fusion == "sequence") and bool(bars) == (fusion == "modality")
 
 
 def test_what_a_checkpoint_cannot_do_is_said(things, whole, tmp_path, capsys):
@@ -685,7 +679,8 @@ def test_unlabelled_rows_take_no_part(tmp_path, capsys):
     ("--tasks seen,feel", "feel: "), ("--fusion both", "sequence"),
     ("--heads 3", "--heads 3 does not divide the width 16"), ("--width 10", "does not divide the width 10"),
     ("--heads 0", "positive"), ("--layers 0", "positive"), ("--width -4", "positive"),
-    ("--clip-lr 0", "positive"), ("--dropout 2", "from 0 to 1"), ("--precision 0", "up to 1"), ("--precision nan", "up to 1"),
+    ("--clip-lr 0", "positive"), ("--dropout 2", "from 0 to 1"),
+    ("--precision 0", "up to 1"), ("--precision nan", "up to 1"),
     ("--noise-image 1.5", "from 0 to 1"), ("--noise-text -0.1", "from 0 to 1"),
     ("--missing-image nan", "from 0 to 1"), ("--train-noise-text 2", "from 0 to 1"),
     ("--train-missing-text all", "--train-missing-text"), ("--clip no.pt", "no.pt"),

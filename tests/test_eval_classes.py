@@ -341,7 +341,7 @@ def test_frozen_features_are_the_models(frozen):
     model, instances, _, features = frozen
     found = features()
     pictures = torch.from_numpy(np.stack([data.pixels(file, 32) for x in instances for file in x.images]))
-    mean_, std = (torch.tensor(x).view(3, 1, 1) for x in (data.IMAGE_MEAN, data.IMAGE_STD))
+    mean_, std = (torch.tensor(x).view(3, 1, 1) for x in (clip.IMAGE_MEAN, clip.IMAGE_STD))
     captions = [c for x in instances for c in x.captions]
     with torch.no_grad():
         images = model.encode_image((pictures.permute(0, 3, 1, 2) / 255 - mean_) / std)
@@ -367,7 +367,7 @@ def test_frozen_features_are_computed_once(frozen, monkeypatch):
     mapped = features()
     assert isinstance(mapped.images, np.memmap) and isinstance(mapped.texts, np.memmap)
     assert_same_features(mapped, found)
-    batch = next(data.feature_batches(mapped, 5, 0, 0, 1, 0, 1))
+    batch = next(data.FeatureLoader(mapped, 5).batches(0, 1))
     assert batch["images"].shape == (5, model.config.embed_dim)
     os.unlink(next(path for path in cache.iterdir() if path.name.endswith("-text.npy")))
     with pytest.raises(AssertionError, match="encoded again"):  # of the two only what is missing
