@@ -1496,15 +1496,19 @@ class Loader:
     world: int = 1
     cache_bytes: int = 2 << 30  # decoded pictures are kept, shared by all workers, where they all fit
     frames: int = None  # instead of views, at most this many images, taken evenly and in order (video)
+    pairs: bool = False  # an epoch shows every caption once, with its instance, not every instance once
 
     def __post_init__(self, tokenizer):
         n = len(self.instances)
+        self.caption_owner = np.repeat(np.arange(n), [len(x.captions) for x in self.instances])
+        samples = len(self.caption_owner) if self.pairs else n  # that an epoch shows
         if self.batch_size % self.world:
             raise DataError(f"--batch-size {self.batch_size} is no multiple of the {self.world} processes; "
                             "choose one that is")
-        if self.train and self.batch_size > n:
-            raise DataError(f"--batch-size {self.batch_size} is larger than the data set: {n} training "
-                            f"instances; choose {n} or less")
+        if self.train and self.batch_size > samples:
+            kind = "pairs" if self.pairs else "instances"
+            raise DataError(f"--batch-size {self.batch_size} is larger than the data set: {samples} training "
+                            f"{kind}; choose {samples} or less")
         texts = [caption for x in self.instances for caption in x.captions]
         self.tokens, cut = tokenizer.rows(texts, self.context_length)
         if cut:
@@ -1537,7 +1541,7 @@ class Loader:
 
     def __len__(self):
         """Batches per epoch."""
-        n = len(self.instances)
+        n = len(self.caption_owner) if self.pairs else len(self.instances)
         return n // self.batch_size if self.train else -(-n // self.batch_size)
 
     def _pixels(self, i, k):
@@ -1553,35 +1557,38 @@ class Loader:
             self.filled[at] = 1  # after the pixels, so that no other worker sees half a picture
         return image
 
-    def _index(self, epoch, at):
-        """The instances of batch `at` of an epoch, this process's part."""
-        n = len(self.instances)
+    def _samples(self, epoch, at):
+        """The instances in batch `at` of an epoch (with `pairs`: the captions), this process's part."""
+        n = len(self.caption_owner) if self.pairs else len(self.instances)
         order = _shuffled(n, self.seed, epoch) if self.train else np.arange(n)
         part = self.batch_size // self.world
         begin = at * self.batch_size + self.rank * part
         return order[begin:min(begin + part, (at + 1) * self.batch_size)]
 
-    def _draw(self, epoch, i):
-        """-> (numbers of the images, numbers of the captions) of instance i that an epoch shows."""
-        rng = np.random.default_rng([self.seed, epoch, i])
+    def _draw(self, epoch, sample):
+        """-> (instance, numbers of its images, numbers of its captions) that an epoch shows of a sample."""
+        rng = np.random.default_rng([self.seed, epoch, sample])
+        i = self.caption_owner[sample] if self.pairs else sample
         images = np.arange(len(self.instances[i].images))
         captions = np.arange(len(self.instances[i].captions))
         if self.frames:
             images = np.linspace(0, len(images) - 1, min(self.frames, len(images))).round().astype(int)
         elif self.views:
             images = rng.permutation(len(images))[:self.views]
-        if self.captions:
+        if self.pairs:
+            captions = np.array([sample - self.first_caption[i]])
+        elif self.captions:
             captions = rng.permutation(len(captions))[:self.captions]
-        return images, captions
+        return i, images, captions
 
     def make(self, step):
         """The batch of global step `step` (epoch = step // len(self)), this process's part."""
         epoch, at = divmod(step, len(self))
-        index = self._index(epoch, at)
-        drawn = [self._draw(epoch, i) for i in index]
+        drawn = [self._draw(epoch, sample) for sample in self._samples(epoch, at)]
+        index = [i for i, _, _ in drawn]
         B = len(index)
-        V = self.views or max((len(views) for views, _ in drawn), default=1)
-        L = self.captions or max((len(captions) for _, captions in drawn), default=1)
+        V = self.views or max((len(views) for _, views, _ in drawn), default=1)
+        L = self.captions or max((len(captions) for _, _, captions in drawn), default=1)
         if self.regions:
             images = np.zeros((B, V, *self.instances[0].images[0].features().shape), np.float32)
         else:
@@ -1589,7 +1596,7 @@ class Loader:
         image_mask = torch.zeros(B, V, dtype=torch.bool)
         tokens = torch.zeros(B, L, self.tokens.shape[1], dtype=torch.int32)
         caption_mask = torch.zeros(B, L, dtype=torch.bool)
-        for b, (i, (views, captions)) in enumerate(zip(index, drawn)):
+        for b, (i, views, captions) in enumerate(drawn):
             for v, k in enumerate(views):
                 images[b, v] = self.instances[i].images[k].features() if self.regions else self._pixels(i, k)
             tokens[b, :len(captions)] = self.tokens[self.first_caption[i] + captions]

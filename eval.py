@@ -748,8 +748,11 @@ def common_arguments(description, **defaults):
     p.add_argument("--image-size", type=positive_int, help="another input size than the model's own")
     p.add_argument("--vocab-size", type=vocabulary, default=1024,
                    help="symbols of the vocabulary learned for a model from scratch")
-    p.add_argument("--epochs", type=positive_int, help="passes over the training instances")
-    p.add_argument("--batch-size", type=positive_int, help="instances per step, over all processes")
+    p.add_argument("--epochs", type=positive_int,
+                   help="passes over the training instances; of train_user.py and train_adapter.py over the "
+                        "image-caption pairs, as the papers count")
+    p.add_argument("--batch-size", type=positive_int,
+                   help="instances (or pairs) per step, over all processes")
     p.add_argument("--lr", type=positive, help="peak learning rate")
     p.add_argument("--weight-decay", type=non_negative)
     p.add_argument("--eval-every", type=positive_int,

@@ -976,3 +976,27 @@ def test_a_loader_that_is_still_held_at_exit_lets_the_process_end():
             "batches = loader.batches(0, 9); next(batches)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_pairs_show_every_caption_once_an_epoch_with_its_instance(tmp_path):
+    instances = photos(tmp_path)
+    captions = [(i, caption) for i, x in enumerate(instances) for caption in x.captions]
+
+    def of_pairs(batch_size, **kwargs):
+        return loader(instances, batch_size, views=1, captions=None, pairs=True, **kwargs)
+    pairs = of_pairs(4)
+    assert len(captions) == 13 and len(pairs) == 3
+    for epoch in range(2):
+        shown = []
+        for step in range(3 * epoch, 3 * epoch + 3):
+            batch = pairs.make(step)
+            assert batch["tokens"].shape == (4, 1, 32) and batch["images"].shape == (4, 1, 3, 8, 8)
+            texts = [tokenizer().decode(row[:row.argmax()]).strip() for row in batch["tokens"][:, 0]]
+            shown += list(zip(batch["index"].tolist(), texts))
+        assert len(set(shown)) == 12 and set(shown) < set(captions)
+    halves = [of_pairs(4, rank=rank, world=2).make(1) for rank in range(2)]
+    whole = pairs.make(1)
+    for key in ("images", "tokens"):
+        assert torch.equal(torch.cat([half[key] for half in halves]), whole[key])
+    with pytest.raises(DataError, match="13 training pairs; choose 13 or less"):
+        of_pairs(14)
