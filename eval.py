@@ -3,6 +3,9 @@
     python eval.py --checkpoint runs/mxm-primitives/best.pt                 # one table, and metrics.json
     python eval.py --checkpoint runs/mxm-primitives/best.pt --split unseen --gallery out.png
     python eval.py --checkpoint runs/mxm-primitives/best.pt --query "a tall red cone"
+    python eval.py --checkpoint runs/mxm-a/best.pt runs/user-b/best.pt      # the mean of their similarities
+    python eval.py --checkpoint runs/mxm-primitives/best.pt --embeddings out.npz
+    python eval.py --curves runs/mxm-a runs/mxm-b --out curves.png          # loss and metric over steps
 
 This file knows nothing of how a model was trained: a checkpoint names its script, whose `restore` rebuilds
 the model. The first half (metrics, a model on a data set, pictures) is for reading results. The second half
@@ -20,6 +23,7 @@ import signal
 import sys
 import textwrap
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -156,17 +160,33 @@ def both_ways(text_scores, image_scores, image_group, text_group, image_query=AL
     return {"text_to_image": text_to_image, "image_to_text": image_to_text, "rSum": sum(recalls)}
 
 
+def cosine_scores(images, texts):
+    """-> (text_scores, image_scores) of features of unit norm, images (N, D) and texts (C, D).
+
+    These are functions of the numbers of some texts (b,) -> their cosines with all images (b, N), and of the
+    numbers of some images (b,) -> their cosines with all texts (b, C).
+    """
+    def text_scores(numbers):
+        return texts[numbers] @ images.t()
+
+    def image_scores(numbers):
+        return images[numbers] @ texts.t()
+    return text_scores, image_scores
+
+
+def score_metrics(text_scores, image_scores, image_group, text_group, image_query=ALL, text_query=ALL):
+    """`both_ways` of functions as `cosine_scores` makes them, which are called for a block at a time."""
+    asked_images = torch.arange(len(image_group))[image_query]
+    asked_texts = torch.arange(len(text_group))[text_query]
+    return both_ways(lambda begin, end: text_scores(asked_texts[begin:end]),
+                     lambda begin, end: image_scores(asked_images[begin:end]),
+                     image_group, text_group, image_query, text_query)
+
+
 def retrieval_metrics(images, texts, image_group, text_group, image_query=ALL, text_query=ALL):
     """`both_ways` of features of unit norm, images (N, D) and texts (C, D), compared by their cosine."""
-    asked_images = images[image_query].float()
-    asked_texts = texts[text_query].float()
-
-    def text_scores(begin, end):
-        return asked_texts[begin:end] @ images.float().t()
-
-    def image_scores(begin, end):
-        return asked_images[begin:end] @ texts.float().t()
-    return both_ways(text_scores, image_scores, image_group, text_group, image_query, text_query)
+    scores = cosine_scores(images.float(), texts.float())
+    return score_metrics(*scores, image_group, text_group, image_query, text_query)
 
 
 def chance(query_group, gallery_group, ks=(1, 5, 10)):
@@ -412,6 +432,60 @@ def embed(model, instances, tokenizer, amp="auto", workers=0, loader=None):
     return torch.cat(images), torch.cat(texts)
 
 
+@dataclass
+class Embedded:
+    """A split as a model sees it, or several models together: N instances with C captions, in order."""
+    instances: list
+    images: torch.Tensor  # (N, D), unit norm
+    texts: torch.Tensor  # (C, D), unit norm
+    tasks: dict  # {task: names of its classes}, whose numbers the instances' labels are
+    classes: list = None  # names of the groups, where these are classes and metrics are those by class
+    scores: tuple = None  # functions as of `cosine_scores`, where the similarity is another one
+
+
+def averaged(parts):
+    """The `Embedded` of a split by several models, whose scores are the means of the models' scores.
+
+    Features are put side by side and divided by the root of the number of models. The product of such rows is
+    the mean of the models' cosines, and they have unit norm again, so that what takes features takes these.
+    Raises CheckpointError where the models do not rank the same things.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        same = part.classes == first.classes and len(part.instances) == len(first.instances)
+        for x, y in zip(part.instances, first.instances):
+            same = same and (x.id, x.group, x.captions) == (y.id, y.group, y.captions)
+        if not same:
+            raise clip.CheckpointError("--checkpoint: these models do not rank the same instances, captions "
+                                       "and classes; give models of one data set and one task")
+    images = torch.cat([part.images for part in parts], dim=1) / math.sqrt(len(parts))
+    texts = torch.cat([part.texts for part in parts], dim=1) / math.sqrt(len(parts))
+    scores = None
+    if any(part.scores for part in parts):  # a similarity that is no product of features
+        functions = [part.scores or cosine_scores(part.images, part.texts) for part in parts]
+        scores = tuple(mean_function(several) for several in zip(*functions))
+    return Embedded(first.instances, images, texts, first.tasks, first.classes, scores)
+
+
+def mean_function(functions):
+    """The function that gives the mean of what these functions give."""
+    def mean(numbers):
+        return sum(function(numbers) for function in functions) / len(functions)
+    return mean
+
+
+def write_embeddings(path, embedded):
+    """Write what --embeddings promises of an `Embedded` to an .npz file."""
+    instances = embedded.instances
+    arrays = {"images": embedded.images.cpu().numpy(), "texts": embedded.texts.cpu().numpy(),
+              "ids": np.array([x.id for x in instances]), "groups": np.array([x.group for x in instances]),
+              "owners": caption_owner(instances).numpy()}
+    for task, names in embedded.tasks.items():
+        known = [*names, ""]  # -1, the number of an unlabelled instance, is the last place
+        arrays[f"label_{task}"] = np.array([known[x.labels.get(task, -1)] for x in instances])
+    clip.write_file(path, lambda f: np.savez(f, **arrays))
+
+
 def evaluation_loader(model, instances, tokenizer, workers=0, **options):
     """All views and captions in order; a batch holds about 256 pictures."""
     batch_size = max(1, 256 // max(len(x.images) for x in instances))
@@ -564,6 +638,17 @@ def table(rows, shapes=False):
     return "\n".join(lines)
 
 
+def class_table(rows):
+    """The text of a table of retrieval by class. rows: as of `class_retrieval`."""
+    width = max(16, *map(len, rows))
+    lines = [f"{'':{width}}    image-to-text    text-to-image   average   (mAP over the whole ranking)"]
+    for name, row in rows.items():
+        to_text = row["image_to_text"]["mAP"]
+        to_image = row["text_to_image"]["mAP"]
+        lines.append(f"{name:{width}} {to_text:16.1f} {to_image:16.1f} {row['mAP']:9.1f}")
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------- pictures
 
 GREEN, RED, GREY, BLUE, ORANGE = (30, 150, 60), (200, 40, 40), (160, 160, 160), (60, 100, 190), (230, 150, 40)
@@ -686,6 +771,109 @@ def attention_picture(path, rows):
             draw.rectangle((split, top + 2, left + wide, top + line - 5), fill=ORANGE)
             draw.text((left + wide + PAD, top), percents, fill="black", font=font)
         y += height
+    clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
+
+
+LINES = (BLUE, ORANGE, GREEN, RED, (130, 80, 170), (40, 180, 200), (230, 110, 170), (110, 110, 110))
+
+
+def log_lines(path):
+    """The complete lines of a log.jsonl: a kill can cut the last one."""
+    with open(path) as f:
+        return [line for line in f if line.endswith("\n")]
+
+
+def read_curves(run):
+    """-> (metric, losses, values) of the folder of a run, the last two being lists of (step, number).
+
+    metric: the name of what best.pt is chosen by, whose values on val these are.
+    """
+    path = os.path.join(run, "log.jsonl")
+    rows = [json.loads(line) for line in log_lines(path)] if os.path.exists(path) else []
+    evaluated = [row for row in rows if "val" in row]
+    if not evaluated:
+        raise clip.CheckpointError(f"--curves: {path} is missing or has no evaluation yet; "
+                                   "give the folders of runs")
+    if "mean" in evaluated[0]["val"]:  # over the tasks of train_cmaclip.py
+        metric = "accuracy"
+        values = [(row["step"], row["val"]["mean"]["accuracy"]) for row in evaluated]
+    else:
+        metric = "rSum" if "rSum" in evaluated[0]["val"] else "mAP"
+        values = [(row["step"], row["val"][metric]) for row in evaluated]
+    return metric, [(row["step"], row["loss"]) for row in rows], values
+
+
+def ticks(low, high, most):
+    """At most `most` + 1 round numbers in low..high, in equal steps of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(k * power for k in (1, 2, 5, 10) if k * power >= 0.999 * rough)
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def draw_panel(draw, font, box, title, curves):
+    """Draw curves with axes into box (left, top, right, bottom).
+
+    curves: list of (colour, points, best); points: list of (step, number); best: the step of a dot.
+    """
+    left, top, right, bottom = box
+    last = max(step for _, points, _ in curves for step, _ in points)
+    numbers = [number for _, points, _ in curves for _, number in points]
+    margin = 0.06 * (max(numbers) - min(numbers)) or 0.5
+    low, high = min(numbers) - margin, max(numbers) + margin
+
+    def place(step, number):
+        return left + (right - left) * step / last, bottom - (bottom - top) * (number - low) / (high - low)
+
+    for number in ticks(low, high, 6):
+        _, y = place(0, number)
+        draw.line((left, y, right, y), fill=(225, 225, 225), width=2)
+        draw.text((left - 10, y), f"{round(number, 9):,g}", fill="black", font=font, anchor="rm")
+    for step in ticks(0, last, 5):
+        x, _ = place(step, low)
+        draw.line((x, bottom, x, bottom + 8), fill="black", width=2)
+        draw.text((x, bottom + 12), f"{step:,g}", fill="black", font=font, anchor="ma")
+    draw.line((left, top, left, bottom, right, bottom), fill="black", width=2)
+    draw.text((left, top - 12), title, fill="black", font=font, anchor="ls")
+    draw.text((right, bottom + 42), "step", fill="black", font=font, anchor="ra")
+    for colour, points, best in curves:
+        draw.line([place(*point) for point in points], fill=colour, width=4, joint="curve")
+        x, y = place(best, dict(points)[best])
+        draw.ellipse((x - 8, y - 8, x + 8, y + 8), fill=colour)
+
+
+def draw_curves(path, runs):
+    """Write a picture of the loss and of the metric that best.pt is chosen by, over the steps of some runs.
+
+    A dot is at best.pt. Runs that are chosen by another metric have a row of their own, 800 pixels wide.
+    """
+    names = run_names([os.path.join(run, "log.jsonl") for run in runs])
+    rows = {}  # metric -> [(name, colour, losses, values)]
+    for i, run in enumerate(runs):
+        metric, losses, values = read_curves(run)
+        rows.setdefault(metric, []).append((names[i], LINES[i % len(LINES)], losses, values))
+    font = ImageFont.load_default(24)  # all is drawn at twice its size
+    cell = 70 + max(font.getlength(name) for name in names)  # of the legend
+    columns = max(1, int(1600 // cell))
+    heights = [560 + 36 * math.ceil(len(curves) / columns) for curves in rows.values()]
+    canvas = Image.new("RGB", (1600, sum(heights)), "white")
+    draw = ImageDraw.Draw(canvas)
+    top = 0
+    for (metric, curves), height in zip(rows.items(), heights):
+        losses = []
+        values = []
+        for i, (name, colour, loss, value) in enumerate(curves):
+            x = 20 + cell * (i % columns)
+            y = top + 28 + 36 * (i // columns)
+            draw.line((x, y, x + 32, y), fill=colour, width=6)
+            draw.text((x + 42, y), name, fill="black", font=font, anchor="lm")
+            best, _ = max(value, key=lambda point: point[1])
+            losses.append((colour, loss, best))
+            values.append((colour, value, best))
+        top += height
+        draw_panel(draw, font, (110, top - 500, 770, top - 80), "loss", losses)
+        draw_panel(draw, font, (910, top - 500, 1570, top - 80), f"{metric} on val", values)
+    canvas = canvas.resize((800, canvas.height // 2), Image.Resampling.LANCZOS)
     clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
 
 
@@ -1122,9 +1310,7 @@ def open_run(out, settings, resume, first=True):
             os.unlink(os.path.join(out, name))
     log = os.path.join(out, "log.jsonl")
     if resume and os.path.exists(log):  # what was logged after the checkpoint will be logged again
-        with open(log) as f:
-            complete_lines = [line for line in f if line.endswith("\n")]  # a kill can cut the last one
-        kept = [line for line in complete_lines if json.loads(line)["step"] <= checkpoint["step"]]
+        kept = [line for line in log_lines(log) if json.loads(line)["step"] <= checkpoint["step"]]
         clip.write_file(log, lambda f: f.write("".join(kept).encode()))
     return checkpoint
 
@@ -1162,6 +1348,11 @@ def report(args, device):
 
 # ---------------------------------------------------------------- checkpoints: restore, evaluate, search
 
+def script(checkpoint):
+    """The module that made a checkpoint."""
+    return importlib.import_module(checkpoint["method"])
+
+
 def restore(path, device=None, clip_path=None):
     """-> (model, tokenizer, checkpoint) of a checkpoint file.
 
@@ -1174,7 +1365,7 @@ def restore(path, device=None, clip_path=None):
                                    f"which is none of {', '.join(METHODS)}")
     if clip_path:
         checkpoint["settings"]["clip"] = clip_path
-    model = importlib.import_module(checkpoint["method"]).restore(checkpoint, path)
+    model = script(checkpoint).restore(checkpoint, path)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     tokenizer = model.tokenizer
     if tokenizer is None and model.config:  # without a config it reads features, not words
@@ -1182,46 +1373,86 @@ def restore(path, device=None, clip_path=None):
     return model, tokenizer, checkpoint
 
 
-def embedded(model, checkpoint, name, root, split, amp="auto", workers=0):
-    """-> (instances of a split, and `embed` of them: images (N, D), texts (C, D))."""
+def run_names(files):
+    """What to call the runs of some files: the files' folders, or the files where folders have one name."""
+    folders = [os.path.basename(os.path.dirname(os.path.abspath(file))) for file in files]
+    return folders if len(set(folders)) == len(folders) else list(files)
+
+
+def embed_split(model, checkpoint, name, root, split, amp="auto", workers=0):
+    """-> `Embedded` of a split: of all its instances, compared by the cosine of their features.
+
+    A script with another similarity, or with classes, has an `embed_split` of its own.
+    """
     load = data.load_regions if checkpoint.get("regions") else data.load
-    instances, _ = load(name, root, split)
+    instances, tasks = load(name, root, split)
     tokenizer = model.tokenizer or clip.default_tokenizer()
-    return instances, *embed(model, instances, tokenizer, amp, workers)
+    return Embedded(instances, *embed(model, instances, tokenizer, amp, workers), tasks)
 
 
 def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gallery=None):
     """What a checkpoint's model reaches on a split -> ({row: metrics}, the text of a table).
 
-    A script may define `evaluation` itself; then that is called. gallery: a path for a picture of queries and
-    their top results.
+    A script that classifies defines `evaluation` itself; then that is called. gallery: a path for a picture
+    of queries and their top results.
     """
-    method = importlib.import_module(checkpoint["method"])
-    if hasattr(method, "evaluation"):
-        return method.evaluation(model, checkpoint, name, root, split, amp, workers, gallery)
-    instances, images, texts = embedded(model, checkpoint, name, root, split, amp, workers)
-    rows = retrieval_rows(name, images, texts, instances)
+    if hasattr(script(checkpoint), "evaluation"):
+        return script(checkpoint).evaluation(model, checkpoint, name, root, split, amp, workers, gallery)
+    embed_own = getattr(script(checkpoint), "embed_split", embed_split)
+    embedded = embed_own(model, checkpoint, name, root, split, amp, workers)
+    return retrieval_evaluation(embedded, name, split, gallery=gallery)
+
+
+def retrieval_evaluation(embedded, name, split, title="model", gallery=None):
+    """As `evaluation`, of an `Embedded`. title: what the row is called."""
+    instances, images, texts = embedded.instances, embedded.images, embedded.texts
+    if gallery and not instances[0].images:
+        raise clip.CheckpointError("--gallery: this model was trained on features from files; "
+                                   "there are no pictures to show")
+    if embedded.classes:
+        labels_captions_query = data.class_layout(instances, embedded.classes)
+        rows = class_retrieval(images, texts, *labels_captions_query, embedded.classes)
+    elif embedded.scores:
+        rows = {"model": score_metrics(*embedded.scores, **layout(instances)), **bounds(name, instances)}
+    else:
+        rows = retrieval_rows(name, images, texts, instances)
+    rows = {row.replace("model", title): metrics for row, metrics in rows.items()}
     named = {f"{split} {row}": metrics for row, metrics in rows.items()}
-    text = table(named, shapes=name in ("primitives", "text2shape"))
-    text += f"\n{split}: rSum {rows['model']['rSum']:.1f}"
+    if embedded.classes:
+        text = class_table(named)
+    else:
+        text = table(named, shapes=name in ("primitives", "text2shape"))
+        text += f"\n{split}: rSum {rows[title]['rSum']:.1f}"
     if "ceiling" in rows:
-        reached, ceiling = (rows[row]["text_to_image"]["R@1"] for row in ("model", "ceiling"))
+        reached, ceiling = (rows[row]["text_to_image"]["R@1"] for row in (title, "ceiling"))
         text += f", {100 * reached / ceiling:.0f}% of the ceiling's text-to-shape RR@1"
     if gallery:
-        draw_gallery(gallery, instances, lambda c: images @ texts[c], lambda i: texts @ images[i])
+        text_scores, image_scores = embedded.scores or cosine_scores(images, texts)
+        draw_gallery(gallery, instances, lambda c: text_scores(torch.tensor([c]))[0],
+                     lambda i: image_scores(torch.tensor([i]))[0])
     return rows, text
 
 
-def answer(model, checkpoint, name, root, args):
-    """Print what the words of --query find among a split's images; --gallery draws it."""
-    tokenizer = model.tokenizer or (model.config and clip.default_tokenizer())
-    if not tokenizer or not hasattr(model, "encode_text"):
-        raise clip.CheckpointError(f"--query: this model of {checkpoint['method']} "
-                                   "reads no words to search with")
-    instances, images, _ = embedded(model, checkpoint, name, root, args.split, args.amp, args.workers)
-    words = tokenizer([args.query], model.config.context_length, truncate=True).to(images.device)
-    with torch.no_grad():
-        query = F.normalize(model.encode_text(words).float(), dim=-1)
+def answer(models, args):
+    """Print what the words of --query find among a split's images; --gallery draws it.
+
+    models: what `restore` returns of each checkpoint.
+    """
+    parts = []
+    queries = []
+    for model, tokenizer, checkpoint in models:
+        if not tokenizer or not hasattr(model, "encode_text"):
+            raise clip.CheckpointError(f"--query: this model of {checkpoint['method']} "
+                                       "reads no words to search with")
+        name, root = where(checkpoint, args)
+        parts.append(embed_split(model, checkpoint, name, root, args.split, args.amp, args.workers))
+        words = tokenizer([args.query], model.config.context_length, truncate=True)
+        with torch.no_grad():
+            query = model.encode_text(words.to(parts[0].images.device)).float()
+        queries.append(F.normalize(query, dim=-1))
+    instances = parts[0].instances
+    images = averaged(parts).images
+    query = torch.cat(queries, dim=1) / math.sqrt(len(queries))  # as `averaged`
     scores, index = search(query, images, min(args.top, len(instances)))
     results = [instances[i] for i in index[0].tolist()]
     for score, x in zip(scores[0].tolist(), results):
@@ -1231,9 +1462,32 @@ def answer(model, checkpoint, name, root, args):
         gallery_picture(args.gallery, [(args.query, pictures)])
 
 
+def where(checkpoint, args):
+    """-> (name, root) of the data to evaluate a checkpoint on: as asked for, else those it was trained on."""
+    settings = checkpoint["settings"]
+    name = args.data or settings["data"]
+    return name, args.root or (settings["root"] if name == settings["data"] else None)
+
+
+def check_retrieval(checkpoints, args):
+    """Raise CheckpointError where features or similarities of these checkpoints make no sense together."""
+    for checkpoint in checkpoints:
+        if hasattr(script(checkpoint), "evaluation"):
+            raise clip.CheckpointError(f"{checkpoint['method']} classifies images together with their texts: "
+                                       "it has no similarities to average and no --embeddings of each")
+    names = {where(checkpoint, args)[0] for checkpoint in checkpoints}
+    if len(names) > 1:
+        raise clip.CheckpointError(f"--checkpoint: models of {' and '.join(sorted(names))}; "
+                                   "say with --data on which they are to be evaluated")
+
+
 def main(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint", required=True, help="best.pt or last.pt of a run")
+    p.add_argument("--checkpoint", nargs="+", metavar="FILE",
+                   help="best.pt or last.pt of a run; of several runs, the mean of their similarities counts")
+    p.add_argument("--curves", nargs="+", metavar="RUN",
+                   help="write a picture of the loss and of the validation metric over the steps of these "
+                        "folders of runs to --out (default curves.png)")
     p.add_argument("--clip", help="the CLIP that an adapter belongs to, where it lies elsewhere now")
     p.add_argument("--data", help="default: the data the model was trained on")
     p.add_argument("--root", help="folder of the data set")
@@ -1242,37 +1496,67 @@ def main(argv=None):
                    help="write a picture of queries and their top results, or of what is predicted")
     p.add_argument("--attention", metavar="PNG",
                    help="write a picture of what a model with attention between the modalities looks at")
+    p.add_argument("--embeddings", metavar="NPZ",
+                   help="write the split's features of unit norm: images (N, D), texts (C, D), owners (C,), "
+                        "which is the number of each text's image, ids (N,) and groups (N,), which is what "
+                        "counts as the same thing, and label_<task> (N,), names of classes")
     p.add_argument("--query",
                    help="search the split's images with your own words (videos: the mean of their frames)")
     p.add_argument("--top", type=positive_int, default=5, help="results of --query")
     p.add_argument("--device", type=usable_device)
     p.add_argument("--workers", type=non_negative_int, default=0)
     p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto")
-    p.add_argument("--out", help="folder for metrics.json (default: the checkpoint's)")
+    p.add_argument("--out", help="folder for metrics.json (default: the first checkpoint's)")
     args = p.parse_args(argv)
+    if bool(args.checkpoint) == bool(args.curves):
+        p.error("give either --checkpoint or --curves")
+    if args.curves:
+        path = args.out or "curves.png"
+        draw_curves(path, args.curves)
+        print(f"written to {path}")
+        return
 
-    model, _, checkpoint = restore(args.checkpoint, args.device, args.clip)
-    method = importlib.import_module(checkpoint["method"])
+    models = [restore(path, args.device, args.clip) for path in args.checkpoint]
+    model, _, checkpoint = models[0]
+    method = script(checkpoint)
     if next(model.parameters()).device.type == "cpu":
         clip.fast_float32()
-    settings = checkpoint["settings"]
-    name = args.data or settings["data"]
-    root = args.root or (settings["root"] if name == settings["data"] else None)
+    name, root = where(checkpoint, args)
     if args.attention and not hasattr(method, "attention_picture"):
         raise clip.CheckpointError(f"--attention: {checkpoint['method']} has no attention between the "
                                    "modalities; train_cmaclip has")
+    if len(models) > 1 or args.embeddings:
+        check_retrieval([checkpoint for _, _, checkpoint in models], args)
     if args.query is not None:
-        answer(model, checkpoint, name, root, args)
+        answer(models, args)
         return
-    rows, text = evaluation(model, checkpoint, name, root, args.split, args.amp, args.workers, args.gallery)
+    if hasattr(method, "evaluation"):
+        rows, text = method.evaluation(model, checkpoint, name, root, args.split, args.amp, args.workers,
+                                       args.gallery)
+    else:
+        parts = []
+        for model, _, checkpoint in models:
+            embed_own = getattr(script(checkpoint), "embed_split", embed_split)
+            name, root = where(checkpoint, args)
+            parts.append(embed_own(model, checkpoint, name, root, args.split, args.amp, args.workers))
+        embedded = averaged(parts)
+        title = "model"
+        if len(models) > 1:
+            title = "mean of " + " + ".join(run_names(args.checkpoint))
+        rows, text = retrieval_evaluation(embedded, name, args.split, title, args.gallery)
     print(text)
-    path = os.path.join(args.out or os.path.dirname(args.checkpoint) or ".", "metrics.json")
-    earlier = {}
+    path = os.path.join(args.out or os.path.dirname(args.checkpoint[0]) or ".", "metrics.json")
+    results = {}
     if os.path.exists(path):
         with contextlib.suppress(ValueError), open(path) as f:
-            earlier = json.load(f)
-    write_json(path, earlier | {args.split if name == settings["data"] else f"{name} {args.split}": rows})
+            results = json.load(f)
+    key = args.split if name == checkpoint["settings"]["data"] else f"{name} {args.split}"
+    results[key] = results.get(key, {}) | rows  # the mean of several models stands beside each one's row
+    write_json(path, results)
     print(f"written to {path}")
+    if args.embeddings:
+        write_embeddings(args.embeddings, embedded)
+        print(f"written to {args.embeddings}")
     if args.gallery:
         print(f"written to {args.gallery}")
     if args.attention:
