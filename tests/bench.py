@@ -1,8 +1,9 @@
 """Speed, as ratios against a peer or a physical limit measured in the same run; medians of several.
 
-    python tests/bench.py            # needs open_clip_torch and transformers for the peers' lines; about four
-    minutes python tests/bench.py --quick    # fewer repetitions
- "of bare products" divides by the time of the model's matrix products alone, on the same operands' shapes and
+    python tests/bench.py            # needs open_clip_torch and transformers for the peers' lines; minutes
+    python tests/bench.py --quick    # fewer repetitions, smaller galleries
+
+"of bare products" divides by the time of the model's matrix products alone, on the same operands' shapes and
 with the same library. Peers run as they come; this project's lines are given with `clip.fast_float32()`,
 which its scripts call, and without.
 """
@@ -28,6 +29,7 @@ import eval  # noqa: E402
 import losses  # noqa: E402
 import train_adapter  # noqa: E402
 import train_clip4cmr  # noqa: E402
+import train_user  # noqa: E402
 
 CAPTIONS = os.path.join(ROOT, "..", "shared", "data", "flickr8k", "dataset_flickr8k.json")
 
@@ -315,6 +317,47 @@ def class_losses(repeat, batch=300, dim=1024, classes=10):
              f"of a bare product, forward and backward; plain: {plain_ratio:.2f}x")
 
 
+def cross_attention(words, regions, sharpness=9.0):
+    """SCAN's text-to-image attention (Lee et al. 2018, arXiv 1803.08024, section 3.1).
+
+    words (L, D) of a query, regions (N, R, D) of images, unit norm -> scores (N,): every word attends to an
+    image's regions, and the score is the mean over words of the cosine of a word and what it attends to.
+    """
+    cosines = torch.einsum("ld,nrd->nlr", words, regions)
+    weights = (sharpness * F.normalize(cosines.relu(), dim=1)).softmax(2)  # over the regions
+    return F.cosine_similarity(weights @ regions, words, dim=2).mean(1)
+
+
+@torch.no_grad()
+def inference(repeat, galleries, count=36, width=2048, dim=1024, length=12, block=100):
+    """USER, which makes one vector of an image before any query, beside cross-attention, which compares all
+    regions with all words for each query: encoding a gallery's region features, and searching it.
+
+    What encodes a query's words is the same for both and left out.
+    """
+    model = train_user.USER(clip.build("tiny"), "sge", dim, regions=width).eval()
+    project = torch.nn.Linear(width, dim)
+    features = torch.randn(block, count, width)
+    functions = {"USER": partial(model.encode_image, features),
+                 "attention": lambda: F.normalize(project(features), dim=2)}
+    encode = median_times({name: within(f, True) for name, f in functions.items()}, repeat)
+    words = F.normalize(torch.randn(length, dim), dim=1)
+    for n in galleries:
+        regions = F.normalize(torch.randn(n, count, dim), dim=2)
+        vectors = F.normalize(torch.randn(n, dim), dim=1)
+
+        def search_by_attention():
+            return torch.cat([cross_attention(words, part) for part in regions.split(block)]).topk(10)
+        functions = {"USER": partial(eval.search, words[:1], vectors, 10), "attention": search_by_attention}
+        t = median_times({name: within(f, True) for name, f in functions.items()}, repeat)
+        ratio = t["attention"] / t["USER"]
+        line(f"a query, {n:,} images, USER: time", 1000 * t["USER"],
+             f"cross-attention {1000 * t['attention']:.0f} ms, {ratio:,.0f} times as long", " ms")
+        seconds = {name: t * n / block for name, t in encode.items()}
+        line(f"encoding {n:,} x {count} regions, USER: time", seconds["USER"],
+             f"cross-attention's projection {seconds['attention']:.1f} s", " s")
+
+
 def video_step(tune, videos=2, frames=12):
     """A function that does one step of train_adapter.py: whole videos and a caption each, at ViT-B/32."""
     model = train_adapter.Tuned(clip.build("ViT-B/32", seed=1), tune).eval()
@@ -361,11 +404,14 @@ def adapters(repeat):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--quick", action="store_true", help="three repetitions instead of five")
-    repeat = 3 if p.parse_args().quick else 5
+    p.add_argument("--quick", action="store_true",
+                   help="three repetitions instead of five, galleries of 200 and 1,000 images")
+    quick = p.parse_args().quick
+    repeat = 3 if quick else 5
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     retrieval_by_class(repeat)
     class_losses(repeat)
+    inference(repeat, (200, 1000) if quick else (1000, 5000))
     tiny(repeat)
     adapters(repeat)
     if os.path.exists(CAPTIONS):
