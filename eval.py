@@ -1469,6 +1469,16 @@ def where(checkpoint, args):
     return name, args.root or (settings["root"] if name == settings["data"] else None)
 
 
+def embed_with_all(models, args):
+    """-> `averaged` of the asked split by the models of all checkpoints, which are as of `restore`."""
+    parts = []
+    for model, _, checkpoint in models:
+        embed_own = getattr(script(checkpoint), "embed_split", embed_split)
+        name, root = where(checkpoint, args)
+        parts.append(embed_own(model, checkpoint, name, root, args.split, args.amp, args.workers))
+    return averaged(parts)
+
+
 def check_retrieval(checkpoints, args):
     """Raise CheckpointError where features or similarities of these checkpoints make no sense together."""
     for checkpoint in checkpoints:
@@ -1534,12 +1544,7 @@ def main(argv=None):
         rows, text = method.evaluation(model, checkpoint, name, root, args.split, args.amp, args.workers,
                                        args.gallery)
     else:
-        parts = []
-        for model, _, checkpoint in models:
-            embed_own = getattr(script(checkpoint), "embed_split", embed_split)
-            name, root = where(checkpoint, args)
-            parts.append(embed_own(model, checkpoint, name, root, args.split, args.amp, args.workers))
-        embedded = averaged(parts)
+        embedded = embed_with_all(models, args)
         title = "model"
         if len(models) > 1:
             title = "mean of " + " + ".join(run_names(args.checkpoint))

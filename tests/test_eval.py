@@ -3,6 +3,7 @@
     python -m pytest tests/test_eval.py
 """
 import itertools
+import json
 import math
 import os
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import clip
 import data
 import eval
 from runs import command
@@ -195,6 +197,74 @@ def test_folds_are_the_mean_over_consecutive_parts():
         assert list(eval.retrieval_rows(name, images, texts, instances, fold)) == ["model", "chance"]
 
 
+# ---------------------------------------------------------------- several models
+
+def embedded(seed, width, scores=False, **changed):
+    """eval.Embedded of 7 instances, two of which are one group, with 1 to 3 captions, and its score matrix.
+
+    scores: with another similarity than the cosine of its features.
+    """
+    instances = [instance(str(i), f"g{i // 2}", 1 + i % 3, i != 4) for i in range(7)]
+    owner = eval.caption_owner(instances)
+    images = F.normalize(random(7, width, seed=seed), dim=1)
+    texts = F.normalize(random(len(owner), width, seed=seed + 50), dim=1)
+    matrix = texts @ images.t()
+    if scores:
+        matrix = matrix.sin()
+        changed["scores"] = (lambda numbers: matrix[numbers], lambda numbers: matrix.t()[numbers])
+    return eval.Embedded(**dict(instances=instances, images=images, texts=texts, tasks={}) | changed), matrix
+
+
+@pytest.mark.parametrize("other", [False, True])  # whether one of them has another similarity
+def test_features_side_by_side_average_the_scores(other, monkeypatch):
+    monkeypatch.setattr(eval, "BLOCK", 14)  # two captions with seven images
+    parts, matrices = zip(embedded(1, 5), embedded(2, 8, other), embedded(3, 3))
+    expected = sum(matrices) / 3
+    mean_of_three = eval.averaged(parts)
+    images, texts = mean_of_three.images, mean_of_three.texts
+    assert torch.allclose(images.norm(dim=1), torch.ones(7)) and images.shape[1] == 16
+    assert other or torch.allclose(texts @ images.t(), expected, atol=1e-6)
+    rows, text = eval.retrieval_evaluation(mean_of_three, "mine.jsonl", "val", "mean of three")
+    at = eval.layout(mean_of_three.instances)
+    asked_texts, asked_images = at["text_query"], at["image_query"]
+    to_image = brute_force(expected[asked_texts], at["text_group"][asked_texts], at["image_group"])
+    to_text = brute_force(expected.t()[asked_images], at["image_group"][asked_images], at["text_group"])
+    assert list(rows) == ["mean of three", "chance"] and "val mean of three" in text
+    assert rows["mean of three"]["text_to_image"] == without_map(to_image)
+    assert rows["mean of three"]["image_to_text"] == without_map(to_text)
+    single = [eval.retrieval_evaluation(eval.averaged([part]), "", "val")[0]["model"] for part in parts]
+    assert all(row["rSum"] != rows["mean of three"]["rSum"] for row in single)
+
+
+def test_scores_are_averaged_in_blocks(monkeypatch):
+    """Never queries x gallery of all queries: a model is asked for the scores of few rows at a time."""
+    monkeypatch.setattr(eval, "BLOCK", 14)
+    asked = []
+    part, matrix = embedded(1, 5)
+
+    def scores(numbers):
+        asked.append(len(numbers))
+        return matrix[numbers]
+    part.scores = (scores, lambda numbers: matrix.t()[numbers])
+    eval.retrieval_evaluation(eval.averaged([part, embedded(2, 8)[0]]), "", "val")
+    assert max(asked) == 2 and sum(asked) == len(matrix) - 2  # without the captions that are no queries
+
+
+def test_models_of_other_things_are_not_averaged():
+    part, _ = embedded(1, 5, classes=["g0", "g1"])
+    changed = [embedded(2, 5)[0], embedded(2, 5, classes=["g0", "g2"])[0]]
+    for name, value in (("id", "another"), ("captions", ["another"]), ("group", "g9")):
+        other, _ = embedded(2, 5, classes=["g0", "g1"])
+        setattr(other.instances[0], name, value)
+        changed.append(other)
+    fewer, _ = embedded(2, 5, classes=["g0", "g1"])
+    fewer.instances.pop()
+    for other in (*changed, fewer):
+        with pytest.raises(clip.CheckpointError, match="do not rank the same instances"):
+            eval.averaged([part, part, other])
+    eval.averaged([part, embedded(2, 5, classes=["g0", "g1"])[0]])
+
+
 # ---------------------------------------------------------------- search, memory
 
 @pytest.mark.parametrize("high", [1000, 3, 1])  # few ties, many, nothing but ties
@@ -311,7 +381,73 @@ def test_table():
     assert "text-to-shape" in lines[0] and lines[1].split()[:5] == ["RR@1", "RR@5", "NDCG@5", "MRR", "MedR"]
 
 
-# ---------------------------------------------------------------- galleries
+# ---------------------------------------------------------------- galleries and curves
+
+@pytest.mark.parametrize("low, high, expected", [
+    (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-0.3, 4.1, [0, 1, 2, 3, 4]), (0, 63, [0, 20, 40, 60]),
+    (23.1, 23.9, [23.2, 23.4, 23.6, 23.8]), (0, 28_375, [0, 5000, 10_000, 15_000, 20_000, 25_000]),
+    (-20, -10, [-20, -18, -16, -14, -12, -10])])
+def test_ticks(low, high, expected):
+    assert eval.ticks(low, high, 6) == pytest.approx(expected)
+
+
+def write_log(folder, metric, losses, values):
+    """The log of a run of three epochs of 100 steps, the last line cut; None: no evaluation."""
+    folder.mkdir(parents=True)
+    lines = []
+    for epoch, (loss, value) in enumerate(zip(losses, values), 1):
+        evaluations = {} if value is None else {"val": {metric: value}}
+        lines.append(json.dumps({"step": 100 * epoch, "loss": loss} | evaluations) + "\n")
+    (folder / "log.jsonl").write_text("".join(lines) + '{"step": 400, "lo')
+
+
+def test_curves(tmp_path):
+    """Two runs in the first row, one that is chosen by another metric in a row of its own. The dots are at
+    best.pt, the better run's above the other's, and there is a legend, and numbers at the axes."""
+    write_log(tmp_path / "x" / "low", "rSum", [5, 4, 3], [3, 150, 20])
+    write_log(tmp_path / "x" / "high", "rSum", [3, 1, -1], [3, 300, 20])
+    write_log(tmp_path / "y" / "low", "mAP", [5, 4, 3], [1, None, 1])
+    path = tmp_path / "new" / "curves.png"
+    runs = [tmp_path / name for name in ("x/low", "x/high", "y/low")]
+    eval.draw_curves(path, runs)
+    assert os.listdir(tmp_path / "new") == ["curves.png"]
+    picture = np.asarray(Image.open(path)).astype(int)
+    height = len(picture) // 2
+    assert picture.shape == (2 * height, 800, 3) and 290 < height < 310
+
+    def dot(colour, row, left):
+        """The centre (x, y) of the largest spot of a colour, in the left or the right half of a row."""
+        part = picture[row * height + 50:(row + 1) * height, 400 * left:400 * (left + 1)]
+        mask = (abs(part - colour).max(2) < 12).astype(int)
+        spots = sum(np.roll(mask, (y, x), (0, 1)) for y in range(-3, 4) for x in range(-3, 4))
+        y, x = np.unravel_index(spots.argmax(), spots.shape)
+        return (x, y) if spots.max() > 28 else None
+    low, high, other = eval.LINES[:3]
+    for half in (0, 1):  # loss, metric
+        x_low, y_low = dot(low, 0, half)
+        x_high, y_high = dot(high, 0, half)
+        assert x_low == pytest.approx(55 + 330 * 2 / 3, abs=4) and x_high == pytest.approx(x_low, abs=2)
+        assert (y_high < y_low - 50) if half else (y_high > y_low + 50)
+        assert dot(other, 0, half) is None and dot(low, 1, half) is None
+    assert dot(other, 1, 1)[0] == pytest.approx(55 + 330 / 3, abs=4)  # of equal ones the first
+    dark = picture.max(2) < 130
+    assert dark[:30, 30:400].sum() > 200 and dark[height:height + 30, 30:400].sum() > 50  # the legend
+    assert dark[60:height - 40, :54].sum() > 50 and dark[height - 38:height, 60:380].sum() > 50  # numbers
+
+
+@pytest.mark.parametrize("content", [None, "", '{"step": 3, "loss": 1.0}\n'])
+def test_curves_of_nothing_are_refused(content, tmp_path):
+    if content is not None:
+        (tmp_path / "log.jsonl").write_text(content)
+    with pytest.raises(clip.CheckpointError, match="log.jsonl is missing or has no evaluation yet"):
+        eval.draw_curves(tmp_path / "curves.png", [tmp_path])
+
+
+def test_run_names():
+    assert eval.run_names(["runs/a/best.pt", "x/b/best.pt"]) == ["a", "b"]
+    same = ["runs/a/best.pt", "runs/a/last.pt"]
+    assert eval.run_names(same) == same
+
 
 def test_gallery_frames_and_captions(tmp_path):
     blue = np.full((eval.CELL, eval.CELL, 3), (0, 0, 255), np.uint8)

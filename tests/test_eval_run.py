@@ -1,11 +1,12 @@
 """Tests of what eval.py keeps around a training loop: the progress line, errors, the folder of a run, and
-eval.Run with a linear layer. What a killed, stopped or resumed run of a script ends with is tested in
-test_runs.py.
+eval.Run with a linear layer; and of the command on several checkpoints. What a killed, stopped or resumed
+run of a script ends with is tested in test_runs.py.
 
     python -m pytest tests/test_eval_run.py
 """
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import math
@@ -13,13 +14,17 @@ import os
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import clip
 import data
 import eval
-from runs import in_process, log  # noqa: F401 (in_process acts by being here)
+import train_adapter
+from runs import (SMALL, arguments, evaluated, in_process, kept_signals, log, metrics,  # noqa: F401
+                  refused, squares)
 
 EPOCHS, STEPS_PER_EPOCH = 3, 2
 
@@ -267,3 +272,152 @@ def test_a_gpu_is_joined_by_its_number(asked, index, monkeypatch):
     monkeypatch.setattr(data, "seed_everything", lambda seed: None)
     device = torch.device("cuda", index)
     assert eval.join(argparse.Namespace(device=asked, seed=0)) == (0, 1, device) and joined == [device]
+
+
+# ---------------------------------------------------------------- several checkpoints, embeddings, curves
+
+RUNS = {"mxm": ["train_mxm"], "clip": ["train_mxm", "--loss", "clip", "--seed", "1"],
+        "user": ["train_user", "--queue", "0", "--dim", "16"],
+        "adapter": ["train_adapter", "--clip", "{folder}/mxm/best.pt", "--frames", "2", "--lr", "0.01"],
+        "head": ["train_adapter", "--clip", "{folder}/mxm/best.pt", "--tune", "head", "--lr", "0.01"],
+        "class": ["train_clip4cmr", "--dim", "32"],
+        "class-1": ["train_clip4cmr", "--dim", "32", "--seed", "1"],
+        "class-outer": ["train_clip4cmr", "--dim", "32", "--task", "outer"],
+        "cmaclip": ["train_cmaclip", "--layers", "1"]}
+
+
+@pytest.fixture(scope="module")
+def run(squares, tmp_path_factory):
+    """run(name) -> the folder of that short run, which is trained when it is first asked for."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def trained(name):
+        script, *words = [word.format(folder=folder) for word in RUNS[name]]
+        if "{folder}" in " ".join(RUNS[name]):
+            trained("mxm")
+        if not (folder / name).exists():
+            with pytest.MonkeyPatch.context() as patch, kept_signals():
+                patch.setitem(clip.MODELS, "tiny", SMALL)
+                importlib.import_module(script).main(arguments(squares, *words, "--out", folder / name))
+        return folder / name
+    return trained
+
+
+def score_matrix(path, instances):
+    """The scores of all captions with all images (C, N) by one checkpoint's model."""
+    model, tokenizer, checkpoint = eval.restore(path, "cpu")
+    if checkpoint["method"] == "train_adapter":
+        loader = train_adapter.evaluation_loader(model, instances,
+                                                 argparse.Namespace(**checkpoint["settings"]))
+        frames, mask, texts = train_adapter.embed(model, loader, "off")
+        return train_adapter.similarity(texts, frames, mask)
+    images, texts = eval.embed(model, instances, tokenizer, "off")
+    return texts @ images.t()
+
+
+@pytest.mark.parametrize("names", [("mxm", "clip"), ("mxm", "user", "clip"), ("adapter", "head"),
+                                   ("adapter", "user"), ("class", "class-1")])
+def test_the_mean_of_several_models(names, run, squares, tmp_path, capsys):
+    files = [run(name) / "best.pt" for name in names]
+    instances, tasks = data.load(squares, split="test")
+    scores = sum(score_matrix(file, instances) for file in files) / len(files)
+    capsys.readouterr()
+    evaluated(files[0], "--out", tmp_path)  # the single model's numbers stay
+    eval.main(["--checkpoint", *map(str, files), "--device", "cpu", "--amp", "off", "--out", str(tmp_path),
+               "--gallery", str(tmp_path / "gallery.png")])
+    rows = metrics(tmp_path)["test"]
+    title = "mean of " + " + ".join(names)
+    assert rows.keys() == {"model", title, "chance"}
+    assert rows["model"] == metrics(files[0].parent)["test"]["model"]
+    assert f"test {title} " in capsys.readouterr().out
+    if names[0] == "class":
+        classes = tasks["inner"]
+        labels = np.array([x.labels["inner"] for x in instances])  # all of them have one
+        text_labels = labels[eval.caption_owner(instances)]
+        expected = {"text_to_image": eval.class_metrics(scores, text_labels, labels, classes),
+                    "image_to_text": eval.class_metrics(scores.t(), labels, text_labels, classes)}
+    else:
+        expected = eval.both_ways(scores, scores.t(), **eval.layout(instances))
+    for way in eval.WAYS:
+        found = {name: value for name, value in rows[title][way].items() if isinstance(value, float)}
+        assert found == pytest.approx({name: expected[way][name] for name in found})
+        assert rows[title][way] != rows["model"][way]
+    assert Image.open(tmp_path / "gallery.png").format == "PNG"
+
+
+def test_search_by_several_models(run, squares, capsys):
+    files = [run("mxm") / "best.pt", run("user") / "best.pt"]
+    instances, _ = data.load(squares, split="test")
+    words = instances[3].captions[0]
+    row = eval.caption_owner(instances).tolist().index(3)
+    scores = sum(score_matrix(file, instances)[row] for file in files) / 2
+    capsys.readouterr()
+    eval.main(["--checkpoint", *map(str, files), "--device", "cpu", "--amp", "off", "--query", words])
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    best, order = scores.sort(descending=True)
+    assert [id for _, id in lines] == [instances[i].id for i in order[:5].tolist()]
+    assert [float(score) for score, _ in lines] == pytest.approx(best[:5].tolist(), abs=6e-4)
+
+
+@pytest.mark.parametrize("names", [("mxm",), ("mxm", "user"), ("adapter",), ("class-outer",)])
+def test_embeddings(names, run, squares, tmp_path):
+    files = [str(run(name) / "best.pt") for name in names]
+    path = tmp_path / "new" / "out.npz"
+    eval.main(["--checkpoint", *files, "--device", "cpu", "--amp", "off", "--embeddings", str(path),
+               "--out", str(tmp_path)])
+    assert os.listdir(path.parent) == ["out.npz"] and "test" in metrics(tmp_path)
+    instances, tasks = data.load(squares, split="test")
+    if names[0] == "class-outer":  # instances with this label, whose groups are its classes
+        instances, _ = data.by_class(instances, tasks, "outer", "", "")
+    with np.load(path) as found:
+        assert found["ids"].tolist() == [x.id for x in instances]
+        assert found["groups"].tolist() == [x.group for x in instances]
+        assert found["owners"].tolist() == eval.caption_owner(instances).tolist()
+        if names[0] != "class-outer":
+            colours = [tasks["outer"][x.labels["outer"]] if "outer" in x.labels else "" for x in instances]
+            assert found["label_outer"].tolist() == colours and "" in colours
+        for key in ("images", "texts"):
+            assert np.linalg.norm(found[key], axis=1) == pytest.approx(np.ones(len(found[key])), abs=1e-5)
+        if names != ("adapter",):
+            scores = sum(score_matrix(file, instances) for file in files) / len(files)
+            assert torch.allclose(torch.from_numpy(found["texts"] @ found["images"].T), scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("names, says", [
+    (("mxm", "cmaclip"), "no similarities to average"), (("class", "class-outer"), "do not rank the same"),
+    (("mxm", "class"), "do not rank the same")])
+def test_models_that_make_no_mean(names, says, run, tmp_path, capsys):
+    files = [run(name) / "best.pt" for name in names]
+    assert says in refused(capsys, ["--checkpoint", *files, "--out", tmp_path], eval.main)
+    assert os.listdir(tmp_path) == []
+
+
+def test_models_of_other_data_need_to_be_told_on_which(run, squares, tmp_path, capsys):
+    other = clip.load_checkpoint(run("clip") / "best.pt")
+    other["settings"]["data"] = "other.jsonl"
+    clip.save_checkpoint(tmp_path / "other.pt", other)
+    argv = ["--checkpoint", run("mxm") / "best.pt", tmp_path / "other.pt"]
+    assert "say with --data" in refused(capsys, argv, eval.main)
+    eval.main([*map(str, argv), "--data", str(squares), "--device", "cpu", "--out", str(tmp_path)])
+    assert [title.split()[:2] for title in metrics(tmp_path)["test"]] == [["mean", "of"], ["chance"]]
+
+
+def test_no_embeddings_of_pairs(run, tmp_path, capsys):
+    argv = ["--checkpoint", run("cmaclip") / "best.pt", "--embeddings", tmp_path / "out.npz"]
+    assert "no --embeddings" in refused(capsys, argv, eval.main) and os.listdir(tmp_path) == []
+
+
+def test_curves_command(run, tmp_path, monkeypatch, capsys):
+    """A run of every method, each with the metric that best.pt is chosen by."""
+    for name, metric in (("mxm", "rSum"), ("user", "rSum"), ("adapter", "rSum"), ("class", "mAP"),
+                         ("cmaclip", "accuracy")):
+        found, losses, values = eval.read_curves(run(name))
+        assert found == metric and losses == [(line["step"], line["loss"]) for line in log(run(name))]
+        best = clip.load_checkpoint(run(name) / "best.pt")
+        assert max(value for _, value in values) == best["state"]["best"]
+    monkeypatch.chdir(tmp_path)
+    eval.main(["--curves", *(str(run(name)) for name in ("mxm", "clip", "class"))])
+    assert Image.open("curves.png").size[0] == 800 and os.listdir() == ["curves.png"]
+    assert refused(capsys, ["--curves", tmp_path], eval.main).count(str(tmp_path)) == 1
+    for argv in ([], ["--curves", tmp_path, "--checkpoint", "best.pt"]):
+        assert "give either --checkpoint or --curves" in refused(capsys, argv, eval.main)
