@@ -329,18 +329,18 @@ def cross_attention(words, regions, sharpness=9.0):
 
 
 @torch.no_grad()
-def inference(repeat, galleries, count=36, width=2048, dim=1024, length=12, block=100):
+def inference(repeat, galleries, count=36, width=2048, dim=1024, length=12, block=50):
     """USER, which makes one vector of an image before any query, beside cross-attention, which compares all
     regions with all words for each query: encoding a gallery's region features, and searching it.
 
     What encodes a query's words is the same for both and left out.
     """
-    model = train_user.USER(clip.build("tiny"), "sge", dim, regions=width).eval()
+    model = train_user.USER(clip.build("tiny"), enhance="sge", dim=dim, regions=width).eval()
     project = torch.nn.Linear(width, dim)
     features = torch.randn(block, count, width)
     functions = {"USER": partial(model.encode_image, features),
                  "attention": lambda: F.normalize(project(features), dim=2)}
-    encode = median_times({name: within(f, True) for name, f in functions.items()}, repeat)
+    encode = median_times(functions, repeat)
     words = F.normalize(torch.randn(length, dim), dim=1)
     for n in galleries:
         regions = F.normalize(torch.randn(n, count, dim), dim=2)
@@ -349,7 +349,7 @@ def inference(repeat, galleries, count=36, width=2048, dim=1024, length=12, bloc
         def search_by_attention():
             return torch.cat([cross_attention(words, part) for part in regions.split(block)]).topk(10)
         functions = {"USER": partial(eval.search, words[:1], vectors, 10), "attention": search_by_attention}
-        t = median_times({name: within(f, True) for name, f in functions.items()}, repeat)
+        t = median_times(functions, repeat)
         ratio = t["attention"] / t["USER"]
         line(f"a query, {n:,} images, USER: time", 1000 * t["USER"],
              f"cross-attention {1000 * t['attention']:.0f} ms, {ratio:,.0f} times as long", " ms")
@@ -411,7 +411,8 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     retrieval_by_class(repeat)
     class_losses(repeat)
-    inference(repeat, (200, 1000) if quick else (1000, 5000))
+    with fast():
+        inference(repeat, (200, 1000) if quick else (1000, 5000))
     tiny(repeat)
     adapters(repeat)
     if os.path.exists(CAPTIONS):
