@@ -323,7 +323,7 @@ def cross_attention(words, regions, sharpness=9.0):
     words (L, D) of a query, regions (N, R, D) of images, unit norm -> scores (N,): every word attends to an
     image's regions, and the score is the mean over words of the cosine of a word and what it attends to.
     """
-    cosines = torch.einsum("ld,nrd->nlr", words, regions)
+    cosines = (regions @ words.t()).transpose(1, 2)  # (N, L, R)
     weights = (sharpness * F.normalize(cosines.relu(), dim=1)).softmax(2)  # over the regions
     return F.cosine_similarity(weights @ regions, words, dim=2).mean(1)
 
