@@ -322,41 +322,37 @@ def embed(model, loader, amp):
     return as_videos(torch.cat(features), mask), mask, texts
 
 
-@torch.no_grad()
-def video_metrics(frames, mask, texts, layout):
-    """`eval.both_ways` by the query-aware similarity; layout is `eval.layout` of the instances.
+def video_scores(frames, mask, texts):
+    """-> (text_scores, image_scores), as of `eval.cosine_scores`, by the query-aware similarity.
 
-    The scores are computed in blocks, because texts x videos x frames do not fit into memory.
+    They are computed in blocks, because texts x videos x frames do not fit into memory.
     """
-    asked_texts = texts[layout["text_query"].to(texts.device)]
-    asked_videos = layout["image_query"].nonzero()[:, 0].to(texts.device)
     texts_at_once = max(1, eval.BLOCK // mask.numel())
     videos_at_once = max(1, eval.BLOCK // (len(texts) * mask.shape[1]))
 
-    def text_scores(begin, end):
-        blocks = asked_texts[begin:end].split(texts_at_once)
-        return torch.cat([similarity(block, frames, mask) for block in blocks])
+    def text_scores(numbers):
+        return torch.cat([similarity(texts[block], frames, mask) for block in numbers.split(texts_at_once)])
 
-    def video_scores(begin, end):
-        blocks = asked_videos[begin:end].split(videos_at_once)
+    def image_scores(numbers):
+        blocks = numbers.split(videos_at_once)
         return torch.cat([similarity(texts, frames[block], mask[block]).t() for block in blocks])
-    return eval.both_ways(text_scores, video_scores, **layout)
+    return text_scores, image_scores
 
 
-def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gallery=None):
-    """What a model reaches on a split -> ({"model": metrics, "chance": metrics}, the text of a table).
+def video_metrics(frames, mask, texts, layout):
+    """`eval.both_ways` by the query-aware similarity; layout is `eval.layout` of the instances."""
+    return eval.score_metrics(*video_scores(frames, mask, texts), **layout)
 
-    The model is the checkpoint's, or the CLIP that it belongs to. gallery: a path for a picture of queries
-    and what they find, which shows one frame of each video.
-    """
+
+def embed_split(model, checkpoint, name, root, split, amp="auto", workers=0):
+    """-> `eval.Embedded` of a split, with the query-aware scores. The model is the checkpoint's, or the CLIP
+    that it belongs to. The features of unit norm beside the scores are the means over frames."""
     args = argparse.Namespace(**checkpoint["settings"] | {"workers": workers})
-    instances, _ = data.load(name, root, split)
+    instances, tasks = data.load(name, root, split)
     frames, mask, texts = embed(model, evaluation_loader(model, instances, args), amp)
-    rows = {"model": video_metrics(frames, mask, texts, eval.layout(instances)), **eval.bounds("", instances)}
-    if gallery:
-        eval.draw_gallery(gallery, instances, lambda c: similarity(texts[c:c + 1], frames, mask)[0],
-                          lambda i: similarity(texts, frames[i:i + 1], mask[i:i + 1])[:, 0])
-    return rows, eval.table({f"{split} {row}": metrics for row, metrics in rows.items()})
+    means = F.normalize((F.normalize(frames, dim=-1) * mask[..., None]).sum(1), dim=-1)
+    return eval.Embedded(instances, means, F.normalize(texts, dim=-1), tasks,
+                         scores=video_scores(frames, mask, texts))
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -424,9 +420,9 @@ def report(args, costs, device):
     """Evaluate best.pt on the test split, and the CLIP before tuning; print and write them and the costs."""
     test = (args.data, args.root, "test", args.amp, args.workers)
     model, _, checkpoint = eval.restore(os.path.join(args.out, "best.pt"), device)
-    tuned, _ = evaluation(model, checkpoint, *test)
+    tuned, _ = eval.evaluation(model, checkpoint, *test)
     clip_model, _ = clip.load(clip_of(vars(args), args.out), device, image_size=args.image_size)
-    before, _ = evaluation(clip_model, checkpoint, *test)
+    before, _ = eval.evaluation(clip_model, checkpoint, *test)
     path = os.path.join(args.out, "metrics.json")
     eval.write_json(path, {"test": tuned, "test, not tuned": before})
     eval.write_json(os.path.join(args.out, "costs.json"), costs)

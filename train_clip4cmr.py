@@ -283,44 +283,33 @@ def check_clip(checkpoint, identity, path):
                                    f"{identity[:12]}; put the weights back that it was trained on")
 
 
-def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gallery=None):
-    """What a model reaches on a split -> ({"model": metrics, "chance": metrics}, the text of a table).
+def embed_split(model, checkpoint, name, root, split, amp="auto", workers=0):
+    """-> `eval.Embedded` of a split: of the instances that have a class, whose metrics are those by class.
 
     name, root: a data set; a model that was trained on features from files has those alone.
-    gallery: a path for a picture of queries and their top results, framed by class.
     """
     args = argparse.Namespace(**checkpoint["settings"])
     classes = checkpoint["classes"]
     if args.features:
-        if gallery:
-            raise clip.CheckpointError("--gallery: this model was trained on features from files; "
-                                       "there are no pictures to show")
         splits, names = data.feature_splits(args.features, root)
         data.expect(names == classes, "--features", f"files with the classes {', '.join(names)[:100]}; "
                     f"the model knows {', '.join(classes)[:100]}")
         data.expect(split in splits, "--split", f"features have {', '.join(splits)}, not {split!r}")
         features = splits[split]
+        instances = []  # their ids are the numbers of the rows
+        for row, label in enumerate(features.labels):
+            instances.append(data.Instance(f"{split} {row}", [], [""], group=classes[label]))
     else:
         instances, _ = data.load_split(name, root, split, args.task, classes)
         tokenizer = model.tokenizer or clip.default_tokenizer()
     if args.finetune:
         images, texts = eval.embed(model, instances, tokenizer, amp, workers)
-        layout = data.class_layout(instances, classes)
     else:
         if not args.features:
             features = eval.frozen_features(model.clip, instances, classes, tokenizer,
                                             args.cache, amp, workers)
         images, texts = embed_features(model, features)
-        layout = features.layout
-    rows = eval.class_retrieval(images, texts, *layout, classes)
-    text = " " * 16 + "    image-to-text    text-to-image   average   (mAP over the whole ranking)"
-    for row, metrics in rows.items():
-        to_text = metrics["image_to_text"]["mAP"]
-        to_image = metrics["text_to_image"]["mAP"]
-        text += f"\n{split + ' ' + row:16} {to_text:16.1f} {to_image:16.1f} {metrics['mAP']:9.1f}"
-    if gallery:
-        eval.draw_gallery(gallery, instances, lambda c: images @ texts[c], lambda i: texts @ images[i])
-    return rows, text
+    return eval.Embedded(instances, images, texts, {}, classes)
 
 
 # ---------------------------------------------------------------- training
