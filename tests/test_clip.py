@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torchvision.transforms import v2
 
 import clip
 
@@ -495,7 +496,6 @@ def test_a_script_written_for_openai_runs(tok, tmp_path):
 
 
 def test_preprocess_equals_torchvision():
-    v2 = torchvision.transforms.v2
     theirs = v2.Compose([
         v2.RGB(), v2.Resize(40, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(40),
         v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
