@@ -99,8 +99,7 @@ def load(name_or_path, root=None, split="train", download=False):
 
     name_or_path: a name in DATA_SETS (at the end of this file), or the path of a .jsonl or .csv file of your
     own. root: the data set's folder (default data/<name>). split: train, val, test (primitives also has
-    unseen). download: fetch what is missing, where that is possible. Raises DataError for anything missing or
-    malformed.
+    unseen). download: call `fetch_missing` first. Raises DataError for anything missing or malformed.
     """
     name = os.fspath(name_or_path)
     if name.endswith(".jsonl"):
@@ -112,15 +111,12 @@ def load(name_or_path, root=None, split="train", download=False):
         question = f" did you mean {near[0]!r}?" if near else ""
         raise DataError(f"unknown data set {name!r};{question} Known: {', '.join(DATA_SETS)}; "
                         "or the path of a .jsonl or .csv file")
-    expect(not download or name == "text2shape", "--download",
-           f"{name} cannot be fetched automatically; README.md says where to get it and how to lay it out")
     root = root or os.path.join("data", name)
     if download:
-        download_text2shape(root)
-    if not name.startswith("primitives"):
-        advice = "; --download fetches it" if name == "text2shape" else ""
-        expect(os.path.isdir(root), root,
-               f"no such folder; give --root the folder of {name} (README.md shows its layout{advice})")
+        fetch_missing(name, root)
+    if not name.startswith(("primitives", "text2shape")):
+        expect(os.path.isdir(root), root, f"no such folder, and {name} cannot be fetched automatically; "
+               "give --root its folder (README.md shows the layout)")
     return DATA_SETS[name](root, split)
 
 
@@ -339,20 +335,21 @@ def _own_instances(path, rows, split):
                  "taken as a remark, not as a task")
         else:
             classes[task] = distinct
-    number = class_numbers(classes)
     advice = "" if stated else ", or give every row a split"
-    instances = []
-    for row in [row for row in rows if row.split == split]:
-        labels = {}
-        for task, name in row.labels.items():
-            if task in classes:
-                expect((task, name) in number, row.where, f"{task} = {name!r} never occurs in the train "
-                       f"split; add a training example, correct the label{advice}")
-                labels[task] = number[task, name]
-        images = [os.path.join(os.path.dirname(path), image) for image in row.images]
-        instances.append(Instance(row.id, images, row.captions, labels, row.group))
     present = ", ".join(sorted({row.split for row in rows}))
-    expect(instances, path, f"no rows in split {split!r}; it has {present}; add some{advice}")
+    rows = [row for row in rows if row.split == split]
+    expect(rows, path, f"no rows in split {split!r}; it has {present}; add some{advice}")
+    for task, names in classes.items():
+        labelled = [row for row in rows if task in row.labels]
+        if labelled and not any(row.labels[task] in names for row in labelled):
+            raise DataError(f"{labelled[0].where}: {task} = {labelled[0].labels[task]!r} never occurs in the "
+                            f"train split, nor does any other {task} of split {split}; "
+                            f"add training examples, correct the labels{advice}")
+    instances = []
+    for row in rows:
+        images = [os.path.join(os.path.dirname(path), image) for image in row.images]
+        instances.append(Instance(row.id, images, row.captions, row.labels, row.group))
+    number_labels(instances, classes, path, split)
     return instances, classes
 
 
@@ -368,9 +365,16 @@ def train_names(rows):
     return names
 
 
-def class_numbers(classes):
-    """{task: [class names]} -> {(task, class name): class index}."""
-    return {(task, name): c for task, names in classes.items() for c, name in enumerate(names)}
+def number_labels(instances, classes, where, split):
+    """Make class indices of the class names that the instances' labels hold. A class that train lacks becomes
+    -1, unlabelled, and a note counts these; a task that is none of the classes is dropped."""
+    number = {(task, name): c for task, names in classes.items() for c, name in enumerate(names)}
+    unseen = 0
+    for x in instances:
+        x.labels = {task: number.get((task, name), -1) for task, name in x.labels.items() if task in classes}
+        unseen += list(x.labels.values()).count(-1)
+    if unseen:
+        note(f"{where}: {unseen} labels of split {split} never occur in train; they count as unlabelled")
 
 
 def choose_task(classes, task, where, instances):
@@ -472,7 +476,9 @@ def text2shape(root, split):
     processed_captions_{train,val,test}.p (the published split; else 80/10/10 by a hash of modelId) and
     views/<modelId>/*.png (used instead of rendering).
     """
-    path = os.path.join(root, "captions.tablechair.csv")
+    path = os.path.join(root, CAPTION_FILE)
+    expect(os.path.isfile(path), root, f"no {CAPTION_FILE} there; without --no-download (of data.load: with "
+           f"download=True) it is fetched; or {text2shape_by_hand(root)}")
     header, lines = read_table(path, ("modelId", "description", "category"))
     captions = defaultdict(list)
     category = {}
@@ -509,7 +515,7 @@ def text2shape(root, split):
         note(f"{root}: {missing} shapes of split {split} have captions but no voxels under {VOXEL_FOLDER}; "
              "they were left out")
     expect(instances, root, f"no shapes in split {split!r} (of train, val, test; {missing} lack voxels); "
-           f"expected {VOXEL_FOLDER}/<modelId>/<modelId>.nrrd (--download fetches them)")
+           f"expected {VOXEL_FOLDER}/<modelId>/<modelId>.nrrd; {text2shape_by_hand(root)}")
     return instances, {"category": categories}
 
 
@@ -539,10 +545,8 @@ def _labelled(root, split, rows, tasks, read=None):
     stated = assign_splits(rows)
     names = train_names(rows)
     classes = {task: sorted(set(names[task])) for task in tasks}
-    number = class_numbers(classes)
     instances = []
     missing = 0
-    unseen = 0
     for row in [row for row in rows if row.split == split]:
         captions = row.captions
         if read:
@@ -551,13 +555,10 @@ def _labelled(root, split, rows, tasks, read=None):
         if not captions or not all(callable(image) or os.path.isfile(image) for image in row.images):
             missing += 1
             continue
-        labels = {task: number.get((task, name), -1) for task, name in row.labels.items()}
-        unseen += list(labels.values()).count(-1)
-        instances.append(Instance(row.id, row.images, captions, labels, row.group))
+        instances.append(Instance(row.id, row.images, captions, row.labels, row.group))
     if missing:
         note(f"{root}: {missing} rows of split {split} have no picture or no text; they were left out")
-    if unseen:
-        note(f"{root}: {unseen} labels of split {split} never occur in train; they count as unlabelled")
+    number_labels(instances, classes, root, split)
     present = ", ".join(sorted(stated)) or "none"
     expect(instances, root, f"nothing in split {split!r} ({missing} rows lack a picture or a text); "
            f"it has {present}. README.md shows the layout")
@@ -879,29 +880,59 @@ def read_pickle(path):
 # ---------------------------------------------------------------- downloads
 
 TEXT2SHAPE_URL = "http://text2shape.stanford.edu/dataset"
+CAPTION_FILE = "captions.tablechair.csv"
 VOXEL_FOLDER = "nrrd_256_filter_div_32_solid"
 SPLIT_FILES = [f"processed_captions_{split}.p" for split in ("train", "val", "test")]
+TEXT2SHAPE_FILES = [  # (path below the URL, what it leaves in the folder, what its beginning holds)
+    (f"shapenet/{VOXEL_FOLDER}.zip", VOXEL_FOLDER, b"PK"),
+    ("text2shape-data.zip", SPLIT_FILES[-1], b"PK"),
+    (CAPTION_FILE, CAPTION_FILE, b"modelId"),  # the last: where it is, nothing before it is missing
+]
+
+
+def text2shape_by_hand(root):
+    """What to do where Text2Shape cannot be fetched."""
+    files = ", ".join(path for path, _, _ in TEXT2SHAPE_FILES)
+    return f"put {files} of {TEXT2SHAPE_URL} into {root} by hand and run again, which unpacks them"
+
+
+def fetch_missing(name, root=None):
+    """Fetch a data set into its folder (default data/<name>) where it is not there and that is possible: of
+    the known ones only text2shape. Goes on where an earlier call stopped; of several processes one fetches,
+    the others wait. A folder with captions and with voxels or views is taken as it is, also without the
+    published split. Raises DataError where it cannot be fetched."""
+    if name != "text2shape":
+        return
+    root = root or os.path.join("data", name)
+    names = {*list_folder(root)}
+    archives = [os.path.basename(path) for path, _, _ in TEXT2SHAPE_FILES if path.endswith(".zip")]
+    unfinished = names.intersection(archives + [archive + ".part" for archive in archives])
+    if CAPTION_FILE in names and names & {VOXEL_FOLDER, "views"} and not unfinished:
+        return
+    note(f"{root}: Text2Shape is not there, or not all of it; fetching it from {TEXT2SHAPE_URL}: the voxels "
+         "of 15,000 chairs and tables (at most 2 GB when unpacked), 75,000 descriptions and the published "
+         "split (--no-download refuses)")
+    try:
+        with clip.locked(os.path.join(root, "text2shape.part")):
+            download_text2shape(root)
+    except clip.CheckpointError as e:
+        raise DataError(str(e)) from None
 
 
 def download_text2shape(root):
-    """Fetch captions, voxels and the published split into `root`, going on where an earlier call stopped."""
-    for name, result, mark in (("captions.tablechair.csv", "captions.tablechair.csv", b"modelId"),
-                               (f"shapenet/{VOXEL_FOLDER}.zip", VOXEL_FOLDER, b"PK"),
-                               ("text2shape-data.zip", SPLIT_FILES[-1], b"PK")):
-        url = f"{TEXT2SHAPE_URL}/{name}"
-        file = os.path.join(root, os.path.basename(name))
+    """Fetch and unpack what is missing of voxels, published split and captions, in this order."""
+    for path, result, mark in TEXT2SHAPE_FILES:
+        url = f"{TEXT2SHAPE_URL}/{path}"
+        file = os.path.join(root, os.path.basename(path))
         if not os.path.exists(file):
             if os.path.exists(os.path.join(root, result)):
                 continue
-            try:
-                part = clip.fetch(url, file + ".part")
-            except clip.CheckpointError as e:
-                raise DataError(str(e)) from None
+            part = clip.fetch(url, file + ".part", text2shape_by_hand(root))
             with open(part, "rb") as f:
                 start = f.read(4096)
             if mark not in start:  # some error page
                 os.unlink(part)
-                raise DataError(f"{url}: the server sent something else; fetch it by hand to {file}")
+                raise DataError(f"{url}: the server sent something else; {text2shape_by_hand(root)}")
             os.replace(part, file)
         if file.endswith(".zip"):  # removed when all is unpacked, so one that is there still has to be
             unpack(file, root)
@@ -1472,11 +1503,71 @@ def pixels(image, size):
     return square(image(size).convert("RGB") if callable(image) else open_image(image), size)
 
 
+RATIOS = (3 / 4, 4 / 3)  # width to height of random crops
+
+
+def crop_source(image, area):
+    """A path, or a callable view -> uint8 (h, w, 3) to take crops from: the whole picture, made smaller where
+    it has more than `area` pixels."""
+    image = image(round(area ** 0.5)).convert("RGB") if callable(image) else open_image(image)
+    w, h = image.size
+    if w * h > area:
+        scale = (area / (w * h)) ** 0.5
+        sides = [min(area, max(1, int(side * scale))) for side in (w, h)]  # of 1 x 5,000 one cannot shrink
+        image = image.resize(sides, Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def crop_box(w, h, smallest, rng):
+    """-> (left, top, width, height) of a random part of a picture of w x h.
+
+    It is drawn as torchvision's RandomResizedCrop does: an area, evenly from `smallest` to 1 of the
+    picture's; a ratio of width to height, evenly on a log scale, from RATIOS; then a place. Where ten draws
+    do not fit into the picture, it is the largest part in the middle that has such a ratio.
+    """
+    for _ in range(10):
+        area = rng.uniform(smallest, 1) * w * h
+        ratio = math.exp(rng.uniform(math.log(RATIOS[0]), math.log(RATIOS[1])))
+        width = round((area * ratio) ** 0.5)
+        height = round((area / ratio) ** 0.5)
+        if 0 < width <= w and 0 < height <= h:
+            top = int(rng.integers(h - height + 1))
+            left = int(rng.integers(w - width + 1))
+            return left, top, width, height
+    width = min(w, round(h * RATIOS[1]))
+    height = min(h, round(w / RATIOS[0]))
+    return (w - width) // 2, (h - height) // 2, width, height
+
+
+def random_crop(picture, size, smallest, rng, mirror):
+    """uint8 (h, w, 3) -> (size, size, 3): a random part of a picture (see `crop_box`), made square, and where
+    `mirror` allows it flipped left to right half of the time."""
+    left, top, width, height = crop_box(picture.shape[1], picture.shape[0], smallest, rng)
+    part = Image.fromarray(picture[top:top + height, left:left + width])
+    part = np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
+    return part[:, ::-1] if mirror and rng.random() < 0.5 else part
+
+
+def default_crop(name, instances, pretrained):
+    """The smallest share of a picture's area that training crops keep where none is asked for: of photos half
+    from scratch and nine tenths with pretrained weights; None, no crops, for shapes, videos and features.
+    Photos are images in files, your own data among them."""
+    photos = name not in SHAPES_AND_VIDEOS and all(isinstance(x.images[0], str) for x in instances)
+    if not photos:
+        return None
+    return 0.9 if pretrained else 0.5
+
+
 # ---------------------------------------------------------------- batches
 
 @dataclass(eq=False, repr=False)
 class Loader:
     """Batches of instances.
+
+    With `crop`, training shows another random part of a picture in each epoch (see `crop_box`), and half of
+    them mirrored, except of instances with a caption that says left or right. It is drawn from the seed, the
+    epoch, the instance (or pair) and the view. What the cache keeps is then the whole picture, at a size that
+    the smallest crop still fills the model's input: about 3 times its pixels for 0.5, 1.6 times for 0.9.
 
     A batch: images uint8 (B, V, 3, S, S), of `load_regions` float32 (B, V, regions, width), image_mask bool
     (B, V), tokens int32 (B, L, context_length), caption_mask bool (B, L), labels {task: int64 (B,)}, index
@@ -1497,6 +1588,7 @@ class Loader:
     cache_bytes: int = 2 << 30  # decoded pictures are kept, shared by all workers, where they all fit
     frames: int = None  # instead of views, at most this many images, taken evenly and in order (video)
     pairs: bool = False  # an epoch shows every caption once, with its instance, not every instance once
+    crop: float = None  # in training: the smallest share of the area in random crops; None, 0 or 1: no crops
 
     def __post_init__(self, tokenizer):
         n = len(self.instances)
@@ -1523,39 +1615,64 @@ class Loader:
         self.first_caption = np.cumsum([0] + captions)
         self.tasks = sorted({task for x in self.instances for task in x.labels})
         self.regions = n > 0 and isinstance(self.instances[0].images[0], RegionView)  # floats, not pixels
-        self.cached = not self.regions and self.first_image[-1] * self.image_size ** 2 * 3 <= self.cache_bytes
+        self.crop = self.crop if self.train and self.crop and self.crop < 1 else None
+        expect(not self.regions or not self.crop, "--crop", "region features have no pictures to crop")
+        self.area = self.image_size ** 2  # pixels that are kept of a picture
+        if self.crop:
+            # the shorter side of the smallest crop is sqrt(area * crop * 3/4); 2 more pixels for rounding
+            self.area = math.ceil((self.image_size + 2) ** 2 / (self.crop * RATIOS[0]))
+            sided = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+            self.mirror = [not any(map(sided.search, x.captions)) for x in self.instances]
+        self.cached = not self.regions and self.first_image[-1] * self.area * 3 <= self.cache_bytes
         self.cache = None
         if self.cached:
             self._make_cache()
 
     def _make_cache(self):
         """Anonymous shared memory: forked workers fill it for each other; unwritten pages cost nothing."""
+        def shared(kind, *shape):
+            size = math.prod(shape) * np.dtype(kind).itemsize
+            return np.frombuffer(mmap.mmap(-1, max(1, size)), kind, math.prod(shape)).reshape(shape)
+
         total = int(self.first_image[-1])
-        shape = (total, self.image_size, self.image_size, 3)
-        memory = mmap.mmap(-1, max(1, math.prod(shape)))
-        self.cache = np.frombuffer(memory, np.uint8, math.prod(shape)).reshape(shape)
-        self.filled = np.frombuffer(mmap.mmap(-1, max(1, total)), np.uint8)
+        self.cache = shared(np.uint8, total, self.area * 3)
+        self.sides = shared(np.int32, total, 2)  # height and width
+        self.filled = shared(np.uint8, total)
 
     def __getstate__(self):  # where workers are spawned, not forked, each has a cache of its own
-        return {key: value for key, value in self.__dict__.items() if key != "filled"} | {"cache": None}
+        return self.__dict__ | {"cache": None, "sides": None, "filled": None}
 
     def __len__(self):
         """Batches per epoch."""
         n = len(self.caption_owner) if self.pairs else len(self.instances)
         return n // self.batch_size if self.train else -(-n // self.batch_size)
 
-    def _pixels(self, i, k):
-        """Image k of instance i: uint8 (size, size, 3)."""
+    def _decoded(self, i, k):
+        """Image k of instance i: uint8 (size, size, 3), or where crops are taken from it (h, w, 3)."""
         if self.cached and self.cache is None:
             self._make_cache()
         at = self.first_image[i] + k
         if self.cached and self.filled[at]:
-            return self.cache[at]
-        image = pixels(self.instances[i].images[k], self.image_size)
+            h, w = self.sides[at]
+            return self.cache[at, :h * w * 3].reshape(h, w, 3)
+        image = self.instances[i].images[k]
+        picture = crop_source(image, self.area) if self.crop else pixels(image, self.image_size)
         if self.cached:
-            self.cache[at] = image
+            self.cache[at, :picture.size] = picture.ravel()
+            self.sides[at] = picture.shape[:2]
             self.filled[at] = 1  # after the pixels, so that no other worker sees half a picture
-        return image
+        return picture
+
+    def _shown(self, epoch, sample, i, k):
+        """What an epoch shows of image k of instance i: uint8 (size, size, 3), or region features."""
+        if self.regions:
+            return self.instances[i].images[k].features()
+        picture = self._decoded(i, k)
+        if self.crop:
+            # k + 1, because numpy takes numbers that end in 0 for the same as without it: those of `_draw`
+            rng = np.random.default_rng([self.seed, epoch, sample, k + 1])
+            picture = random_crop(picture, self.image_size, self.crop, rng, self.mirror[i])
+        return picture
 
     def _samples(self, epoch, at):
         """The instances in batch `at` of an epoch (with `pairs`: the captions), this process's part."""
@@ -1584,7 +1701,8 @@ class Loader:
     def make(self, step):
         """The batch of global step `step` (epoch = step // len(self)), this process's part."""
         epoch, at = divmod(step, len(self))
-        drawn = [self._draw(epoch, sample) for sample in self._samples(epoch, at)]
+        samples = self._samples(epoch, at)
+        drawn = [self._draw(epoch, sample) for sample in samples]
         index = [i for i, _, _ in drawn]
         B = len(index)
         V = self.views or max((len(views) for _, views, _ in drawn), default=1)
@@ -1598,7 +1716,7 @@ class Loader:
         caption_mask = torch.zeros(B, L, dtype=torch.bool)
         for b, (i, views, captions) in enumerate(drawn):
             for v, k in enumerate(views):
-                images[b, v] = self.instances[i].images[k].features() if self.regions else self._pixels(i, k)
+                images[b, v] = self._shown(epoch, samples[b], i, k)
             tokens[b, :len(captions)] = self.tokens[self.first_caption[i] + captions]
             image_mask[b, :len(views)] = True
             caption_mask[b, :len(captions)] = True
@@ -1631,6 +1749,7 @@ class Loader:
                     raise batch
                 yield batch
         finally:
+            del batches  # ends the workers now, though a traceback may hold this frame
             atexit.unregister(kill)
 
 
@@ -1674,6 +1793,8 @@ def to_device(batch, device):
 
 
 # ---------------------------------------------------------------- the names that `load` knows
+
+SHAPES_AND_VIDEOS = ("text2shape", "msrvtt", "msvd", "didemo", "activitynet")  # whose files are no photos
 
 DATA_SETS = {  # each a function of (root, split)
     "primitives": lambda root, split: primitives(split),

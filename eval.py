@@ -929,8 +929,14 @@ def common_arguments(description, **defaults):
     p.add_argument("--data", default="primitives",
                    help="a data set's name, or a .jsonl or .csv file of your own")
     p.add_argument("--root", help="folder of the data set (default data/<name>)")
-    p.add_argument("--download", action="store_true",
-                   help="fetch the data set where that is possible (text2shape)")
+    p.add_argument("--download", action=argparse.BooleanOptionalAction, default=True,
+                   help="fetch the data set where it is not there and that is possible (text2shape): done "
+                        "unless --no-download refuses")
+    p.add_argument("--crop", type=fraction, metavar="AREA",
+                   help="train on random crops of at least this share of a picture's area, half of them "
+                        "mirrored where no caption says left or right; 0 or 1: whole pictures (default for "
+                        "photos and your own data 0.5 from scratch, 0.9 with pretrained weights; off for "
+                        "shapes and videos)")
     p.add_argument("--clip", default="tiny",
                    help="tiny, small: from scratch; a published name, a file or a folder: pretrained weights")
     p.add_argument("--image-size", type=positive_int, help="another input size than the model's own")
@@ -1048,17 +1054,22 @@ def average_gradients(parameters):
 
 
 def load_splits(args, device, load=None):
-    """-> [(instances, classes) of train, of val, of test], fetched first where --download asks for it.
+    """-> [(instances, classes) of train, of val, of test], fetched first unless --no-download refuses.
 
     load: a function (name, root, split) in place of data.load.
 
-    The test split is needed only at the end, but what is missing in it is said before training.
+    The test split is needed only at the end, but what is missing in it is said before training. A --crop that
+    was not given is chosen by the kind of data and CLIP (`data.default_crop`).
     """
     if args.download:
         with first_process_first(device):
-            data.load(args.data, args.root, "train", download=True)
+            data.fetch_missing(args.data, args.root)
     load = load or data.load
-    return [load(args.data, args.root, split) for split in ("train", "val", "test")]
+    splits = [load(args.data, args.root, split) for split in ("train", "val", "test")]
+    if args.crop is None:
+        train, _ = splits[0]
+        args.crop = data.default_crop(args.data, train, args.clip not in clip.SCRATCH)
+    return splits
 
 
 def build_or_load(args, train, device):

@@ -11,9 +11,11 @@ import gzip
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -28,6 +30,8 @@ from torchvision import transforms
 
 import clip
 import data
+import eval
+import train_mxm
 from data import DataError, Instance
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -355,19 +359,20 @@ def test_bad_pictures_are_named(tmp_path):
 
 # ---------------------------------------------------------------- batches
 
-def test_loader_is_the_same_for_all_workers_and_starts(tmp_path):
+@pytest.mark.parametrize("crop", [None, 0.5])
+def test_loader_is_the_same_for_all_workers_and_starts(crop, tmp_path):
     torch.manual_seed(5)
     instances = photos(tmp_path)
     before = torch.get_rng_state()
-    plain = list(loader(instances).batches(0, 5))  # two and a half epochs
+    plain = list(loader(instances, crop=crop).batches(0, 5))  # two and a half epochs
     assert len(plain) == 5 and len(loader(instances)) == 2
     for kwargs in (dict(workers=1), dict(workers=2), dict(cache_bytes=0), dict(cache_bytes=0, workers=2)):
-        again = loader(instances, **kwargs)
+        again = loader(instances, crop=crop, **kwargs)
         assert again.cached == ("cache_bytes" not in kwargs)
         assert all(map(equal, plain, again.batches(0, 5))) and all(map(equal, plain[3:], again.batches(3, 5)))
     assert list(loader(instances, workers=2).batches(4, 4)) == []
     assert torch.equal(before, torch.get_rng_state())  # a resumed run must not draw from it once more
-    assert not all(map(equal, plain, loader(instances, seed=1).batches(0, 5)))
+    assert not all(map(equal, plain, loader(instances, crop=crop, seed=1).batches(0, 5)))
     epochs = [torch.cat([b["index"] for b in plain[at:at + 2]]) for at in (0, 2)]
     assert not torch.equal(*epochs)  # another order
 
@@ -467,6 +472,7 @@ def test_loader_errors(tmp_path):
     for workers in (0, 2):
         batches = loader(instances, train=False, workers=workers).batches()
         assert "Traceback" not in refused("3-0.png: no such picture", list, batches)
+        assert multiprocessing.active_children() == []  # what still holds the error does not hold workers
 
 
 def test_to_device_normalises_as_clip(tmp_path):
@@ -476,6 +482,104 @@ def test_to_device_normalises_as_clip(tmp_path):
     assert torch.allclose(moved["images"][0, 0], clip.transform(8)(Image.open(path)), atol=1e-5)
     assert batch["images"].dtype == torch.uint8 and moved["labels"]["t"].tolist() == [1]
     assert torch.equal(moved["tokens"], batch["tokens"])
+
+
+# ---------------------------------------------------------------- random crops
+
+class TorchDraws:
+    """torch's global generator with the methods of numpy's that `crop_box` calls."""
+
+    def uniform(self, low, high):
+        return torch.empty(1).uniform_(low, high).item()
+
+    def integers(self, n):
+        return torch.randint(0, n, (1,)).item()
+
+
+def test_crops_are_those_of_torchvision():
+    rng = np.random.default_rng(0)
+    for w, h in ((40, 30), (30, 45), (64, 64), (50, 7), (3, 90), (1, 1)):
+        picture = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+        image = Image.fromarray(picture)
+        for smallest in (0.1, 0.5, 0.9):
+            theirs = transforms.RandomResizedCrop(8, (smallest, 1), data.RATIOS)
+            for seed in range(20):
+                torch.manual_seed(seed)
+                top, left, height, width = theirs.get_params(image, theirs.scale, theirs.ratio)
+                torch.manual_seed(seed)
+                box = data.crop_box(w, h, smallest, TorchDraws())
+                assert np.abs(np.subtract(box, (left, top, width, height))).max() <= 1  # theirs is float32
+                part = data.random_crop(picture, 8, smallest, np.random.default_rng(seed), False)
+                left, top, width, height = data.crop_box(w, h, smallest, np.random.default_rng(seed))
+                expected = transforms.functional.resized_crop(
+                    image, top, left, height, width, [8, 8], transforms.InterpolationMode.BICUBIC)
+                assert np.array_equal(part, expected)
+
+
+def test_what_is_kept_fills_the_smallest_crop(tmp_path):
+    for w, h in ((300, 200), (97, 260), (200, 200)):
+        instances = [Instance("a", [picture(tmp_path / f"{w}.png", 0, (w, h))], ["a"])]
+        for crop in (0.5, 0.9):
+            crops = data.Loader(instances, tokenizer(), 32, 32, 1, 1, 1, train=True, crop=crop)
+            crops.make(0)
+            kept = crops._decoded(0, 0)
+            assert kept.size <= crops.cache.size == 3 * crops.area < 32 * 32 * 3 * 3.1
+            assert abs(kept.shape[1] / kept.shape[0] - w / h) < 0.05 * w / h
+            assert (crop * 3 / 4 * kept.shape[0] * kept.shape[1]) ** 0.5 >= 32.5  # its shorter side
+    small = data.crop_source(picture(tmp_path / "small.png", 0, (20, 14)), 5000)
+    assert np.array_equal(small, data.open_image(str(tmp_path / "small.png")))  # never made larger
+    assert data.crop_source(picture(tmp_path / "thin.png", 0, (5000, 1)), 600).shape == (1, 600, 3)
+    cached = [loader(instances, 1, 1, 1, crop=crop, cache_bytes=8 * 8 * 3).cached for crop in (1, 0.9, 0.5)]
+    assert cached == [True, False, False]  # more memory than allowed
+
+
+def test_crops_change_with_epoch_view_and_pair_and_only_in_training(tmp_path):
+    file = picture(tmp_path / "a.png", 0, (60, 50))
+    instances = [Instance(str(i), [file, file], ["a", "b", "c"]) for i in range(2)]
+    plain = loader(instances, 2)
+    for off in (None, 0, 1):
+        assert all(map(equal, plain.batches(0, 3), loader(instances, 2, crop=off).batches(0, 3)))
+    both = [loader(instances, 2, train=False, crop=crop).make(0) for crop in (None, 0.5)]
+    assert equal(*both)
+    crops = loader(instances, 2, crop=0.5)
+    shown = torch.cat([crops.make(step)["images"].flatten(0, 1) for step in range(3)])
+    assert len(shown.unique(dim=0)) == 12  # two instances, two views, three epochs: never the same part
+    shown = loader(instances, 6, 1, None, pairs=True, crop=0.5).make(0)["images"]
+    assert len(shown.unique(dim=0)) == 6  # each caption with a part of its own
+
+
+def test_no_mirror_where_a_caption_speaks_of_left_or_right(tmp_path):
+    pixels = np.zeros((20, 20, 3), np.uint8)
+    pixels[:, 10:] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    captions = (["a cleft", "it is bright"], ["a thing", "the Left-hand side"], ["Turn right."])
+    instances = [Instance(str(i), [str(tmp_path / "a.png")], texts) for i, texts in enumerate(captions)]
+    crops = loader(instances, 3, 1, 1, crop=0.9)
+    mirrored = np.zeros(3)
+    for step in range(30):
+        batch = crops.make(step)
+        first, last = batch["images"][:, 0, 0, :, [0, -1]].float().mean(1).T
+        mirrored[batch["index"]] += (first > last).numpy()
+    assert 5 < mirrored[0] < 25 and mirrored[1:].tolist() == [0, 0]
+
+
+def test_which_data_is_cropped_by_default(tmp_path):
+    files = photos(tmp_path)
+    for name in ("flickr8k", "products", "mine.csv", "/some/text2shape.jsonl"):
+        assert [data.default_crop(name, files, pretrained) for pretrained in (False, True)] == [0.5, 0.9]
+    for name in ("text2shape", "msrvtt", "msvd", "didemo", "activitynet"):
+        assert data.default_crop(name, files, True) is None
+    regions = [Instance("a", [data.RegionView("a.npy", 0)], ["a"])]
+    for other in (primitives("val"), regions, [Instance("a", [data.H5View("a.h5", 0)], ["a"])]):
+        assert data.default_crop("flickr30k", other, False) is None
+    refused("--crop: region features have no pictures", loader, regions, 1, crop=0.5)
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"images": [f"{i}-0.png"], "captions": ["x"], "split": split}) + "\n"
+                            for i, split in enumerate(("train", "val", "test"))))
+    for words, crop in ((["--clip", "tiny"], 0.5), (["--clip", "ViT-B/32"], 0.9), (["--crop", "0"], 0)):
+        args = train_mxm.settings(["--data", str(path), *words])
+        eval.load_splits(args, "cpu")
+        assert args.crop == crop
 
 
 # ---------------------------------------------------------------- published photo sets
@@ -538,10 +642,12 @@ def test_unknown_names_and_missing_roots(tmp_path):
     refused("did you mean 'coco'", data.load, "COCO")
     refused("unknown data set '.*'; Known: primitives", data.load, "\n\x1b?")
     nowhere = str(tmp_path / "nowhere")
-    refused("nowhere: no such folder; give --root", data.load, "flickr8k", nowhere)
-    refused("nowhere: no such folder.*--download fetches it", data.load, "text2shape", nowhere)
+    for download in (False, True):  # what cannot be fetched is not asked for
+        refused("nowhere: no such folder, and coco cannot be fetched automatically; give --root",
+                data.load, "coco", nowhere, download=download)
+    refused(f"nowhere: no captions.tablechair.csv there; without --no-download .* put .*{data.VOXEL_FOLDER}.*"
+            f" of {data.TEXT2SHAPE_URL} into {nowhere} by hand", data.load, "text2shape", nowhere)
     refused("nowhere.csv: cannot be read.*No such file", data.load, nowhere + ".csv")
-    refused("--download: coco cannot be fetched automatically", data.load, "coco", download=True)
 
 
 # ---------------------------------------------------------------- Text2Shape
@@ -658,7 +764,7 @@ def test_broken_text2shape(tmp_path):
 
     def load():
         data.load("text2shape", str(tmp_path))
-    refused(r"no shapes in split 'train' \(.*2 lack voxels\).*--download", load)
+    refused(r"no shapes in split 'train' \(.*2 lack voxels\).*by hand", load)
     val = tmp_path / "processed_captions_val.p"
     other = [{"a": 1}, [1], {"caption_tuples": [(1, 2)]}]
     for content, said in ((b"", "Ran out of input"), (val.read_bytes()[:60], "refused"),
@@ -770,11 +876,10 @@ def server(tmp_path, monkeypatch):
     files = {TABLE: read("captions.tablechair.csv"), VOXELS: zipped({name: read(name) for name in voxels}),
              SPLITS: zipped(published | others), "asked": []}
 
-    def fetch(url, part):
-        files["asked"].append(url)
+    def fetch(url, part, by_hand):
+        files["asked"].append((url, os.path.exists(part)))
         if url not in files:
-            raise clip.CheckpointError(f"{url}: the server answers 404")
-        os.makedirs(os.path.dirname(part), exist_ok=True)
+            raise clip.CheckpointError(f"{url}: the server answers 404; {by_hand}")
         with open(part, "wb") as f:
             f.write(files[url])
         return part
@@ -782,18 +887,24 @@ def server(tmp_path, monkeypatch):
     return files
 
 
-def test_download_and_once_only(server, tmp_path):
+def test_download_and_once_only(server, tmp_path, capsys):
     root = str(tmp_path / "new" / "root")
     for _ in range(2):
         instances, _ = data.load("text2shape", root, "val", download=True)
         assert [x.id for x in instances] == MODELS[4:6]
         assert data.pixels(instances[0].images[0], 8).shape == (8, 8, 3)
-        assert server["asked"] == [TABLE, VOXELS, SPLITS]
+        assert server["asked"] == [(VOXELS, False), (SPLITS, False), (TABLE, False)]
     files = ["captions.tablechair.csv", data.VOXEL_FOLDER, *data.SPLIT_FILES]
     assert sorted(os.listdir(root)) == sorted(files)  # no archive, no .part
+    said = capsys.readouterr().err
+    assert said.count(f"{root}: Text2Shape is not there") == said.count(data.TEXT2SHAPE_URL) == 1
+    for name in data.SPLIT_FILES:  # without them the split is by hash, so that nothing is missing
+        os.unlink(os.path.join(root, name))
+    data.fetch_missing("text2shape", root)
+    assert len(server["asked"]) == 3
 
 
-def test_interrupted_unpacking_is_finished_without_the_network(server, tmp_path, monkeypatch):
+def test_interrupted_downloads_go_on_where_they_stopped(server, tmp_path, monkeypatch):
     root = str(tmp_path / "root")
     replace = os.replace
     targets = []
@@ -808,8 +919,16 @@ def test_interrupted_unpacking_is_finished_without_the_network(server, tmp_path,
         with pytest.raises(KeyboardInterrupt):
             data.load("text2shape", root, download=True)
     assert os.path.isdir(os.path.join(root, data.VOXEL_FOLDER))
-    del server[VOXELS], server[TABLE]
+    del server[VOXELS]  # it is there, and unpacked again
+    splits_archive = server.pop(SPLITS)
+    part = os.path.join(root, "text2shape-data.zip.part")
+    with open(part, "wb") as f:
+        f.write(splits_archive[:100])
+    refused("404", data.load, "text2shape", root, download=True)
+    assert os.path.getsize(part) == 100  # for clip.fetch, which asks for the rest
+    server[SPLITS] = splits_archive
     assert len(data.load("text2shape", root, download=True)[0]) == 4
+    assert [(url, part) for url, part in server["asked"] if url == SPLITS] == [(SPLITS, True)] * 2
 
 
 def test_download_errors(server, tmp_path):
@@ -817,14 +936,12 @@ def test_download_errors(server, tmp_path):
 
     def load():
         return data.load("text2shape", str(root), "train", download=True)[0]
-    table = server[TABLE]
-    server[TABLE] = b"<html>please sign in</html>"
-    refused("captions.tablechair.csv: the server sent something else; fetch it by hand", load)
-    assert os.listdir(root) == []
-    del server[TABLE]
-    refused("captions.tablechair.csv: the server answers 404", load)  # clip's error, as one of data
-    server[TABLE] = table
     voxels = server[VOXELS]
+    server[VOXELS] = b"<html>please sign in</html>"
+    refused("solid.zip: the server sent something else; put .* into .*root by hand", load)
+    assert os.listdir(root) == []
+    del server[VOXELS]
+    refused("solid.zip: the server answers 404; put .* into .*root by hand", load)  # clip's error, as data's
     damaged = voxels[:300] + bytes([voxels[300] ^ 255]) + voxels[301:]  # in the first file
     for content, said in ((damaged, "damaged"), (voxels[:-30], "damaged.*not a zip"),
                           (zipped({"readme.txt": b""}), "no voxels")):
@@ -833,6 +950,41 @@ def test_download_errors(server, tmp_path):
         assert not (root / f"{data.VOXEL_FOLDER}.zip").exists()
     server[VOXELS] = voxels
     assert len(load()) == 4
+    (tmp_path / "file").write_text("")
+    refused("cannot be written", data.fetch_missing, "text2shape", str(tmp_path / "file" / "root"))
+
+
+def settings(root, *words):
+    """The settings of a script on Text2Shape under this root."""
+    return train_mxm.settings(["--data", "text2shape", "--root", str(root), *words])
+
+
+def test_scripts_fetch_unless_told_not_to(tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        monkeypatch.setattr(data, "TEXT2SHAPE_URL", f"http://127.0.0.1:{s.getsockname()[1]}")
+        for words in ((), ("--download",)):
+            refused("^http://127.0.0.1:.*solid.zip: could not be fetched .*; run the command again to go on "
+                    f"where it stopped, or put .* into {root} by hand and run again", eval.load_splits,
+                    settings(root, *words), "cpu")
+        refused(f"^{root}: no captions.tablechair.csv there; without --no-download .* by hand and run again",
+                eval.load_splits, settings(root, "--no-download"), "cpu")
+
+
+@pytest.mark.parametrize("rank, order", [(0, ["fetch", "meet"]), (1, ["meet", "fetch"])])
+def test_the_first_process_fetches_while_the_others_wait(rank, order, server, tmp_path, monkeypatch):
+    done = []
+    fetch = data.fetch_missing
+
+    def fetch_missing(*arguments):
+        done.append("fetch")
+        fetch(*arguments)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(eval, "any_process", lambda flag, device: done.append("meet"))
+    monkeypatch.setattr(data, "fetch_missing", fetch_missing)
+    parts = eval.load_splits(settings(tmp_path), "cpu")
+    assert done == order and [len(instances) for instances, _ in parts] == [4, 2, 2]
 
 
 def test_archives_write_only_inside_the_root(tmp_path):
@@ -951,6 +1103,33 @@ def test_csv(mine, tmp_path):
     ("image,caption,split\n0.png,a,train\n", "no rows in split 'val'; it has train; add some")])
 def test_broken_csv(mine, text, said):
     refused(f"mine.csv.*{said}", mine, text, "val")
+
+
+def test_a_class_of_your_own_data_that_train_lacks_is_unlabelled(mine, capsys):
+    rows = ["red,big,train", "blue,big,train", "red,,val", "mauve,,val", "mauve,,val", "pink,big,test",
+            "blue,big,test"]
+    text = "image,caption,color,size,split\n" + "".join(f"{i}.png,a,{row}\n" for i, row in enumerate(rows))
+    for _ in range(2):
+        val, classes = mine(text, "val")
+        assert classes == {"color": ["blue", "red"], "size": ["big"]}
+        assert [x.labels for x in val] == [{"color": 1}, {"color": -1}, {"color": -1}]
+    assert [x.labels["color"] for x in mine(text, "test")[0]] == [-1, 0]
+    said = capsys.readouterr().err
+    for split, unseen in (("val", 2), ("test", 1)):
+        assert said.count(f"mine.csv: {unseen} labels of split {split} never occur in train") == 1
+    refused("line 4: color = 'grey' never occurs in the train split, nor does any other color of split val",
+            mine, text.replace("red,,val", "grey,,val"), "val")
+
+
+@pytest.mark.skipif(not os.path.isdir(f"{SHARED}/hm"), reason="needs ../shared/data/hm")
+def test_a_real_table_with_rare_classes(capsys):
+    parts = splits(f"{SHARED}/hm/hm.jsonl", "")
+    assert sum(map(len, parts.values())) == 2221
+    unseen = [sum(x.labels["product_type"] == -1 for x in part) for part in parts.values()]
+    assert unseen[0] == 0 and 0 < sum(unseen[1:]) < 20
+    assert "never occur in train; they count as unlabelled" in capsys.readouterr().err
+    known = data.load_split(f"{SHARED}/hm/hm.jsonl", None, "test", "product_type")[0]
+    assert len(known) == len(parts["test"]) - unseen[2]
 
 
 def test_splits_of_your_own_data_by_hash(mine, capsys):
