@@ -477,7 +477,7 @@ def text2shape(root, split):
     views/<modelId>/*.png (used instead of rendering).
     """
     path = os.path.join(root, CAPTION_FILE)
-    expect(os.path.isfile(path), root, f"no {CAPTION_FILE} there; without --no-download (of data.load: with "
+    expect(os.path.isfile(path), root, f"no {CAPTION_FILE} there; without --no-download (data.load: with "
            f"download=True) it is fetched; or {text2shape_by_hand(root)}")
     header, lines = read_table(path, ("modelId", "description", "category"))
     captions = defaultdict(list)
@@ -892,8 +892,9 @@ TEXT2SHAPE_FILES = [  # (path below the URL, what it leaves in the folder, what 
 
 def text2shape_by_hand(root):
     """What to do where Text2Shape cannot be fetched."""
-    files = ", ".join(path for path, _, _ in TEXT2SHAPE_FILES)
-    return f"put {files} of {TEXT2SHAPE_URL} into {root} by hand and run again, which unpacks them"
+    voxels, splits, captions = [os.path.basename(path) for path, _, _ in TEXT2SHAPE_FILES]
+    return (f"put {voxels} (of {TEXT2SHAPE_URL}/shapenet), {splits} and {captions} (of {TEXT2SHAPE_URL}) "
+            f"into {root} by hand and run without --no-download, which unpacks them")
 
 
 def fetch_missing(name, root=None):
@@ -1523,7 +1524,8 @@ def crop_box(w, h, smallest, rng):
 
     It is drawn as torchvision's RandomResizedCrop does: an area, evenly from `smallest` to 1 of the
     picture's; a ratio of width to height, evenly on a log scale, from RATIOS; then a place. Where ten draws
-    do not fit into the picture, it is the largest part in the middle that has such a ratio.
+    do not fit into the picture, it is the largest part in the middle that has such a ratio (with 0.9 that is
+    so for most photos of 3:2).
     """
     for _ in range(10):
         area = rng.uniform(smallest, 1) * w * h

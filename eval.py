@@ -1069,6 +1069,8 @@ def load_splits(args, device, load=None):
     if args.crop is None:
         train, _ = splits[0]
         args.crop = data.default_crop(args.data, train, args.clip not in clip.SCRATCH)
+    elif args.crop in (0, 1):
+        args.crop = None  # the same settings as where nothing is cropped by default, for --resume
     return splits
 
 

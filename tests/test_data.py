@@ -30,9 +30,9 @@ from torchvision import transforms
 
 import clip
 import data
-import eval
 import train_mxm
 from data import DataError, Instance
+from eval import load_splits  # the module's name would hide Python's eval
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(ROOT, "..", "shared", "data")
@@ -576,9 +576,10 @@ def test_which_data_is_cropped_by_default(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps({"images": [f"{i}-0.png"], "captions": ["x"], "split": split}) + "\n"
                             for i, split in enumerate(("train", "val", "test"))))
-    for words, crop in ((["--clip", "tiny"], 0.5), (["--clip", "ViT-B/32"], 0.9), (["--crop", "0"], 0)):
+    for words, crop in ((["--clip", "tiny"], 0.5), (["--clip", "ViT-B/32"], 0.9), (["--crop", "0"], None),
+                        (["--crop", "0.3"], 0.3)):
         args = train_mxm.settings(["--data", str(path), *words])
-        eval.load_splits(args, "cpu")
+        load_splits(args, "cpu")
         assert args.crop == crop
 
 
@@ -645,8 +646,8 @@ def test_unknown_names_and_missing_roots(tmp_path):
     for download in (False, True):  # what cannot be fetched is not asked for
         refused("nowhere: no such folder, and coco cannot be fetched automatically; give --root",
                 data.load, "coco", nowhere, download=download)
-    refused(f"nowhere: no captions.tablechair.csv there; without --no-download .* put .*{data.VOXEL_FOLDER}.*"
-            f" of {data.TEXT2SHAPE_URL} into {nowhere} by hand", data.load, "text2shape", nowhere)
+    refused(f"nowhere: no captions.tablechair.csv there; without --no-download .* put {data.VOXEL_FOLDER}.zip"
+            f" .*{data.TEXT2SHAPE_URL}.* into {nowhere} by hand", data.load, "text2shape", nowhere)
     refused("nowhere.csv: cannot be read.*No such file", data.load, nowhere + ".csv")
 
 
@@ -964,12 +965,13 @@ def test_scripts_fetch_unless_told_not_to(tmp_path, monkeypatch):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))  # bound, but nobody listens
         monkeypatch.setattr(data, "TEXT2SHAPE_URL", f"http://127.0.0.1:{s.getsockname()[1]}")
+        by_hand = f"or put .* into {root} by hand and run without --no-download"
+        unreachable = "could not be fetched .*; run the command again to go on where it stopped"
         for words in ((), ("--download",)):
-            refused("^http://127.0.0.1:.*solid.zip: could not be fetched .*; run the command again to go on "
-                    f"where it stopped, or put .* into {root} by hand and run again", eval.load_splits,
-                    settings(root, *words), "cpu")
-        refused(f"^{root}: no captions.tablechair.csv there; without --no-download .* by hand and run again",
-                eval.load_splits, settings(root, "--no-download"), "cpu")
+            refused(f"^http://127.0.0.1:.*solid.zip: {unreachable}, {by_hand}",
+                    load_splits, settings(root, *words), "cpu")
+        refused(f"^{root}: no captions.tablechair.csv there; without --no-download .*; {by_hand}",
+                load_splits, settings(root, "--no-download"), "cpu")
 
 
 @pytest.mark.parametrize("rank, order", [(0, ["fetch", "meet"]), (1, ["meet", "fetch"])])
@@ -981,9 +983,9 @@ def test_the_first_process_fetches_while_the_others_wait(rank, order, server, tm
         done.append("fetch")
         fetch(*arguments)
     monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setattr(eval, "any_process", lambda flag, device: done.append("meet"))
+    monkeypatch.setattr("eval.any_process", lambda flag, device: done.append("meet"))
     monkeypatch.setattr(data, "fetch_missing", fetch_missing)
-    parts = eval.load_splits(settings(tmp_path), "cpu")
+    parts = load_splits(settings(tmp_path), "cpu")
     assert done == order and [len(instances) for instances, _ in parts] == [4, 2, 2]
 
 
