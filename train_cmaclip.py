@@ -14,22 +14,30 @@ each layer, with Q, K and V linear in LayerNorm(x) and d the width of a head:
 What comes out at the class token is u_image, at the end token u_text. Modality-wise attention weighs the two,
 for each task on its own, by how much they tell about it, and a small MLP classifies the weighted sum:
 
-    a_m = exp(u_m . w_task) / (exp(u_image . w_task) + exp(u_text . w_task)),   m = image, text
+    e_m = u_m . w_(task, m),   m = image, text
+    a_m = exp(e_m) / (exp(e_image) + exp(e_text))
     logits_task = MLP_task(a_image u_image + a_text u_text)
     loss = sum over tasks of the mean cross-entropy of logits_task, over the rows that have a label
 
-This is a reconstruction from the abstract and from notes of others; the paper could not be consulted.
+With sequence-wise attention before it, a_image is no measure of how far a task relies on the picture: words
+and patches have mixed, and u_image holds what the words say too. In --fusion modality it is one.
+
+Provenance: from the paper's abstract are the two attentions, an attention and an MLP for each task, recall at
+a fixed precision, and the question of robustness to noise. From notes of third parties is the keyless
+attention: a score of each summary by weights of its modality's own. All else (sizes, embeddings, the loss's
+sum, schedules, the kinds of noise, the baselines) is ours; paper and authors' code could not be consulted.
 
     python train_cmaclip.py                            # built-in shapes: shape, colour, height and width
     python train_cmaclip.py --data products --root path/to/products --clip ViT-B/32
     python train_cmaclip.py --data mine.csv --tasks color,size --freeze --clip ViT-B/32  # CLIP stays as it is
     python train_cmaclip.py --fusion concat            # a baseline; also sequence, modality, image, text
     python train_cmaclip.py --train-noise-text 0.3 --robustness  # learn from wrong texts, test with noise
+    python train_cmaclip.py --robustness --noise-kind foreign  # noise: random words and pixels
     torchrun --nproc_per_node=2 train_cmaclip.py       # the same batch over two processes
     python train_cmaclip.py --resume                   # go on where it stopped, to the same bits
 """
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -64,9 +72,14 @@ def settings(argv=None):
     for prefix, when in (("train-", "in training, drawn anew at every step"), ("", "when testing")):
         for kind in ("image", "text"):
             p.add_argument(f"--{prefix}noise-{kind}", type=eval.fraction, default=0.0, metavar="SHARE",
-                           help=f"share of {kind}s replaced with those of another instance {when}")
+                           help=f"share of {kind}s replaced as --noise-kind says {when}")
             p.add_argument(f"--{prefix}missing-{kind}", type=eval.fraction, default=0.0, metavar="SHARE",
                            help=f"share of {kind}s left out {when}")
+    p.add_argument("--noise-kind", choices=("swap", "foreign"), default="swap",
+                   help="what replaces. swap: another instance's, in training one of the same batch and "
+                        "process; foreign: another data set's, or random pixels and words of the captions")
+    p.add_argument("--noise-data", help="the data set of --noise-kind foreign: a name or a file")
+    p.add_argument("--noise-root", help="its folder (default data/<name>)")
     p.add_argument("--robustness", action="store_true",
                    help="also test with noise in a quarter, half and all of the images or of the texts")
     p.add_argument("--precision", type=eval.positive_fraction, default=0.9,
@@ -75,6 +88,8 @@ def settings(argv=None):
     if args.freeze and args.clip in clip.SCRATCH:
         p.error(f"--freeze: {args.clip} starts from random weights, which are worth nothing frozen; "
                 "give --clip a pretrained one")
+    if (args.noise_data or args.noise_root) and args.noise_kind == "swap":
+        p.error("--noise-data, --noise-root: only --noise-kind foreign takes noise from other data")
     return eval.complete(args, "cmaclip", SCRATCH if args.clip in clip.SCRATCH else PRETRAINED)
 
 
@@ -121,7 +136,7 @@ class CMACLIP(nn.Module):
                     nn.TransformerEncoderLayer(W, heads, 4 * W, dropout, "gelu",
                                                batch_first=True, norm_first=True) for _ in range(layers))
             if self.modality_wise:
-                self.importance = nn.Parameter(torch.zeros(len(classes), W))  # w_task; at first a_m = 1/2
+                self.importance = nn.Parameter(torch.zeros(len(classes), 2, W))  # w; at first a_m = 1/2
             in_width = 2 * W if fusion in ("sequence", "concat") else W
             self.classifiers = nn.ModuleList(
                 nn.Sequential(nn.Linear(in_width, W), nn.GELU(), nn.Dropout(dropout),
@@ -179,7 +194,7 @@ class CMACLIP(nn.Module):
         u = self.summaries(images, tokens, present)
         weights = None
         if self.modality_wise:
-            relevance = torch.einsum("bmw,tw->btm", u, self.importance)  # u_m . w_task
+            relevance = torch.einsum("bmw,tmw->btm", u, self.importance)  # e_m = u_m . w_(task, m)
             weights = relevance.masked_fill(~present[:, None, :], -math.inf).softmax(-1)
             features = torch.einsum("btm,bmw->tbw", weights, u)
         elif self.fusion == "image":
@@ -242,9 +257,7 @@ def choose_tasks(classes, asked, where, instances):
             if asked or not classes:
                 raise
             data.note(f"{e}; left out")
-    if not chosen:
-        raise data.DataError(f"{where}: none of the tasks {', '.join(classes)} has two or more classes "
-                             "to learn")
+    data.expect(chosen, where, f"none of the tasks {', '.join(classes)} has two or more classes to learn")
     return chosen
 
 
@@ -254,15 +267,13 @@ def pairs(instances, data_classes, classes):
     A label is the number of a class; the data's numbers become those of the model's `classes`, by name: -1
     where there is no label or the model does not know its class.
     """
-    number = {}  # task -> the model's number of each class of the data
-    for task, names in classes.items():
-        number[task] = [names.index(name) if name in names else -1 for name in data_classes.get(task, [])]
+    number = data.class_numbers(classes)
     out = []
     for x in instances:
         labels = dict.fromkeys(classes, -1)
         for task in classes:
             if x.labels.get(task, -1) >= 0:
-                labels[task] = number[task][x.labels[task]]
+                labels[task] = number.get((task, data_classes[task][x.labels[task]]), -1)
         for k, caption in enumerate(x.captions):
             image = x.images[k % len(x.images)]
             out.append(replace(x, images=[image], captions=[caption], labels=labels))
@@ -276,10 +287,16 @@ def another(pairs, start, x):
     return pairs[start]
 
 
+def by_kind(kind, noise):
+    """-> (shares to swap, shares to make foreign) of the shares of images and of texts that are replaced."""
+    none = (0.0, 0.0)
+    return (noise, none) if kind == "swap" else (none, noise)
+
+
 def corrupt_pairs(pairs, noise=(0.0, 0.0), missing=(0.0, 0.0), seed=0):
     """Corrupt a split for testing -> (pairs, present bool (N, 2): which of image and text there is).
 
-    noise: the shares of images and of texts that are replaced with those of another instance.
+    noise: the shares of images and of texts that are swapped for those of another instance.
     missing: the shares that are left out; a text only where its image stays.
     seed: decides which. A larger share takes in those of a smaller one.
 
@@ -320,6 +337,52 @@ def corrupt_batch(images, tokens, noise, missing):
     return images, tokens, torch.stack([image_there, text_there], dim=1)
 
 
+def foreign_pool(name, root, split, tokenizer, config):
+    """A Loader of single pairs of another data set, for ForeignLoader; None without a name."""
+    if name is None:
+        return None
+    foreign = pairs(data.load(name, root, split)[0], {}, {})
+    return data.Loader(foreign, tokenizer, config.context_length, config.image_resolution, batch_size=1)
+
+
+def caption_words(instances, tokenizer):
+    """Each word of the captions once, as the list of its tokens: what random texts consist of."""
+    words = {word for x in instances for caption in x.captions for word in caption.split()}
+    return [ids for ids in map(tokenizer.encode, sorted(words)) if ids]
+
+
+@dataclass(eq=False, repr=False)
+class ForeignLoader(data.Loader):
+    """A Loader of one image and one text of each instance, of which shares are foreign to the data.
+
+    What replaces them is drawn from (seed, step, row of the batch over all processes), so that any number of
+    workers and processes makes the same batches. A larger share takes in the rows of a smaller one.
+    """
+    noise: tuple = (0.0, 0.0)  # the shares of images and of texts that are replaced
+    pool: data.Loader = None  # of single pairs: where they come from; None: random pixels and words
+    words: list = None  # of `caption_words`, where there is no pool
+
+    def make(self, step):
+        batch = super().make(step)
+        first = self.rank * self.batch_size // self.world
+        for b in range(len(batch["index"])):
+            for side, kind in enumerate(("images", "tokens")):
+                row = batch[kind][b, 0]  # (3, S, S) or (context_length,)
+                rng = np.random.default_rng([self.seed, step, first + b, 1 + side])
+                if rng.random() >= self.noise[side]:
+                    continue
+                if self.pool:
+                    row[:] = self.pool.make(int(rng.integers(len(self.pool))))[kind][0, 0]
+                elif kind == "images":
+                    row[:] = torch.from_numpy(rng.integers(256, size=row.shape, dtype=np.uint8))
+                else:
+                    length = int(row.argmax()) - 1  # without start and end; the end's id is the largest
+                    drawn = rng.integers(len(self.words), size=length)
+                    ids = [id for k in drawn for id in self.words[k]]
+                    row[1:length + 1] = torch.tensor(ids[:length])
+        return batch
+
+
 # ---------------------------------------------------------------- evaluation
 
 @torch.no_grad()
@@ -350,50 +413,75 @@ def predict(model, loader, amp="auto", present=None):
     return probabilities, labels, weights
 
 
-def scores(probabilities, labels, weights, thresholds=None):
-    """{task: metrics} of what `predict` returns, and "mean": the mean over the tasks.
+def named_tasks(instances):
+    """For each of the `pairs` the tasks whose attribute its caption names; known of the built-in shapes only,
+    else None."""
+    if not isinstance(instances[0].images[0], data.PrimitiveView):
+        return None
+    named = []
+    for x in instances:
+        for k in range(len(x.captions)):
+            _, stated = data.primitive_caption(x.images[0].number, x.images[0].sample, k)
+            named.append([list(data.TASKS)[i] for i in stated])
+    return named
 
-    metrics: those of `eval.classification_metrics`, and the mean weight of the image in percent.
+
+def scores(probabilities, labels, weights, thresholds=None, named=None):
+    """{task: metrics} of what `predict` returns, and "mean": the mean of eval.py's metrics over the tasks.
+
+    metrics: those of `eval.classification_metrics`; image_weight, the mean of a_image in percent; where
+    `named_tasks` is given also image_weight_named and image_weight_unnamed, over the pairs whose caption
+    names the task's attribute and over the others.
     thresholds: {task: (C,)}, for recall at a precision.
+
     A task that no row has a label of is left out. Raises DataError where that is every task.
     """
     out = {}
-    for k, task in enumerate(probabilities):
+    for task in probabilities:
         limits = thresholds[task] if thresholds else None
         metrics = eval.classification_metrics(probabilities[task], labels[task], limits)
-        if metrics and weights is not None:
-            metrics["image_weight"] = 100 * weights[:, k, 0].mean().item()
         if metrics:
             out[task] = metrics
-    if not out:
-        raise data.DataError("nothing to evaluate: no instance has a label of a task that the model knows")
+    data.expect(out, "nothing to evaluate", "no instance has a label of a task that the model knows")
     mean = {}
     for name in next(iter(out.values())):  # the same for every task
         mean[name] = float(np.mean([out[task][name] for task in out]))
+    for k, task in enumerate(probabilities):
+        if weights is None or task not in out:
+            continue
+        out[task]["image_weight"] = 100 * weights[:, k, 0].mean().item()
+        if named:
+            names_it = torch.tensor([task in tasks for tasks in named])
+            out[task]["image_weight_named"] = 100 * weights[names_it, k, 0].mean().item()
+            out[task]["image_weight_unnamed"] = 100 * weights[~names_it, k, 0].mean().item()
     return out | {"mean": mean}
 
 
-def table(split, rows, classes, precision):
+def table(split, rows, classes, precision, fusion):
     """The rows of `evaluation` as text: a line for each task, for their mean, and for each kind of noise."""
-    recall = f"R@P{100 * precision:.0f}"
-    titles = ["classes", "majority", "accuracy", "macro F1", f"{recall:>8}", "image weight"]
+    titles = {"accuracy": "accuracy", "macro_f1": "macro F1",
+              "recall_at_precision": f"R@P{100 * precision:.0f}".rjust(8), "image_weight": "image weight",
+              "image_weight_named": "named", "image_weight_unnamed": "not named"}
+    reached = next(iter(rows["model"].values()))  # of the first task
+    titles = {name: title for name, title in titles.items() if name in reached}
     width = max(map(len, rows["model"]))
-    lines = ["  ".join([split.ljust(width), *titles])]
+    lines = ["  ".join([split.ljust(width), "classes", "majority", *titles.values()])]
     for task, metrics in rows["model"].items():
-        cells = ["", ""]  # the mean has no classes
+        cells = [" " * len("classes"), " " * len("majority")]  # the mean has none
         if task in rows["majority"]:
-            cells = [str(len(classes[task])), f"{rows['majority'][task]['accuracy']:.1f}"]
-        for name in ("accuracy", "macro_f1", "recall_at_precision", "image_weight"):
-            cells.append(f"{metrics[name]:.1f}" if name in metrics else "")
-        cells = [cell.rjust(len(title)) for cell, title in zip(cells, titles)]
-        lines.append("  ".join([task.ljust(width), *cells]))
+            cells = [f"{len(classes[task]):7}", f"{rows['majority'][task]['accuracy']:8.1f}"]
+        for name, title in titles.items():
+            cells.append(f"{metrics[name]:{len(title)}.1f}" if name in metrics else "")
+        lines.append("  ".join([task.ljust(width), *cells]).rstrip())
     for kind, study in rows.get("noise", {}).items():
         cells = []
         for share, metrics in study.items():
-            mean = metrics["mean"]
-            weight = f" (image weight {mean['image_weight']:.0f})" if "image_weight" in mean else ""
-            cells.append(f"{100 * float(share):.0f}%: {mean['accuracy']:.1f}{weight}")
+            cells.append(f"{100 * float(share):.0f}%: {metrics['mean']['accuracy']:.1f}")
         lines.append(f"noise in {kind:5}: " + "   ".join(cells))
+    if "image_weight_named" in titles:
+        lines.append("named, not named: image weight where the caption names the attribute, and elsewhere")
+    if "image_weight" in titles and fusion == "cma":
+        lines.append("image weight: of a summary that has seen the text too; no reliance on the picture")
     return "\n".join(lines)
 
 
@@ -419,13 +507,19 @@ def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gall
     s = checkpoint["settings"]
     classes = checkpoint["classes"]
     tokenizer = model.tokenizer or clip.default_tokenizer()
-    clean = pairs(*data.load(name, root, split), classes)
+    instances, data_classes = data.load(name, root, split)
+    clean = pairs(instances, data_classes, classes)
+    pool = foreign_pool(s["noise_data"], s["noise_root"], "test", tokenizer, model.config)
 
     @lru_cache  # the study asks for clean pairs more than once
     def reached(noise, missing):
-        corrupted, present = corrupt_pairs(clean, noise, missing, s["seed"])
-        loader = eval.evaluation_loader(model, corrupted, tokenizer, workers)
-        return scores(*predict(model, loader, amp, present), checkpoint["thresholds"])
+        swapped, foreign = by_kind(s["noise_kind"], noise)
+        corrupted, present = corrupt_pairs(clean, swapped, missing, s["seed"])
+        loader = ForeignLoader(corrupted, tokenizer, model.config.context_length,
+                               model.config.image_resolution, 256, seed=s["seed"], workers=workers,
+                               noise=foreign, pool=pool, words=checkpoint["words"])
+        named = None if noise[1] or missing[1] else named_tasks(instances)  # of the instances' own captions
+        return scores(*predict(model, loader, amp, present), checkpoint["thresholds"], named)
 
     metrics = reached((s["noise_image"], s["noise_text"]), (s["missing_image"], s["missing_text"]))
     rows = {"model": metrics, "majority": {}}
@@ -438,7 +532,7 @@ def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gall
                          "text": {str(share): reached((0.0, share), (0.0, 0.0)) for share in NOISE}}
     if gallery:
         draw_gallery(gallery, model, drawn(clean, 10), tokenizer, classes, amp)
-    return rows, table(split, rows, classes, s["precision"])
+    return rows, table(split, rows, classes, s["precision"], s["fusion"])
 
 
 def drawn(pairs, count):
@@ -500,34 +594,35 @@ def main(argv=None):
     classes = choose_tasks(train_classes, args.tasks, args.data, train)
     val = pairs(*val, classes)
     for split, part in (("val", val), ("test", pairs(*test, classes))):
-        if not any(max(x.labels.values()) >= 0 for x in part):
-            raise data.DataError(f"{args.data}: no instance of split {split!r} has a label of "
-                                 f"{', '.join(classes)}; label some")
+        data.expect(any(max(x.labels.values()) >= 0 for x in part), args.data,
+                    f"no instance of split {split!r} has a label of {', '.join(classes)}; label some")
     clip_model, tokenizer = eval.build_or_load(args, train, device)
     clip_model.requires_grad_(not args.freeze)
     model = CMACLIP(clip_model, classes, args.fusion, args.width, args.layers, args.heads, args.dropout,
                     args.seed).to(device)
-    loader = data.Loader(train, tokenizer, model.config.context_length, model.config.image_resolution,
-                         args.batch_size, 1, 1, train=True, seed=args.seed, workers=args.workers,
-                         rank=rank, world=world)
+    swapped, foreign = by_kind(args.noise_kind, (args.train_noise_image, args.train_noise_text))
+    pool, _ = [foreign_pool(args.noise_data, args.noise_root, split, tokenizer, model.config)
+               for split in ("train", "test")]  # what is wrong with test is said before training, too
+    random_words = args.noise_kind == "foreign" and pool is None
+    words = caption_words(train, tokenizer) if random_words else None
+    loader = ForeignLoader(train, tokenizer, model.config.context_length, model.config.image_resolution,
+                           args.batch_size, 1, 1, train=True, seed=args.seed, workers=args.workers,
+                           rank=rank, world=world, noise=foreign, pool=pool, words=words)
     val_loader = eval.evaluation_loader(model, val, tokenizer, args.workers)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    of_clip = [p for name, p in trained.items() if name.startswith("clip.")]
-    of_heads = [p for name, p in trained.items() if not name.startswith("clip.")]
-    groups = []
-    for part, peak in ((of_clip, args.clip_lr), (of_heads, args.lr)):  # each at its own learning rate
-        matrices = [p for p in part if p.ndim >= 2]
-        vectors = [p for p in part if p.ndim < 2]  # gains, biases, logit_scale: not decayed
-        groups.append({"params": matrices, "peak": peak, "weight_decay": args.weight_decay})
-        groups.append({"params": vectors, "peak": peak, "weight_decay": 0.0})
-    groups = [group for group in groups if group["params"]]  # a frozen CLIP trains none
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    groups = {}  # (peak learning rate, weight decay) -> parameters
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            peak = args.clip_lr if name.startswith("clip.") else args.lr
+            decay = args.weight_decay if p.ndim >= 2 else 0.0  # none of gains, biases, logit_scale
+            groups.setdefault((peak, decay), []).append(p)
+    optimizer = torch.optim.AdamW([{"params": part, "peak": peak, "weight_decay": decay}
+                                   for (peak, decay), part in groups.items()], lr=args.lr, fused=True)
     steps = args.epochs * len(loader)
     thresholds = {}  # task -> (C,), for recall at --precision: those of the latest evaluation on val
 
     def pack():
-        return {"classes": classes, "thresholds": thresholds, "heads": clip.describe_heads(model),
-                "clip": clip.describe(clip_model)}
+        return {"classes": classes, "thresholds": thresholds, "words": words,
+                "heads": clip.describe_heads(model), "clip": clip.describe(clip_model)}
 
     def unpack(checkpoint):
         clip_model.load_state_dict(checkpoint["clip"]["state_dict"])
@@ -535,7 +630,7 @@ def main(argv=None):
         thresholds.update(checkpoint["thresholds"])
 
     run = eval.Run(args, "train_cmaclip", optimizer, steps, len(loader), pack, unpack)
-    parameters = sum(p.numel() for p in trained.values())
+    parameters = sum(p.numel() for part in groups.values() for p in part)
     run.say(f"{args.data}: {len(train):,} instances, {len(classes)} tasks ({', '.join(classes)}), "
             f"fusion {args.fusion}; {parameters / 1e6:.2f} M trained parameters; "
             f"{steps:,} steps on {device.type}")
@@ -546,8 +641,7 @@ def main(argv=None):
         data.seed_step(args.seed, step, rank)  # for the corruption and for dropout
         batch = data.to_device(batch, device)
         images, tokens, present = corrupt_batch(batch["images"][:, 0], batch["tokens"][:, 0],
-                                                (args.train_noise_image, args.train_noise_text),
-                                                (args.train_missing_image, args.train_missing_text))
+                                                swapped, (args.train_missing_image, args.train_missing_text))
         with clip.autocast(args.amp, clip_model):
             logits, _ = model(images, tokens, present)
         logits = {task: losses.gather(logits[task].float()) for task in classes}

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -19,9 +20,9 @@ import data
 import eval
 import train_cmaclip
 from runs import (COLOURS, ROOT, assert_documented_commands_parse, command, evaluated,  # noqa: F401
-                  in_process, kept_signals, log, make_squares, metrics, refused)
-from train_cmaclip import (CMACLIP, choose_tasks, corrupt_batch, corrupt_pairs, main, multitask_loss, pairs,
-                           predict, scores, settings)
+                  in_process, kept_signals, log, make_squares, metrics, refused, squares)
+from train_cmaclip import (CMACLIP, ForeignLoader, caption_words, choose_tasks, corrupt_batch, corrupt_pairs,
+                           foreign_pool, main, multitask_loss, pairs, predict, scores, settings)
 
 FUSIONS = ("cma", "sequence", "modality", "concat", "image", "text")
 TOUCH = ("dry", "hard", "soft", "wet")
@@ -143,7 +144,7 @@ def plain(model, image, ids, present):
     logits, weights = {}, []
     for k, task in enumerate(CLASSES):
         if model.fusion in ("cma", "modality"):
-            e = [math.exp((u[m] @ model.importance[k]).item()) * present[m] for m in (0, 1)]
+            e = [math.exp((u[m] @ model.importance[k, m]).item()) * present[m] for m in (0, 1)]
             weights.append([e[0] / sum(e), e[1] / sum(e)])
             feature = weights[-1][0] * u[0] + weights[-1][1] * u[1]
         else:
@@ -350,6 +351,119 @@ def test_robustness_rows(things, whole, monkeypatch):
     assert unseen == {"model": rows["model"], "majority": rows["majority"]} and "noise" not in text
 
 
+@pytest.mark.parametrize("source", ["random", "other data"])
+def test_foreign_noise_in_batches(source, squares, things):
+    """A share of rows, the rest untouched; the same with any number of workers and processes."""
+    train, _ = data.load(squares)
+    tokenizer = clip.Tokenizer.train([caption for x in train for caption in x.captions], 600)
+    config = replace(small_clip(CAPTIONS).config, context_length=16)
+    words = caption_words(train, tokenizer)
+    assert sorted(map(tokenizer.decode, words)) == sorted(
+        word + " " for word in {word for x in train for caption in x.captions for word in caption.split()})
+    pool = foreign_pool(things, None, "test", tokenizer, config)
+    where = {"words": words} if source == "random" else {"pool": pool}
+
+    def drawn(*noise, **more):
+        loader = ForeignLoader(train, tokenizer, 16, 16, 8, 1, 1, train=True, noise=noise, **where, **more)
+        batches = list(loader.batches(2, 8))
+        return {kind: torch.cat([batch[kind] for batch in batches]) for kind in ("images", "tokens", "index")}
+
+    clean = drawn(0.0, 0.0)
+    half = drawn(0.5, 0.5)
+    all_foreign = drawn(1.0, 1.0)
+    assert torch.equal(clean["index"], all_foreign["index"])
+    assert torch.equal(drawn(1.0, 0.0)["tokens"], clean["tokens"])
+    assert torch.equal(drawn(0.0, 1.0)["images"], clean["images"])
+    assert torch.equal(drawn(1.0, 0.0)["images"], all_foreign["images"])
+    moved = {}
+    for kind in ("images", "tokens"):
+        moved[kind] = (half[kind] != clean[kind]).flatten(1).any(1)
+        assert 12 < moved[kind].sum() < 36
+        assert torch.equal(half[kind][moved[kind]], all_foreign[kind][moved[kind]])
+        assert torch.equal(drawn(0.5, 0.5, workers=2)[kind], half[kind])
+        parts = [drawn(0.5, 0.5, rank=rank, world=2)[kind].unflatten(0, (6, 4)) for rank in (0, 1)]
+        assert torch.equal(torch.cat(parts, dim=1).flatten(0, 1), half[kind])
+        assert not torch.equal(drawn(1.0, 1.0, seed=1)[kind], all_foreign[kind])
+    assert not torch.equal(moved["images"], moved["tokens"])
+    images = all_foreign["images"][:, 0]
+    tokens = all_foreign["tokens"][:, 0]
+    if source == "random":
+        assert torch.equal(tokens.argmax(1), clean["tokens"][:, 0].argmax(1))  # each in its own length
+        known = {id for ids in words for id in ids} | {0, tokenizer.start, tokenizer.end}
+        assert set(tokens.unique().tolist()) <= known and len(tokens.unique()) > len(known) / 2
+        assert len(images.flatten(1).unique(dim=0)) == 48
+        assert images.float().mean() == pytest.approx(127.5, abs=2)
+        assert images.float().std() == pytest.approx(73.9, abs=2)
+    else:
+        other = [pool.make(i) for i in range(len(pool))]
+        image_of = [[torch.equal(x["images"][0, 0], image) for x in other].index(True) for image in images]
+        texts = [x["tokens"][0, 0].tolist() for x in other]
+        assert len(set(image_of)) > 15 and len(other) == 32
+        assert all(row in texts for row in tokens.tolist())
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_foreign_noise_in_a_run(other, things, squares, whole, tmp_path, monkeypatch, capsys):
+    """In training, when testing and in --robustness; eval.py finds the same. A clean model suffers by it."""
+    loaders = []
+
+    def recording(*a, **more):
+        loaders.append(ForeignLoader(*a, **more))
+        return loaders[-1]
+    monkeypatch.setattr(train_cmaclip, "ForeignLoader", recording)
+    source = ["--noise-data", squares] if other else []
+    main(arguments(things, "--out", tmp_path, "--noise-kind", "foreign", *source, "--train-noise-image", 0.25,
+                   "--train-noise-text", 0.75, "--noise-text", 0.5, "--robustness", "--seed", 3))
+    rows = metrics(tmp_path)["test"]
+    evaluated(tmp_path / "best.pt", "--out", tmp_path / "again")
+    assert metrics(tmp_path / "again")["test"] == rows
+    shares = [loader.noise for loader in loaders[:8]]  # what was evaluated already is not once more
+    study = [(0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (1.0, 0.0), (0.0, 0.25), (0.0, 1.0)]
+    assert shares == [(0.25, 0.75), (0.0, 0.5), *study] and all(loader.seed == 3 for loader in loaders)
+    for loader, split in ((loaders[0], "train"), (loaders[1], "test")):
+        assert loader.instances[0].id == data.load(things, split=split)[0][0].id
+        assert bool(loader.pool) == other == (loader.words is None)
+        if other:
+            assert loader.pool.instances == pairs(data.load(squares, split=split)[0], {}, {})
+    words = clip.load_checkpoint(tmp_path / "best.pt")["words"]
+    model, _, checkpoint = eval.restore(whole / "best.pt", "cpu")
+    checkpoint["settings"] |= {"noise_kind": "foreign", "noise_data": squares if other else None}
+    study = train_cmaclip.evaluation(model, checkpoint | {"words": words}, things, None, "test")[0]["noise"]
+    for kind, task, unharmed in (("image", "seen", "told"), ("text", "told", "seen")):
+        accuracy = [study[kind][share][task]["accuracy"] for share in ("0.0", "0.5", "1.0")]
+        assert accuracy[0] > accuracy[1] > accuracy[2] and accuracy[2] < 55
+        assert study[kind]["1.0"][unharmed]["accuracy"] > 70
+
+
+def test_image_weights_where_the_caption_names_the_attribute(monkeypatch):
+    """Of the built-in shapes, each task by itself, from the words of the captions; the mean has none."""
+    instances, classes = data.load("primitives", split="test")
+    few = instances[::63]
+    monkeypatch.setattr(data, "load", lambda *a: (few, classes))
+    captions = [caption for x in few for caption in x.captions]
+    model = CMACLIP(small_clip(captions), classes, "modality").eval()
+    model.importance.data.normal_()
+    checkpoint = {"settings": vars(settings(["--fusion", "modality", "--robustness"])), "classes": classes,
+                  "thresholds": None, "words": None}
+    rows, text = train_cmaclip.evaluation(model, checkpoint, "primitives", None, "test")
+    _, _, weights = predicted(model, model.tokenizer, pairs(few, classes, classes))
+    for k, task in enumerate(data.TASKS):
+        synonyms = [data.COLOURS] if task == "color" else data.TASKS[task].values()
+        words = {phrase.split()[-1] for phrases in synonyms for phrase in phrases}
+        names_it = np.array([bool(words & set(caption.split())) for caption in captions])
+        assert 0 < names_it.sum() < 40
+        for name, chosen in (("", names_it | True), ("_named", names_it), ("_unnamed", ~names_it)):
+            expected = 100 * weights[:, k, 0].numpy()[chosen].mean()
+            assert rows["model"][task]["image_weight" + name] == pytest.approx(expected, abs=1e-3)
+        line = next(line for line in text.splitlines() if line.startswith(task + " "))
+        assert line.split()[-1] == f"{rows['model'][task]['image_weight_unnamed']:.1f}"
+    assert text.splitlines()[0].endswith("image weight  named  not named") and "seen the text" not in text
+    assert rows["noise"]["image"]["0.0"] == rows["model"]
+    assert "image_weight_named" in rows["noise"]["image"]["1.0"]["color"]
+    swapped = rows["noise"]["text"]["1.0"]["color"].keys()  # a swapped caption names something else
+    assert "image_weight" in swapped and "image_weight_named" not in swapped
+
+
 # ---------------------------------------------------------------- runs
 
 def accuracy(path, checkpoint):
@@ -391,9 +505,11 @@ def test_every_fusion_runs_and_eval_repeats_its_metrics(fusion, things, tmp_path
     assert rows["model"].keys() == {"seen", "told", "mean"}
     assert rows["majority"] == {"seen": {"accuracy": 25.0}, "told": {"accuracy": 25.0}}
     names = {"accuracy", "macro_f1", "recall_at_precision", "precision"}
-    if fusion in ("cma", "modality"):
-        names.add("image_weight")
-    assert all(m.keys() == names for m in rows["model"].values())
+    weighs = fusion in ("cma", "modality")
+    assert rows["model"]["mean"].keys() == names
+    expected = {"image_weight"} if weighs else set()
+    assert all(rows["model"][task].keys() == names | expected for task in ("seen", "told"))
+    assert ("image weight\n" in said.out) == weighs and ("seen the text" in said.out) == (fusion == "cma")
     evaluated(tmp_path / "best.pt", "--out", tmp_path / "again")
     assert metrics(tmp_path / "again")["test"] == rows
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("told "))
@@ -426,6 +542,25 @@ def test_thresholds_are_those_of_the_same_model_on_val(things, tmp_path, monkeyp
     assert not torch.equal(of_step[6]["told"], of_step[9]["told"])
 
 
+def test_a_resumed_run_saves_the_thresholds_it_found(things, tmp_path, monkeypatch):
+    """Stopped a step after an evaluation, and a step later again: there was no other evaluation between."""
+    steps = []
+
+    def stop(parameters):
+        steps.append(parameters)
+        if len(steps) > 3:
+            os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(eval, "average_gradients", stop)
+    saved = []
+    for more in ([], ["--resume"]):
+        with pytest.raises(SystemExit):
+            main(arguments(things, "--out", tmp_path, "--epochs", 2, "--eval-every", 1, *more))
+        saved.append(clip.load_checkpoint(tmp_path / "last.pt"))
+    assert [checkpoint["step"] for checkpoint in saved] == [4, 5]
+    for task in ("seen", "told"):
+        assert torch.equal(saved[0]["thresholds"][task], saved[1]["thresholds"][task])
+
+
 def recorded(monkeypatch):
     """-> (steps, models) of the runs that follow; a step is [(rate, weight decay, parameters) of a group]."""
     steps, models = [], []
@@ -449,14 +584,13 @@ def test_clip_is_trained_at_a_rate_of_its_own_and_only_matrices_decay(things, tm
     main(arguments(things, "--out", tmp_path, "--epochs", 2, "--weight-decay", 0.3, "--lr", 1e-2,
                    "--clip-lr", 1e-4))
     names = {p: name for name, p in models[0].named_parameters()}
-    parts = [(1e-4, True, True), (1e-4, True, False), (1e-2, False, True), (1e-2, False, False)]
-    for (rate, decay, group), (peak, of_clip, matrices) in zip(steps[0], parts):
-        assert rate == pytest.approx(peak / 3) and decay == (0.3 if matrices else 0)
-        assert all((p.ndim >= 2) == matrices for p in group)
-        assert all(names[p].startswith("clip.") == of_clip for p in group)
+    for rate, decay, group in steps[0]:
+        for p in group:
+            assert rate == pytest.approx(1e-4 / 3 if names[p].startswith("clip.") else 1e-2 / 3)
+            assert decay == (0.3 if p.ndim >= 2 else 0)
     assert sum(len(group) for _, _, group in steps[0]) == len(names)
     shape = [1 / 3, 2 / 3, 1, 1, 0.75, 0.25]  # warm-up, half a cosine
-    assert np.allclose([step[0][0] for step in steps], [1e-4 * x for x in shape], rtol=1e-9)
+    assert np.allclose([step[0][0] for step in steps], [1e-2 * x for x in shape], rtol=1e-9)
     before, _ = clip.read_weights(os.path.join(os.path.dirname(things), "clip.pt"))
     after, _ = clip.read_weights(tmp_path / "last.pt")
     for name in before.keys() - {"logit_scale"}:
@@ -502,7 +636,7 @@ def test_settings_reach_the_model(things, tmp_path):
                    "--tasks", "told"))
     model, _, checkpoint = eval.restore(tmp_path / "best.pt", "cpu")
     layer, = model.layers
-    assert layer.self_attn.num_heads == 3 and layer.dropout.p == 0 and model.importance.shape == (1, 24)
+    assert layer.self_attn.num_heads == 3 and layer.dropout.p == 0 and model.importance.shape == (1, 2, 24)
     assert checkpoint["classes"] == {"told": list(TOUCH)}
     assert metrics(tmp_path)["test"]["model"].keys() == {"told", "mean"}
     scratch, pretrained = train_cmaclip.SCRATCH, train_cmaclip.PRETRAINED
@@ -580,7 +714,7 @@ def test_attention_of_other_fusions(fusion, things, tmp_path, monkeypatch, capsy
     model = CMACLIP(small_clip(CAPTIONS), classes, fusion)
     clip.save_checkpoint(tmp_path / "best.pt", {
         "method": "train_cmaclip", "clip": clip.describe(model.clip), "heads": clip.describe_heads(model),
-        "thresholds": None, "classes": classes,
+        "thresholds": None, "words": None, "classes": classes,
         "settings": vars(settings(["--data", things, "--fusion", fusion]))})
     argv = ["--checkpoint", tmp_path / "best.pt", "--device", "cpu", "--attention", tmp_path / "a.png"]
     if fusion in ("concat", "image", "text"):
@@ -686,7 +820,9 @@ def test_unlabelled_rows_take_no_part(tmp_path, capsys):
     ("--train-missing-text all", "--train-missing-text"), ("--clip no.pt", "no.pt"),
     ("--batch-size 49", "larger than the data set: 48"), ("--data no.jsonl", "no.jsonl"),
     ("--clip tiny --freeze", "--freeze: tiny starts from random weights"),
-    ("--robustness --noise-text 2", "from 0 to 1")])
+    ("--robustness --noise-text 2", "from 0 to 1"), ("--noise-kind noise", "foreign"),
+    ("--noise-data primitives", "only --noise-kind foreign"), ("--noise-root x", "only --noise-kind foreign"),
+    ("--noise-kind foreign --noise-data no.jsonl", "no.jsonl")])
 def test_bad_settings(words, says, things, whole, tmp_path, capsys):
     """Each is said in a line; nothing is written, and an earlier run stays as it was."""
     assert says in refused(capsys, arguments(things, "--out", tmp_path / "new", *words.split()), main)
