@@ -19,13 +19,13 @@ for each task on its own, by how much they tell about it, and a small MLP classi
     logits_task = MLP_task(a_image u_image + a_text u_text)
     loss = sum over tasks of the mean cross-entropy of logits_task, over the rows that have a label
 
-With sequence-wise attention before it, a_image is no measure of how far a task relies on the picture: words
-and patches have mixed, and u_image holds what the words say too. In --fusion modality it is one.
+In cma a_image is no longer a task's reliance on the picture: words and patches have mixed before, and u_image
+holds what the words say, too. In --fusion modality, without sequence-wise attention, the two are apart.
 
-Provenance: from the paper's abstract are the two attentions, an attention and an MLP for each task, recall at
-a fixed precision, and the question of robustness to noise. From notes of third parties is the keyless
-attention: a score of each summary by weights of its modality's own. All else (sizes, embeddings, the loss's
-sum, schedules, the kinds of noise, the baselines) is ours; paper and authors' code could not be consulted.
+Provenance. From the paper's abstract: the two attentions, modality-wise attention and an MLP for each task,
+recall at one precision, and the question of robustness to noise. From notes of third parties: the keyless
+attention e_m, with weights of their own for each modality. Ours: all else, so the sizes, the embeddings, the
+sum of losses, the schedule and the kinds of noise. Neither the paper nor code of its authors was at hand.
 
     python train_cmaclip.py                            # built-in shapes: shape, colour, height and width
     python train_cmaclip.py --data products --root path/to/products --clip ViT-B/32
@@ -371,7 +371,7 @@ class ForeignLoader(data.Loader):
                 rng = np.random.default_rng([self.seed, step, first + b, 1 + side])
                 if rng.random() >= self.noise[side]:
                     continue
-                if self.pool:
+                if self.pool is not None:
                     row[:] = self.pool.make(int(rng.integers(len(self.pool))))[kind][0, 0]
                 elif kind == "images":
                     row[:] = torch.from_numpy(rng.integers(256, size=row.shape, dtype=np.uint8))
@@ -481,7 +481,8 @@ def table(split, rows, classes, precision, fusion):
     if "image_weight_named" in titles:
         lines.append("named, not named: image weight where the caption names the attribute, and elsewhere")
     if "image_weight" in titles and fusion == "cma":
-        lines.append("image weight: of a summary that has seen the text too; no reliance on the picture")
+        lines.append("image weight: in cma both summaries have seen image and text, so this is not how far a "
+                     "task relies on the picture")
     return "\n".join(lines)
 
 
