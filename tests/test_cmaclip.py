@@ -389,7 +389,7 @@ def test_foreign_noise_in_batches(source, squares, things):
     tokens = all_foreign["tokens"][:, 0]
     if source == "random":
         assert torch.equal(tokens.argmax(1), clean["tokens"][:, 0].argmax(1))  # each in its own length
-        assert all(len(row.unique()) > 5 for row in tokens)
+        assert np.mean([len(row.unique()) for row in tokens]) > 5  # several words in a text
         known = {id for ids in words for id in ids} | {0, tokenizer.start, tokenizer.end}
         assert set(tokens.unique().tolist()) <= known and len(tokens.unique()) > len(known) / 2
         assert len(images.flatten(1).unique(dim=0)) == 48
