@@ -207,6 +207,9 @@ def mxm_loss(images, texts, scale, image_owner, text_owner, weight, relation=Non
 # image and a text are a positive pair where their classes agree, else a negative one. d is the squared
 # Euclidean distance. A loss that has an anchor takes images and texts as anchors in turn and averages both
 # directions.
+# A temperature divides cosines, also where a loss is written with distances: d = 2 - 2 cos, so that
+# e^(-d / (2 temperature)) is proportional to e^(cos / temperature). The authors' code, where named below, is
+# github.com/zhixiongz/CLIP4CMR. What is said of it was found by comparing the code; none of it was run.
 
 def _distances(a, b):
     """Squared Euclidean distances of the rows of a (N, D) and b (M, D) -> (N, M)."""
@@ -227,10 +230,29 @@ def _same_class(image_labels, text_labels):
     return image_labels[:, None] == text_labels[None, :]
 
 
-def contrastive_loss(images, texts, image_labels, text_labels, margin=0.2):
-    """Chopra et al. 2005 across modalities, with N the number of images:
+def contrastive_loss(images, texts, image_labels, text_labels, margin=1.4):
+    """Hadsell et al. 2006 (equation 4) across modalities, balanced:
+
+        mean over positive pairs of d + mean over negative pairs of max(0, margin - sqrt(d))^2
+
+    The margin is compared with unsquared distances, which are about sqrt(2) at the start. Each kind of pair
+    has a mean of its own, so that the many negatives do not drown the positives. Both are ours, see
+    `contrastive_published_loss`.
+    """
+    d = _distances(images, texts)
+    positive = _same_class(image_labels, text_labels)
+    pull = d[positive].sum() / positive.sum().clamp(min=1)
+    push = F.relu(margin - _square_root(d[~positive])).square().sum() / (~positive).sum().clamp(min=1)
+    return pull + push
+
+
+def contrastive_published_loss(images, texts, image_labels, text_labels, margin=0.2):
+    """The contrastive loss of CLIP4CMR's code, with N the number of images:
 
         (sum of d over positive pairs + sum of max(0, margin - d) over negative pairs) / N
+
+    Random directions have d about 2, so that with a margin of 0.2 no negative is active at the start: the
+    loss begins as `modality_invariant_loss`.
     """
     d = _distances(images, texts)
     positive = _same_class(image_labels, text_labels)
@@ -263,19 +285,22 @@ def triplet_loss(images, texts, image_labels, text_labels, margin=0.2):
     return _both_directions(one_direction, _distances(images, texts), _same_class(image_labels, text_labels))
 
 
-def lifted_structure_loss(images, texts, image_labels, text_labels, margin=1.0):
-    """Oh Song et al. 2016 (arXiv 1511.06452) across modalities, with unsquared distances. Mean over positive
-    pairs of
+def lifted_structure_loss(images, texts, image_labels, text_labels, temperature=1.0):
+    """Oh Song et al. 2016 (arXiv 1511.06452) across modalities, with u = sqrt(d). Mean over positive pairs of
 
-        ( d + log sum over the image's negatives of e^(margin - d)
-            + log sum over the text's negatives of e^(margin - d) ) / 2
+        ( 2 u / temperature + log sum over the image's negatives of e^(-u / temperature)
+            + log sum over the text's negatives of e^(-u / temperature) ) / 2
+
+    The paper's margin is left out: without its outer hinge it adds a constant. CLIP4CMR's code counts u once
+    and looks up the text's negatives in the row of the image with the text's number; here u counts once for
+    each of the two sums, and the text has negatives of its own.
     """
-    d = _square_root(_distances(images, texts))
+    u = _square_root(_distances(images, texts)) / temperature
     positive = _same_class(image_labels, text_labels)
-    pushed = (margin - d).masked_fill(positive, -math.inf)
+    pushed = (-u).masked_fill(positive, -math.inf)
     of_image = pushed.logsumexp(1, keepdim=True)
     of_text = pushed.logsumexp(0, keepdim=True)
-    total = d + _finite(of_image) + _finite(of_text)
+    total = 2 * u + _finite(of_image) + _finite(of_text)
     return total[positive].sum() / positive.sum().clamp(min=1) / 2
 
 
@@ -284,14 +309,20 @@ def _finite(x):
     return torch.where(x == -math.inf, torch.zeros_like(x), x)
 
 
-def n_pairs_loss(images, texts, image_labels, text_labels):
-    """Sohn 2016: mean over positive pairs of log(1 + sum over the anchor's negatives of e^(cos_negative -
-    cos_positive))."""
-    def one_direction(cosine, positive):
-        negatives = cosine.masked_fill(positive, -math.inf).logsumexp(1, keepdim=True)
-        return F.softplus(negatives - cosine)[positive].sum() / positive.sum().clamp(min=1)
-    cosine = images.float() @ texts.float().t()
-    return _both_directions(one_direction, cosine, _same_class(image_labels, text_labels))
+def n_pairs_loss(images, texts, image_labels, text_labels, temperature=1.0):
+    """Sohn 2016 (equation 5) across modalities:
+
+        mean over positive pairs of
+        log(1 + sum over the anchor's negatives of e^((cos_negative - cos_positive) / temperature))
+
+    CLIP4CMR's code takes e^cos for the cosine, leaves out the 1, penalises norms that are 1 anyway, and stops
+    at an undefined name, so that it cannot have been run as it stands.
+    """
+    def one_direction(logits, positive):
+        negatives = logits.masked_fill(positive, -math.inf).logsumexp(1, keepdim=True)
+        return F.softplus(negatives - logits)[positive].sum() / positive.sum().clamp(min=1)
+    logits = images.float() @ texts.float().t() / temperature
+    return _both_directions(one_direction, logits, _same_class(image_labels, text_labels))
 
 
 def supervised_contrastive_loss(images, texts, image_labels, text_labels, temperature=0.07):
@@ -308,6 +339,21 @@ def supervised_contrastive_loss(images, texts, image_labels, text_labels, temper
     return _both_directions(one_direction, logits, _same_class(image_labels, text_labels))
 
 
+def supervised_contrastive_published_loss(images, texts, image_labels, text_labels):
+    """The supervised contrastive loss of CLIP4CMR's code. With r = d / (mean d of the batch), mean over
+    positive pairs of
+
+        r + log sum over the image's negatives of e^-r
+
+    There is no temperature, positives are left out of the denominator, and only images are anchors.
+    """
+    d = _distances(images, texts)
+    r = d / d.mean().clamp(min=1e-12)
+    positive = _same_class(image_labels, text_labels)
+    negatives = (-r).masked_fill(positive, -math.inf).logsumexp(1, keepdim=True)
+    return (r + _finite(negatives))[positive].sum() / positive.sum().clamp(min=1)
+
+
 # Class-wise losses see the features x (N, D) of one modality at a time; train_clip4cmr.py adds those of both.
 
 def label_regression_loss(logits, labels):
@@ -315,15 +361,22 @@ def label_regression_loss(logits, labels):
     return _square_root((logits.float() - F.one_hot(labels, logits.shape[1])).square().sum(1)).mean()
 
 
-def prototype_contrastive_loss(x, prototypes, labels):
-    """PCL: cross-entropy over minus the squared distances to the prototypes (C, D), which have unit norm."""
-    return F.cross_entropy(-_distances(x, prototypes), labels)
+def prototype_contrastive_loss(x, prototypes, labels, temperature=0.5):
+    """PCL: cross-entropy over -d / (2 temperature), with d to the prototypes (C, D), which have unit norm.
+
+    The paper's -d is a temperature of 0.5.
+    """
+    return F.cross_entropy(-_distances(x, prototypes) / (2 * temperature), labels)
 
 
-def proxy_nca_loss(x, prototypes, labels):
+def proxy_nca_loss(x, prototypes, labels, temperature=0.5):
     """Proxy-NCA (Movshovitz-Attias et al. 2017, arXiv 1703.07464): PCL with the right prototype left out of
-    the denominator. Needs two classes or more."""
-    d = _distances(x, prototypes)
+    the denominator. Needs two classes or more.
+
+    The paper's -d is a temperature of 0.5. CLIP4CMR's code has no such loss: a remark in it gives this name
+    to a classifier with rows of unit norm, which is `cross-entropy` here.
+    """
+    d = _distances(x, prototypes) / (2 * temperature)
     right = F.one_hot(labels, len(prototypes)).bool()
     return (d[right] + (-d).masked_fill(right, -math.inf).logsumexp(1)).mean()
 

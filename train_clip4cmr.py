@@ -6,30 +6,37 @@ classes arranges them. The paper compares such losses on equal footing, under mo
 dimension of the sphere. Below, v_i is an embedded image, t_j an embedded text, x_i one or the other, and y_i
 the class of x_i.
 
-Pair-wise losses compare images with texts. One of six, with d_ij = |v_i - t_j|^2 and N images:
+Pair-wise losses compare images with texts. One of eight, with u_ij = |v_i - t_j|:
 
-    contrastive = ( sum over pairs of one class of d_ij + sum over other pairs of max(0, 0.2 - d_ij) ) / N
+    contrastive = mean over pairs of one class of u_ij^2 + mean over other pairs of max(0, margin - u_ij)^2
 
 Class-wise losses compare both with prototypes p_c or a classifier W that the modalities share. Two of five,
 each of them the sum of the images' and of the texts':
 
-    pcl              = mean over i of -log( e^-|x_i - p_yi|^2 / sum over classes c of e^-|x_i - p_c|^2 )
+    pcl              = mean over i of -log( e^-z_i,yi / sum over classes c of e^-z_ic ),
+                       with z_ic = |x_i - p_c|^2 / (2 temperature)
     label regression = mean over i of |W x_i - onehot(y_i)|
 
 A hybrid is a weighted sum of several losses.
+
+The MLPs, the losses and what is compared are the paper's. Sizes, rates, fixed prototypes and the way in which
+imbalance cuts batches are those of the authors' code (github.com/zhixiongz/CLIP4CMR). Ours are: standardised
+inputs; margins and temperatures chosen on validation data for every loss, so that the footing is equal; and
+stopping on validation data. The authors' code stops on test, so that published figures are chosen on test.
+Losses named *-published are as in that code.
 
     python train_clip4cmr.py                                 # built-in shapes; a tiny CLIP is trained along
     python train_clip4cmr.py --data wikipedia --features features_train.npz features_test.npz  # under --root
     python train_clip4cmr.py --data products --root path/to/products --task subCategory --clip RN50  # frozen
     python train_clip4cmr.py --data mine.jsonl --clip ViT-B/32 --finetune --loss pcl+modality-invariant:0.1
     python train_clip4cmr.py --data pascal-sentence --clip RN50 --loss triplet --text-fraction 0.3
+    python train_clip4cmr.py --data pascal-sentence --clip RN50 --loss contrastive-published --no-standardise
     torchrun --nproc_per_node=2 train_clip4cmr.py            # the same batch over two processes
     python train_clip4cmr.py --resume                        # go on where it stopped, to the same bits
 """
 import argparse
 import math
 import os
-from functools import partial
 
 import numpy as np
 import torch
@@ -50,15 +57,37 @@ WARMUP = 0.05  # share of the steps in which the learning rate rises, where CLIP
 BLOCK = 4096  # rows of features that are computed with at a time
 
 PAIR_WISE = {
-    "contrastive": partial(losses.contrastive_loss, margin=0.2),
+    "contrastive": losses.contrastive_loss,
+    "contrastive-published": losses.contrastive_published_loss,
     "modality-invariant": losses.modality_invariant_loss,
-    "triplet": partial(losses.triplet_loss, margin=0.2),
-    "lifted-structure": partial(losses.lifted_structure_loss, margin=1.0),
+    "triplet": losses.triplet_loss,
+    "lifted-structure": losses.lifted_structure_loss,
     "n-pairs": losses.n_pairs_loss,
-    "supervised-contrastive": partial(losses.supervised_contrastive_loss, temperature=0.07),
+    "supervised-contrastive": losses.supervised_contrastive_loss,
+    "supervised-contrastive-published": losses.supervised_contrastive_published_loss,
 }
-CLASS_WISE = ("label-regression", "cross-entropy", "pcl", "proxy-nca", "proxy-anchor")
+WITH_CLASSIFIER = ("label-regression", "cross-entropy")
+WITH_PROTOTYPES = {
+    "pcl": losses.prototype_contrastive_loss,
+    "proxy-nca": losses.proxy_nca_loss,
+    "proxy-anchor": losses.proxy_anchor_loss,
+}
+CLASS_WISE = (*WITH_CLASSIFIER, *WITH_PROTOTYPES)
 LOSSES = (*PAIR_WISE, *CLASS_WISE)
+
+# Chosen on validation data for each loss (TABLE); --margin, --temperature and --proxy-alpha replace them.
+CONSTANTS = {
+    "contrastive": {"margin": 1.4},
+    "contrastive-published": {"margin": 0.2},  # of the authors' code, not chosen
+    "triplet": {"margin": 0.2},
+    "lifted-structure": {"temperature": 1.0},
+    "n-pairs": {"temperature": 1.0},
+    "supervised-contrastive": {"temperature": 0.07},
+    "cross-entropy": {"temperature": 1.0},
+    "pcl": {"temperature": 0.5},
+    "proxy-nca": {"temperature": 0.5},
+    "proxy-anchor": {"margin": 0.1, "alpha": 1.0},
+}
 
 
 def settings(argv=None):
@@ -75,12 +104,23 @@ def settings(argv=None):
     p.add_argument("--dropout", type=eval.fraction, default=0.1, help="share of an embedding's entries")
     p.add_argument("--prototypes", choices=("fixed", "learned"), default="fixed",
                    help="fixed: random directions, as in the authors' code; learned: as in PAN")
-    p.add_argument("--proxy-alpha", type=eval.positive, default=1.0,
-                   help="alpha of proxy-anchor: 1 in CLIP4CMR's code, 32 in its own paper")
+    p.add_argument("--margin", type=eval.non_negative,
+                   help="of the losses that have one (default: of each loss its own, chosen on validation)")
+    p.add_argument("--temperature", type=eval.positive,
+                   help="divides the cosines in the losses that have one (default: likewise)")
+    p.add_argument("--proxy-alpha", type=eval.positive,
+                   help="alpha of proxy-anchor, one over a temperature: 32 in its own paper")
+    p.add_argument("--standardise", action=argparse.BooleanOptionalAction, default=True,
+                   help="give frozen features a mean of 0 and a deviation of 1 in each dimension; ours: "
+                        "the authors feed features as they are")
     p.add_argument("--image-fraction", type=eval.positive_fraction, default=1.0,
                    help="share of the training images that is used (modality imbalance)")
     p.add_argument("--text-fraction", type=eval.positive_fraction, default=1.0,
                    help="share of the training texts that is used")
+    p.add_argument("--imbalance", choices=("batch", "subset"), default="batch",
+                   help="batch: a fraction of each shuffled batch is used, as in the authors' code, so that "
+                        "every sample is seen over the epochs; subset: a fraction of the training samples is "
+                        "used, the same in every epoch, which measures scarcity")
     p.add_argument("--patience", type=eval.positive_int, default=10,
                    help="stop after as many evaluations on val without a better mAP")
     p.add_argument("--cache", default=os.path.join("runs", "features"),
@@ -92,7 +132,7 @@ def settings(argv=None):
     if args.features and args.data == "primitives":
         args.data = "features"  # a name for the run: nothing of the built-in data is read
     args.finetune = not args.features and (args.finetune or args.clip in clip.SCRATCH)
-    terms(args.loss)  # raises where one of them is no loss
+    args.constants = constants(terms(args.loss), args.margin, args.temperature, args.proxy_alpha)
     trained_clip = SCRATCH if args.clip in clip.SCRATCH else FINETUNED
     return eval.complete(args, "clip4cmr", trained_clip if args.finetune else FROZEN)
 
@@ -113,6 +153,24 @@ def terms(text):
     return weights
 
 
+def constants(weights, margin=None, temperature=None, alpha=None):
+    """The constants of the losses in `weights`: those of CONSTANTS, or what the command line says.
+
+    Returns {loss: {constant: value}}. Raises DataError where one is given that none of the losses has.
+    """
+    chosen = {name: dict(CONSTANTS.get(name, {})) for name in weights}
+    given = {"margin": ("--margin", margin), "temperature": ("--temperature", temperature),
+             "alpha": ("--proxy-alpha", alpha)}
+    for constant, (option, value) in given.items():
+        if value is None:
+            continue
+        having = [name for name in chosen if constant in chosen[name]]
+        data.expect(having, option, f"{'+'.join(weights)} has none; leave it out")
+        for name in having:
+            chosen[name][constant] = value
+    return chosen
+
+
 # ---------------------------------------------------------------- the model
 
 class CLIP4CMR(nn.Module):
@@ -125,7 +183,8 @@ class CLIP4CMR(nn.Module):
     classes: how many there are, C.
     fixed: whether the prototypes stay at the random directions that they start from.
 
-    mean and std are those of the training features, or 0 and 1 where CLIP is trained and its features change.
+    mean and std are those of the training features. They are 0 and 1 with --no-standardise, and where CLIP is
+    trained, since its features change.
     `classifier` (C, D) and `prototypes` (C, D) are shared by both modalities and used with rows of unit norm.
     As a CLIP the model has `encode_image` and `encode_text`, so that eval.py can search with it.
     """
@@ -195,38 +254,36 @@ def standardise(model, features, image_used, text_used):
 
 # ---------------------------------------------------------------- the loss
 
-def class_wise_loss(name, model, x, labels, alpha):
-    """The loss of that name of one modality: embeddings x (N, D), labels (N,). alpha: of proxy-anchor."""
-    if name in ("label-regression", "cross-entropy"):
-        logits = x @ F.normalize(model.classifier, dim=-1).t()  # (N, C)
-        if name == "label-regression":
-            return losses.label_regression_loss(logits, labels)
-        return F.cross_entropy(logits, labels)
-    prototypes = F.normalize(model.prototypes, dim=-1)  # (C, D)
-    if name == "pcl":
-        return losses.prototype_contrastive_loss(x, prototypes, labels)
-    if name == "proxy-nca":
-        return losses.proxy_nca_loss(x, prototypes, labels)
-    return losses.proxy_anchor_loss(x, prototypes, labels, margin=0.1, alpha=alpha)
+def class_wise_loss(name, model, x, labels, constants):
+    """The loss of that name of one modality: embeddings x (N, D), labels (N,). constants: {name: value}."""
+    if name in WITH_PROTOTYPES:
+        prototypes = F.normalize(model.prototypes, dim=-1)  # (C, D)
+        return WITH_PROTOTYPES[name](x, prototypes, labels, **constants)
+    logits = x @ F.normalize(model.classifier, dim=-1).t()  # (N, C)
+    if name == "label-regression":
+        return losses.label_regression_loss(logits, labels)
+    return F.cross_entropy(logits / constants["temperature"], labels)
 
 
-def total_loss(model, weights, images, image_labels, texts, text_labels, alpha=1.0):
+def total_loss(model, weights, images, image_labels, texts, text_labels, constants=CONSTANTS):
     """The weighted sum of the losses that --loss names (section 3.2).
 
     weights: {name: weight}.
     images (N, D), texts (M, D): embeddings of a batch, of unit norm; their labels (N,), (M,): int64.
     Modality imbalance may leave N or M at 0; what needs the missing side is then left out.
-    alpha: of proxy-anchor.
+    constants: {name: {constant: value}}.
     """
     total = 0.0 * (images.sum() + texts.sum())  # so that there is a gradient where no loss is left
     for name, weight in weights.items():
+        its_constants = constants.get(name, {})
         if name in CLASS_WISE:
             if len(images):
-                total = total + weight * class_wise_loss(name, model, images, image_labels, alpha)
+                total = total + weight * class_wise_loss(name, model, images, image_labels, its_constants)
             if len(texts):
-                total = total + weight * class_wise_loss(name, model, texts, text_labels, alpha)
+                total = total + weight * class_wise_loss(name, model, texts, text_labels, its_constants)
         elif len(images) and len(texts):
-            total = total + weight * PAIR_WISE[name](images, texts, image_labels, text_labels)
+            pair_wise_loss = PAIR_WISE[name]
+            total = total + weight * pair_wise_loss(images, texts, image_labels, text_labels, **its_constants)
     return total
 
 
@@ -327,15 +384,27 @@ def load_splits(args, device):
 def used_samples(args, count):
     """-> (images, texts), bool (count,) each: which training samples a run uses, the same in every epoch.
 
-    A random share of each modality (--image-fraction, --text-fraction), at least one sample.
+    With --imbalance subset a random share of each modality (--image-fraction, --text-fraction), at least one
+    sample; else all of them.
     """
     masks = []
     for modality, fraction in enumerate((args.image_fraction, args.text_fraction)):
+        if args.imbalance == "batch":
+            fraction = 1.0
         order = np.random.default_rng([args.seed, modality]).permutation(count)
         mask = np.zeros(count, bool)
         mask[order[:max(1, round(fraction * count))]] = True
         masks.append(mask)
     return masks
+
+
+def cut(embedded, labels, fraction):
+    """A share of a batch of one modality, at least one sample: the first ones, since the batch is shuffled.
+
+    embedded (N, D), labels (N,), of all processes, so that several cut what one does.
+    """
+    count = max(1, round(fraction * len(labels)))
+    return embedded[:count], labels[:count]
 
 
 def prepare_frozen(args, rank, world, device):
@@ -364,7 +433,8 @@ def prepare_frozen(args, rank, world, device):
             val = eval.frozen_features(clip_model, val, *common)
     widths = (train.images.shape[1], train.texts.shape[1])
     model = build(args, clip_model, widths, classes).to(device)
-    standardise(model, train, *used_samples(args, len(train.labels)))
+    if args.standardise:
+        standardise(model, train, *used_samples(args, len(train.labels)))
     loader = data.FeatureLoader(train, args.batch_size, args.seed, rank, world)
 
     def encode(batch):
@@ -442,13 +512,16 @@ def main(argv=None):
             group["lr"] = group["peak"] * rate
         data.seed_step(args.seed, step, rank)  # dropout
         images, texts, index = encode(batch)  # (b, Di), (b, Dt), (b,)
-        has_image = image_used[index]  # (b,): under modality imbalance an instance may lack one or both
+        has_image = image_used[index]  # (b,): of a subset, an instance may lack one or both
         has_text = text_used[index]
         images = model.embed_image(images[has_image])  # (n, D)
         texts = model.embed_text(texts[has_text])  # (m, D)
         images, image_labels = losses.gather_rows(images, labels[index[has_image]])
         texts, text_labels = losses.gather_rows(texts, labels[index[has_text]])
-        loss = total_loss(model, weights, images, image_labels, texts, text_labels, args.proxy_alpha)
+        if args.imbalance == "batch":
+            images, image_labels = cut(images, image_labels, args.image_fraction)
+            texts, text_labels = cut(texts, text_labels, args.text_fraction)
+        loss = total_loss(model, weights, images, image_labels, texts, text_labels, args.constants)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         eval.average_gradients(model.parameters())

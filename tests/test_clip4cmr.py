@@ -22,11 +22,11 @@ import losses
 import train_clip4cmr
 from runs import (COLOURS, ROOT, assert_documented_commands_parse, command, evaluated,  # noqa: F401
                   in_process, kept_signals, log, make_features, make_squares, metrics, refused)
-from train_clip4cmr import (CLIP4CMR, FINETUNED, FROZEN, SCRATCH, main, settings, standardise, terms,
-                            total_loss, used_samples)
+from train_clip4cmr import (CLIP4CMR, CONSTANTS, FINETUNED, FROZEN, PAIR_WISE, SCRATCH, main, settings,
+                            standardise, terms, total_loss, used_samples)
 
 CLASSES, DI, DT = 4, 12, 10  # of make_features
-LOSSES = [*train_clip4cmr.PAIR_WISE, *train_clip4cmr.CLASS_WISE]
+LOSSES = [*PAIR_WISE, *train_clip4cmr.CLASS_WISE]
 
 
 def on_features(folder, *more):
@@ -154,21 +154,23 @@ def test_a_hybrid_is_the_weighted_sum_of_its_losses():
         rows.data.mul_(3)  # both are used at unit norm
     images, texts = (F.normalize(torch.randn(n, 3), dim=1).requires_grad_() for n in (9, 6))
     image_labels, text_labels = torch.arange(9) % CLASSES, torch.arange(6) % 3  # class 3 has no text
+    c = CONSTANTS
+    temperature = c["cross-entropy"]["temperature"]
     plain = {"label-regression": lambda x, y: losses.label_regression_loss(x @ classifier.t(), y),
-             "cross-entropy": lambda x, y: F.cross_entropy(x @ classifier.t(), y),
-             "pcl": lambda x, y: losses.prototype_contrastive_loss(x, prototypes, y),
-             "proxy-nca": lambda x, y: losses.proxy_nca_loss(x, prototypes, y),
-             "proxy-anchor": lambda x, y: losses.proxy_anchor_loss(x, prototypes, y, alpha=5.0)}
+             "cross-entropy": lambda x, y: F.cross_entropy(x @ classifier.t() / temperature, y),
+             "pcl": lambda x, y: losses.prototype_contrastive_loss(x, prototypes, y, **c["pcl"]),
+             "proxy-nca": lambda x, y: losses.proxy_nca_loss(x, prototypes, y, **c["proxy-nca"]),
+             "proxy-anchor": lambda x, y: losses.proxy_anchor_loss(x, prototypes, y, **c["proxy-anchor"])}
     expected = {}
-    for name in LOSSES[:6]:
-        loss = getattr(losses, name.replace("-", "_") + "_loss")  # with the constants that it has there
-        expected[name] = loss(images, texts, image_labels, text_labels).item()
+    for name in PAIR_WISE:
+        loss = getattr(losses, name.replace("-", "_") + "_loss")
+        expected[name] = loss(images, texts, image_labels, text_labels, **CONSTANTS.get(name, {})).item()
     for name, loss in plain.items():
         expected[name] = (loss(images, image_labels) + loss(texts, text_labels)).item()
-    assert list(expected) == LOSSES and len({round(value, 5) for value in expected.values()}) == 11
+    assert list(expected) == LOSSES and len({round(value, 5) for value in expected.values()}) == 13
 
     def found(weights, n=9, m=6):
-        return total_loss(model, weights, images[:n], image_labels[:n], texts[:m], text_labels[:m], 5.0)
+        return total_loss(model, weights, images[:n], image_labels[:n], texts[:m], text_labels[:m])
 
     for name, value in expected.items():
         assert found({name: 1.0}).item() == pytest.approx(value, rel=1e-6), name
@@ -217,11 +219,15 @@ def test_settings_reach_the_model_and_the_loss(folder, tmp_path, monkeypatch, ca
         seen.append(a)
         return total_loss(*a)
     monkeypatch.setattr(train_clip4cmr, "total_loss", seen_loss)
-    main(on_features(folder, "--out", tmp_path, "--loss", "proxy-anchor", "--proxy-alpha", 3, "--dim", 24,
-                     "--hidden", 10, "--dropout", 0.3, "--epochs", 1, "--seed", 4))
-    model, weights, *_, alpha = seen[0]
+    main(on_features(folder, "--out", tmp_path, "--loss", "proxy-anchor+pcl+triplet:2", "--proxy-alpha", 3,
+                     "--margin", 0.5, "--temperature", 0.3, "--dim", 24, "--hidden", 10, "--dropout", 0.3,
+                     "--epochs", 1, "--seed", 4))
+    model, weights, *_, constants = seen[0]
     assert model.image_head[3].p == model.text_head[3].p == 0.3
-    assert weights == {"proxy-anchor": 1.0} and alpha == 3
+    assert weights == {"proxy-anchor": 1.0, "pcl": 1.0, "triplet": 2.0}
+    assert constants == {"proxy-anchor": {"margin": 0.5, "alpha": 3}, "pcl": {"temperature": 0.3},
+                         "triplet": {"margin": 0.5}}
+    assert json.loads((tmp_path / "config.json").read_text())["constants"] == constants
     heads = heads_of(tmp_path / "best.pt")
     assert heads["image_head.0.weight"].shape == (10, DI) and heads["text_head.2.weight"].shape == (24, 10)
     assert heads["prototypes"].shape == heads["classifier"].shape == (CLASSES, 24)
@@ -240,23 +246,53 @@ def test_the_papers_defaults(argv, expected):
     assert (args.dim, args.hidden, args.dropout, args.patience) == (1024, 256, 0.1, 10)
 
 
-@pytest.mark.parametrize("scarce, fraction", [("text", 0.3), ("image", 0.55)])
-def test_imbalance_uses_a_fixed_share_of_one_modality(scarce, fraction, folder, tmp_path, monkeypatch):
-    """Exactly round(fraction N) of its training samples in every epoch, and always the same: whatever the
-    others are, the model that is trained is the same. The other modality is untouched."""
-    argv = on_features(folder, f"--{scarce}-fraction", fraction)
-    arrays = dict(np.load(folder / "train.npz"))
-    train = np.flatnonzero([data.hash_tenth(id) != 9 for id in arrays["ids"]])
-    used = dict(zip(("image", "text"), used_samples(settings(argv), len(train))))
-    arrays[scarce][train[~used[scarce]]] *= -7
-    np.savez(tmp_path / "train.npz", **arrays)
-    shutil.copy(folder / "test.npz", tmp_path)
+def counted(monkeypatch):
+    """-> a list to which each step appends how many rows of each modality reach the loss."""
     rows = []
 
     def counted_loss(model, weights, images, image_labels, texts, *rest):
         rows.append({"image": len(images), "text": len(texts)})
         return total_loss(model, weights, images, image_labels, texts, *rest)
     monkeypatch.setattr(train_clip4cmr, "total_loss", counted_loss)
+    return rows
+
+
+@pytest.mark.parametrize("scarce, fraction", [("text", 0.3), ("image", 0.55)])
+def test_imbalance_cuts_every_batch_of_one_modality(scarce, fraction, folder, runs, tmp_path, monkeypatch):
+    """round(fraction b) of a batch of b, one at least. They are others in every epoch, so that all are seen in
+    time. The other modality is untouched, and standardisation is that of all samples."""
+    rows, seen = counted(monkeypatch), set()
+    plain = getattr(CLIP4CMR, f"embed_{scarce}")
+
+    def embed(model, features):
+        embedded = plain(model, features)
+        if model.training:  # the rows of the batch that have a gradient in the end
+            embedded.register_hook(lambda grad: seen.update(
+                tuple(row) for row in features[grad.abs().sum(1) > 0].tolist()))
+        return embedded
+    monkeypatch.setattr(CLIP4CMR, f"embed_{scarce}", embed)
+    main(on_features(folder, f"--{scarce}-fraction", fraction, "--out", tmp_path, "--epochs", 12))
+    sizes = [7, 7, 5] * 12
+    for modality in ("image", "text"):
+        share = fraction if modality == scarce else 1
+        assert [step[modality] for step in rows] == [max(1, round(share * size)) for size in sizes]
+    assert len(seen) == 19
+    heads, of_all = (heads_of(run / "last.pt") for run in (tmp_path, runs["features"]))
+    assert all(torch.equal(heads[f"{scarce}_{name}"], of_all[f"{scarce}_{name}"]) for name in ("mean", "std"))
+
+
+@pytest.mark.parametrize("scarce, fraction", [("text", 0.3), ("image", 0.55)])
+def test_a_subset_is_a_fixed_share_of_one_modality(scarce, fraction, folder, tmp_path, monkeypatch):
+    """Exactly round(fraction N) of its training samples in every epoch, and always the same: whatever the
+    others are, the model that is trained is the same. The other modality is untouched."""
+    argv = on_features(folder, f"--{scarce}-fraction", fraction, "--imbalance", "subset")
+    arrays = dict(np.load(folder / "train.npz"))
+    train = np.flatnonzero([data.hash_tenth(id) != 9 for id in arrays["ids"]])
+    used = dict(zip(("image", "text"), used_samples(settings(argv), len(train))))
+    arrays[scarce][train[~used[scarce]]] *= -7
+    np.savez(tmp_path / "train.npz", **arrays)
+    shutil.copy(folder / "test.npz", tmp_path)
+    rows = counted(monkeypatch)
     main([*argv, "--out", str(tmp_path / "a")])
     main([*argv, "--root", str(tmp_path), "--out", str(tmp_path / "b")])
     a, b = (heads_of(tmp_path / run / "last.pt") for run in "ab")
@@ -266,6 +302,13 @@ def test_imbalance_uses_a_fixed_share_of_one_modality(scarce, fraction, folder, 
         assert used[modality].sum() == count
         for epoch in range(4):  # two of each run, of three steps each
             assert sum(step[modality] for step in rows[3 * epoch:3 * epoch + 3]) == count
+
+
+def test_without_standardisation_features_are_taken_as_they_are(folder, tmp_path):
+    main(on_features(folder, "--no-standardise", "--out", tmp_path, "--epochs", 1))
+    heads = heads_of(tmp_path / "last.pt")
+    for modality in ("image", "text"):
+        assert not heads[f"{modality}_mean"].any() and (heads[f"{modality}_std"] == 1).all()
 
 
 @pytest.mark.parametrize("kind", ["features", "frozen", "finetuned"])
@@ -476,7 +519,9 @@ def test_eval_of_other_data_goes_by_the_names_of_classes(squares, runs, tmp_path
     ("--loss", "pcl+triplet+pcl:0.5", "pcl is named twice"), ("--text-fraction", 0, "up to 1"),
     ("--text-fraction", 1.5, "up to 1"), ("--image-fraction", -0.1, "up to 1"),
     ("--image-fraction", "nan", "up to 1"), ("--dropout", 1.5, "from 0 to 1"), ("--dim", 0, "positive"),
-    ("--hidden", -3, "positive"), ("--proxy-alpha", 0, "positive"), ("--patience", 0, "positive"),
+    ("--hidden", -3, "positive"), ("--proxy-alpha", 0, "positive"),
+    ("--proxy-alpha", 2, "pcl has none"), ("--margin", 0.1, "pcl has none"), ("--margin", -0.1, "0 or more"),
+    ("--temperature", 0, "positive"), ("--imbalance", "epoch", "subset"), ("--patience", 0, "positive"),
     ("--clip-lr", -1, "positive"), ("--prototypes", "none", "fixed"), ("--eval-every", 0, "positive"),
     ("--task", "colour", "has the tasks inner, outer"), ("--batch-size", 22, "larger than the data set: 21"),
     ("--clip", "RN5", "did you mean 'RN50'")])

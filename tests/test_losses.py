@@ -235,81 +235,114 @@ def pairs(x, y, x_labels, y_labels):
                 yield p, q, of_p, of_q
 
 
-def contrastive_loss(x, y, a, b):
+def contrastive_loss(x, y, a, b, margin=1.4):
+    pull = [squared(p, q) for p, i in zip(x, a) for q, j in zip(y, b) if i == j]
+    push = [(margin - squared(p, q).sqrt()).clamp(min=0) ** 2
+            for p, i in zip(x, a) for q, j in zip(y, b) if i != j]
+    return mean(pull) + mean(push)
+
+
+def contrastive_published_loss(x, y, a, b, margin=0.2):
     d = torch.stack([squared(p, q) for p in x for q in y])
     positive = torch.tensor([bool(i == j) for i in a for j in b])
-    return (d[positive].sum() + sum((0.2 - v).clamp(min=0) for v in d[~positive])) / len(x)
+    return (d[positive].sum() + sum((margin - v).clamp(min=0) for v in d[~positive])) / len(x)
 
 
 def modality_invariant_loss(x, y, a, b):
     return sum(squared(p, q) for p, q, _, _ in pairs(x, y, a, b)) / len(x)
 
 
-def triplet_loss(x, y, a, b):
+def triplet_loss(x, y, a, b, margin=0.2):
     total = 0
     for batch in ((x, y, a, b), (y, x, b, a)):
         terms = []
         for p, q, negatives, _ in pairs(*batch):
-            terms.append(sum((squared(p, q) - squared(p, n) + 0.2).clamp(min=0) for n in negatives))
+            terms.append(sum((squared(p, q) - squared(p, n) + margin).clamp(min=0) for n in negatives))
         total = total + mean(terms) / 2
     return total
 
 
-def lifted_structure_loss(x, y, a, b):
+def lifted_structure_loss(x, y, a, b, temperature=1.0):
+    def distance(p, q):
+        return squared(p, q).sqrt() / temperature
+
     def pushed(p, negatives):
-        return torch.log(sum((1 - squared(p, n).sqrt()).exp() for n in negatives))
+        return torch.log(sum((-distance(p, n)).exp() for n in negatives))
     terms = []
     for p, q, of_p, of_q in pairs(x, y, a, b):
-        terms.append((squared(p, q).sqrt() + pushed(p, of_p) + pushed(q, of_q)) / 2)
+        terms.append((2 * distance(p, q) + pushed(p, of_p) + pushed(q, of_q)) / 2)
     return mean(terms)
 
 
-def n_pairs_loss(x, y, a, b):
-    return both_directions(hard_terms, x, y, 1, a, b)
+def n_pairs_loss(x, y, a, b, temperature=1.0):
+    return both_directions(hard_terms, x, y, 1 / temperature, a, b)
 
 
-def supervised_contrastive_loss(x, y, a, b):
-    return both_directions(hard_uniform_terms, x, y, 1 / 0.07, a, b)
+def supervised_contrastive_loss(x, y, a, b, temperature=0.07):
+    return both_directions(hard_uniform_terms, x, y, 1 / temperature, a, b)
+
+
+def supervised_contrastive_published_loss(x, y, a, b):
+    scale = mean(squared(p, q) for p in x for q in y)
+    terms = []
+    for p, q, negatives, _ in pairs(x, y, a, b):
+        pushed = torch.log(sum((-squared(p, n) / scale).exp() for n in negatives))
+        terms.append(squared(p, q) / scale + pushed)
+    return mean(terms)
 
 
 def label_regression_loss(logits, labels):
     return mean(squared(row, torch.eye(CLASSES)[c]).sqrt() for row, c in zip(logits, labels))
 
 
-def prototype_contrastive_loss(x, prototypes, labels, without_right=False):
+def prototype_contrastive_loss(x, prototypes, labels, temperature=0.5, without_right=False):
     terms = []
     for p, c in zip(x, labels):
-        e = [(-squared(p, q)).exp() for q in prototypes]
+        e = [(-squared(p, q) / (2 * temperature)).exp() for q in prototypes]
         terms.append(-torch.log(e[c] / (sum(e) - e[c] * without_right)))
     return mean(terms)
 
 
-def proxy_nca_loss(x, prototypes, labels):
-    return prototype_contrastive_loss(x, prototypes, labels, without_right=True)
+def proxy_nca_loss(x, prototypes, labels, temperature=0.5):
+    return prototype_contrastive_loss(x, prototypes, labels, temperature, without_right=True)
 
 
-def proxy_anchor_loss(x, prototypes, labels):
+def proxy_anchor_loss(x, prototypes, labels, margin=0.1, alpha=32.0):
     pull, push = [], []
     for k, q in enumerate(prototypes):
         of_class = [p for p, c in zip(x, labels) if c == k]
         others = [p for p, c in zip(x, labels) if c != k]
         if of_class:
-            pull.append(torch.log(1 + sum((-32 * (p @ q - 0.1)).exp() for p in of_class)))
-        push.append(torch.log(1 + sum((32 * (p @ q + 0.1)).exp() for p in others)))
+            pull.append(torch.log(1 + sum((-alpha * (p @ q - margin)).exp() for p in of_class)))
+        push.append(torch.log(1 + sum((alpha * (p @ q + margin)).exp() for p in others)))
     return mean(pull) + mean(push)
 
 
-PAIR_WISE = [contrastive_loss, modality_invariant_loss, triplet_loss, lifted_structure_loss, n_pairs_loss,
-             supervised_contrastive_loss]
-CLASS_WISE = [prototype_contrastive_loss, proxy_nca_loss, proxy_anchor_loss, label_regression_loss]
+# each loss by its definition, and constants other than the defaults
+PAIR_WISE = {contrastive_loss: {"margin": 0.9}, contrastive_published_loss: {"margin": 3.0},
+             modality_invariant_loss: {}, triplet_loss: {"margin": 1.0},
+             lifted_structure_loss: {"temperature": 0.2}, n_pairs_loss: {"temperature": 0.2},
+             supervised_contrastive_loss: {"temperature": 0.5}, supervised_contrastive_published_loss: {}}
+CLASS_WISE = {prototype_contrastive_loss: {"temperature": 0.1}, proxy_nca_loss: {"temperature": 0.1},
+              proxy_anchor_loss: {"margin": 0.3, "alpha": 4.0}, label_regression_loss: {}}
+
+
+def assert_same_loss(definition, leaves, labels, constants):
+    """With its defaults and with other constants, which give another value."""
+    loss = getattr(losses, definition.__name__)
+    values = []
+    for chosen in ({}, constants):
+        expected = value_and_gradients(functools.partial(definition, **chosen), leaves, *labels)
+        found = value_and_gradients(functools.partial(loss, **chosen), leaves, *labels)
+        assert_close(found, expected)
+        values.append(expected[0].item())
+    assert not constants or abs(values[0] - values[1]) > 0.01
 
 
 @pytest.mark.parametrize("definition", PAIR_WISE)
 def test_pair_wise(definition):
     leaves = (features(7, 0, dim=4), features(6, 1, dim=4))
-    labels = (IMAGE_LABELS, TEXT_LABELS)
-    loss = getattr(losses, definition.__name__)
-    assert_close(value_and_gradients(loss, leaves, *labels), value_and_gradients(definition, leaves, *labels))
+    assert_same_loss(definition, leaves, (IMAGE_LABELS, TEXT_LABELS), PAIR_WISE[definition])
 
 
 @pytest.mark.parametrize("definition", CLASS_WISE)
@@ -317,8 +350,18 @@ def test_class_wise(definition):
     leaves = [features(7, 2, dim=CLASSES)]
     if definition is not label_regression_loss:
         leaves.append(features(CLASSES, 3, dim=CLASSES))  # the prototypes
-    expected = value_and_gradients(definition, leaves, IMAGE_LABELS)
-    assert_close(value_and_gradients(getattr(losses, definition.__name__), leaves, IMAGE_LABELS), expected)
+    assert_same_loss(definition, leaves, (IMAGE_LABELS,), CLASS_WISE[definition])
+
+
+def test_contrastive_as_published_pushes_nothing_apart_at_the_start():
+    """Of random directions no negative is within its margin; of the balanced form most are."""
+    leaves = (features(20, 7, dim=64), features(20, 8, dim=64))
+    labels = (torch.arange(20) % 4, torch.arange(20) % 4)
+    published = value_and_gradients(losses.contrastive_published_loss, leaves, *labels)
+    assert_close(published, value_and_gradients(losses.modality_invariant_loss, leaves, *labels))
+    d = (leaves[0][:, None] - leaves[1]).norm(dim=2)
+    active = (d < 1.4)[labels[0][:, None] != labels[1]].double().mean()
+    assert 0.3 < active < 0.7
 
 
 @pytest.mark.parametrize("definition", PAIR_WISE)
