@@ -54,6 +54,7 @@ FINETUNED = dict(epochs=20, batch_size=64, lr=1e-4, clip_lr=1e-6, weight_decay=0
 SCRATCH = dict(epochs=10, batch_size=64, lr=1e-3, clip_lr=1e-3, weight_decay=0.0)
 BETAS = (0.5, 0.999)  # of Adam
 WARMUP = 0.05  # share of the steps in which the learning rate rises, where CLIP is trained
+HALF_LIFE = 25  # steps in which the weight of an evaluation halves where mAP on val is smoothed
 BLOCK = 4096  # rows of features that are computed with at a time
 
 PAIR_WISE = {
@@ -122,7 +123,7 @@ def settings(argv=None):
                         "every sample is seen over the epochs; subset: a fraction of the training samples is "
                         "used, the same in every epoch, which measures scarcity")
     p.add_argument("--patience", type=eval.positive_int, default=10,
-                   help="stop after as many evaluations on val without a better mAP")
+                   help="stop after as many evaluations on val without a better smoothed mAP")
     p.add_argument("--cache", default=os.path.join("runs", "features"),
                    help="folder in which the features of frozen CLIPs are kept")
     args = p.parse_args(argv)
@@ -471,6 +472,18 @@ def prepare_finetuning(args, rank, world, device):
     return model, data.class_layout(train, classes)[0], classes, loader, encode, evaluate
 
 
+def smoothed(before, mAP, steps):
+    """mAP on val, averaged with earlier evaluations, whose mean `before` (None at first) is `steps` old.
+
+    An evaluation weighs half as much HALF_LIFE steps later. A few hundred rows make mAP noisy, and its
+    highest peak falls on any epoch. So evaluations within a few steps of each other are averaged, while those
+    far apart stay as they are. This is ours.
+    """
+    if before is None:
+        return mAP
+    return mAP + (before - mAP) * 0.5 ** (steps / HALF_LIFE)
+
+
 def main(argv=None):
     args = settings(argv)
     weights = terms(args.loss)
@@ -530,13 +543,15 @@ def main(argv=None):
         optimizer.step()
         if run.log(loss, len(index) * world):
             metrics = evaluate()
+            score = smoothed(run.state.get("smoothed"), metrics["mAP"], args.eval_every * len(loader))
+            run.state["smoothed"] = score
             val = {"mAP": metrics["mAP"], "image_to_text": metrics["image_to_text"]["mAP"],
-                   "text_to_image": metrics["text_to_image"]["mAP"]}
+                   "text_to_image": metrics["text_to_image"]["mAP"], "smoothed": score}
             # the epochs on frozen features are many and short: they are only logged
-            run.keep_best(val["mAP"], f"val mAP {val['mAP']:.1f}" if args.finetune else "", val=val)
+            run.keep_best(score, f"val mAP {val['mAP']:.1f}" if args.finetune else "", val=val)
             if run.state["waited"] >= args.patience:
-                run.finish(f"no better val mAP than {run.state['best']:.1f} in {args.patience} evaluations; "
-                           "stopped")
+                run.finish(f"no better val mAP than {run.state['best']:.1f}, smoothed, in {args.patience} "
+                           "evaluations; stopped")
     if run.first:
         eval.report(args, device)
 

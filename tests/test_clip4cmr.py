@@ -23,7 +23,7 @@ import train_clip4cmr
 from runs import (COLOURS, ROOT, assert_documented_commands_parse, command, evaluated,  # noqa: F401
                   in_process, kept_signals, log, make_features, make_squares, metrics, refused)
 from train_clip4cmr import (CLIP4CMR, CONSTANTS, FINETUNED, FROZEN, PAIR_WISE, SCRATCH, main, settings,
-                            standardise, terms, total_loss, used_samples)
+                            smoothed, standardise, terms, total_loss, used_samples)
 
 CLASSES, DI, DT = 4, 12, 10  # of make_features
 LOSSES = [*PAIR_WISE, *train_clip4cmr.CLASS_WISE]
@@ -311,21 +311,38 @@ def test_without_standardisation_features_are_taken_as_they_are(folder, tmp_path
         assert not heads[f"{modality}_mean"].any() and (heads[f"{modality}_std"] == 1).all()
 
 
+def test_smoothing_takes_no_peak_of_noise_for_the_best():
+    """Evaluations a few steps apart are averaged; a peak does not win, a lasting gain does. Those hundreds of
+    steps apart are left as they are."""
+    curve = [20.0, 21.0, 20.0, 25.0, 20.0, 21.0, *[23.0] * 20]
+    scores = [smoothed(None, curve[0], 7)]
+    for mAP in curve[1:]:
+        scores.append(smoothed(scores[-1], mAP, 7))
+    assert curve.index(max(curve)) == 3 and scores.index(max(scores)) == len(curve) - 1
+    assert scores[-1] == pytest.approx(23, abs=0.1) and max(scores[:6]) < 22
+    assert smoothed(20.0, 25.0, 500) == pytest.approx(25, abs=1e-4) and smoothed(20.0, 30.0, 25) == 25
+
+
 @pytest.mark.parametrize("kind", ["features", "frozen", "finetuned"])
 def test_eval_repeats_what_a_run_reports(kind, runs, tmp_path, capsys):
-    """best.pt has the best average mAP on val, and eval.py finds the same on val and test."""
+    """best.pt has the best smoothed average mAP on val, and eval.py finds the same on val and test."""
     lines = log(runs[kind])
     vals = [line["val"] for line in lines]
     values = [val["mAP"] for val in vals]
     assert all(val["mAP"] == (val["image_to_text"] + val["text_to_image"]) / 2 for val in vals)
+    scores = [values[0]]
+    for value in values[1:]:  # three steps later
+        scores.append(value + (scores[-1] - value) * 0.5 ** (3 / 25))
+    assert [val["smoothed"] for val in vals] == scores
     best = clip.load_checkpoint(runs[kind] / "best.pt")
-    assert best["state"]["best"] == max(values) and best["step"] == lines[values.index(max(values))]["step"]
+    chosen = scores.index(max(scores))
+    assert best["state"]["best"] == max(scores) and best["step"] == lines[chosen]["step"]
     assert kind == "frozen" or min(values) < max(values)
     evaluated(runs[kind] / "best.pt", "--split", "val", "--out", tmp_path)
     capsys.readouterr()
     evaluated(runs[kind] / "best.pt", "--out", tmp_path)
     test = metrics(runs[kind])["test"]
-    assert metrics(tmp_path)["val"]["model"]["mAP"] == max(values) and metrics(tmp_path)["test"] == test
+    assert metrics(tmp_path)["val"]["model"]["mAP"] == values[chosen] and metrics(tmp_path)["test"] == test
     assert test.keys() == {"model", "chance"} and test["chance"]["mAP"] < test["model"]["mAP"] <= 100
     classes = list("0123") if kind == "features" else sorted(COLOURS)
     ways = [test["model"][way] for way in ("image_to_text", "text_to_image")]
