@@ -292,8 +292,8 @@ def lifted_structure_loss(images, texts, image_labels, text_labels, temperature=
             + log sum over the text's negatives of e^(-u / temperature) ) / 2
 
     The paper's margin is left out: without its outer hinge it adds a constant. CLIP4CMR's code counts u once
-    and looks up the text's negatives in the row of the image with the text's number; here u counts once for
-    each of the two sums, and the text has negatives of its own.
+    and takes the text's negatives from the row of the image with the text's number. Here u counts once for
+    each of the two sums, without which embeddings collapsed, and the text has negatives of its own.
     """
     u = _square_root(_distances(images, texts)) / temperature
     positive = _same_class(image_labels, text_labels)

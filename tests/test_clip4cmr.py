@@ -23,7 +23,7 @@ import train_clip4cmr
 from runs import (COLOURS, ROOT, assert_documented_commands_parse, command, evaluated,  # noqa: F401
                   in_process, kept_signals, log, make_features, make_squares, metrics, refused)
 from train_clip4cmr import (CLIP4CMR, CONSTANTS, FINETUNED, FROZEN, PAIR_WISE, SCRATCH, main, settings,
-                            smoothed, standardise, terms, total_loss, used_samples)
+                            standardise, terms, total_loss, used_samples)
 
 CLASSES, DI, DT = 4, 12, 10  # of make_features
 LOSSES = [*PAIR_WISE, *train_clip4cmr.CLASS_WISE]
@@ -259,8 +259,8 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("scarce, fraction", [("text", 0.3), ("image", 0.55)])
 def test_imbalance_cuts_every_batch_of_one_modality(scarce, fraction, folder, runs, tmp_path, monkeypatch):
-    """round(fraction b) of a batch of b, one at least. They are others in every epoch, so that all are seen in
-    time. The other modality is untouched, and standardisation is that of all samples."""
+    """round(fraction b) of a batch of b, one at least. They are others in every epoch, so that in the end all
+    are seen. The other modality is untouched, and standardisation is that of all samples."""
     rows, seen = counted(monkeypatch), set()
     plain = getattr(CLIP4CMR, f"embed_{scarce}")
 
@@ -311,16 +311,27 @@ def test_without_standardisation_features_are_taken_as_they_are(folder, tmp_path
         assert not heads[f"{modality}_mean"].any() and (heads[f"{modality}_std"] == 1).all()
 
 
-def test_smoothing_takes_no_peak_of_noise_for_the_best():
-    """Evaluations a few steps apart are averaged; a peak does not win, a lasting gain does. Those hundreds of
-    steps apart are left as they are."""
-    curve = [20.0, 21.0, 20.0, 25.0, 20.0, 21.0, *[23.0] * 20]
-    scores = [smoothed(None, curve[0], 7)]
-    for mAP in curve[1:]:
-        scores.append(smoothed(scores[-1], mAP, 7))
-    assert curve.index(max(curve)) == 3 and scores.index(max(scores)) == len(curve) - 1
-    assert scores[-1] == pytest.approx(23, abs=0.1) and max(scores[:6]) < 22
-    assert smoothed(20.0, 25.0, 500) == pytest.approx(25, abs=1e-4) and smoothed(20.0, 30.0, 25) == 25
+@pytest.mark.parametrize("more, best, stop", [((), 8, 12), (("--eval-every", 4), 3, 7)])
+def test_a_peak_of_noise_is_no_best_epoch(more, best, stop, folder, tmp_path, monkeypatch, capsys):
+    """An evaluation counts as the mean of those of the last 9 steps: three epochs. Evaluations 12 steps apart
+    stay as they are."""
+    curve = [20, 22, 30, 21, 22, 26, 26, 26, 20, 20, 20, 20, 99]
+
+    def retrieval(*a):
+        return {"model": {"mAP": values.pop(0), "image_to_text": {"mAP": 0}, "text_to_image": {"mAP": 0}}}
+    values = list(curve)
+    monkeypatch.setattr(eval, "class_retrieval", retrieval)
+    monkeypatch.setattr(eval, "report", lambda *a: None)
+    monkeypatch.setattr(train_clip4cmr, "SMOOTHED_STEPS", 9)
+    main(on_features(folder, "--epochs", 60, "--patience", 4, "--out", tmp_path, *more))
+    scores = [line["val"]["smoothed"] for line in log(tmp_path) if "val" in line]
+    if more:
+        assert scores == curve[:stop]
+    else:
+        assert scores == pytest.approx([20, 21, *(sum(curve[i - 2:i + 1]) / 3 for i in range(2, stop))])
+    checkpoint = clip.load_checkpoint(tmp_path / "best.pt")
+    assert checkpoint["step"] == 3 * best * (4 if more else 1)
+    assert "no better val mAP than" in capsys.readouterr().err.splitlines()[-1] and len(scores) == stop
 
 
 @pytest.mark.parametrize("kind", ["features", "frozen", "finetuned"])
@@ -330,13 +341,11 @@ def test_eval_repeats_what_a_run_reports(kind, runs, tmp_path, capsys):
     vals = [line["val"] for line in lines]
     values = [val["mAP"] for val in vals]
     assert all(val["mAP"] == (val["image_to_text"] + val["text_to_image"]) / 2 for val in vals)
-    scores = [values[0]]
-    for value in values[1:]:  # three steps later
-        scores.append(value + (scores[-1] - value) * 0.5 ** (3 / 25))
-    assert [val["smoothed"] for val in vals] == scores
+    scores = [np.mean(values[:i + 1]) for i in range(len(values))]  # fewer steps in all than are averaged
+    assert [val["smoothed"] for val in vals] == pytest.approx(scores)
     best = clip.load_checkpoint(runs[kind] / "best.pt")
     chosen = scores.index(max(scores))
-    assert best["state"]["best"] == max(scores) and best["step"] == lines[chosen]["step"]
+    assert best["state"]["best"] == pytest.approx(max(scores)) and best["step"] == lines[chosen]["step"]
     assert kind == "frozen" or min(values) < max(values)
     evaluated(runs[kind] / "best.pt", "--split", "val", "--out", tmp_path)
     capsys.readouterr()
