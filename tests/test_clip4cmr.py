@@ -243,7 +243,7 @@ def test_the_papers_defaults(argv, expected):
     assert {name: getattr(args, name) for name in expected} == expected
     assert args.finetune == (expected["clip_lr"] > 0)
     assert args.eval_every == (max(1, args.epochs // 5) if args.finetune else 1) and args.weight_decay == 0
-    assert (args.dim, args.hidden, args.dropout, args.patience) == (1024, 256, 0.1, 10)
+    assert (args.dim, args.hidden, args.dropout) == (1024, 256, 0.1)
 
 
 def counted(monkeypatch):
@@ -311,47 +311,36 @@ def test_without_standardisation_features_are_taken_as_they_are(folder, tmp_path
         assert not heads[f"{modality}_mean"].any() and (heads[f"{modality}_std"] == 1).all()
 
 
-@pytest.mark.parametrize("more, best, stop", [((), 8, 12), (("--eval-every", 4), 3, 7)])
-def test_a_peak_of_noise_is_no_best_epoch(more, best, stop, folder, tmp_path, monkeypatch, capsys):
-    """An evaluation counts as the mean of those of the last 9 steps: three epochs. Evaluations 12 steps apart
-    stay as they are."""
-    curve = [20, 22, 30, 21, 22, 26, 26, 26, 20, 20, 20, 20, 99]
-
-    def retrieval(*a):
-        return {"model": {"mAP": values.pop(0), "image_to_text": {"mAP": 0}, "text_to_image": {"mAP": 0}}}
-    values = list(curve)
-    monkeypatch.setattr(eval, "class_retrieval", retrieval)
+@pytest.mark.parametrize("more, evaluations", [((), 14), (("--eval-every", 5), 10), (("--patience", 2), 2)])
+def test_patience_spans_enough_steps(more, evaluations, folder, tmp_path, monkeypatch, capsys):
+    """Ten evaluations without a better one end a run, or as many as 40 steps take: 14 that are three steps
+    apart, ten that are 15 apart. Where --patience is given it is as many as that says."""
+    values = iter([20, 30, *[20] * 19])
+    monkeypatch.setattr(eval, "class_retrieval", lambda *a: {"model": {
+        "mAP": next(values), "image_to_text": {"mAP": 0}, "text_to_image": {"mAP": 0}}})
     monkeypatch.setattr(eval, "report", lambda *a: None)
-    monkeypatch.setattr(train_clip4cmr, "SMOOTHED_STEPS", 9)
-    main(on_features(folder, "--epochs", 60, "--patience", 4, "--out", tmp_path, *more))
-    scores = [line["val"]["smoothed"] for line in log(tmp_path) if "val" in line]
-    if more:
-        assert scores == curve[:stop]
-    else:
-        assert scores == pytest.approx([20, 21, *(sum(curve[i - 2:i + 1]) / 3 for i in range(2, stop))])
-    checkpoint = clip.load_checkpoint(tmp_path / "best.pt")
-    assert checkpoint["step"] == 3 * best * (4 if more else 1)
-    assert "no better val mAP than" in capsys.readouterr().err.splitlines()[-1] and len(scores) == stop
+    monkeypatch.setattr(train_clip4cmr, "PATIENCE_STEPS", 40)
+    main(on_features(folder, "--epochs", 80, "--out", tmp_path, *more))
+    assert len([line for line in log(tmp_path) if "val" in line]) == 2 + evaluations
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(f"no better val mAP than 30.0 in {evaluations} evaluations; stopped")
 
 
 @pytest.mark.parametrize("kind", ["features", "frozen", "finetuned"])
 def test_eval_repeats_what_a_run_reports(kind, runs, tmp_path, capsys):
-    """best.pt has the best smoothed average mAP on val, and eval.py finds the same on val and test."""
+    """best.pt has the best average mAP on val, and eval.py finds the same on val and test."""
     lines = log(runs[kind])
     vals = [line["val"] for line in lines]
     values = [val["mAP"] for val in vals]
     assert all(val["mAP"] == (val["image_to_text"] + val["text_to_image"]) / 2 for val in vals)
-    scores = [np.mean(values[:i + 1]) for i in range(len(values))]  # fewer steps in all than are averaged
-    assert [val["smoothed"] for val in vals] == pytest.approx(scores)
     best = clip.load_checkpoint(runs[kind] / "best.pt")
-    chosen = scores.index(max(scores))
-    assert best["state"]["best"] == pytest.approx(max(scores)) and best["step"] == lines[chosen]["step"]
+    assert best["state"]["best"] == max(values) and best["step"] == lines[values.index(max(values))]["step"]
     assert kind == "frozen" or min(values) < max(values)
     evaluated(runs[kind] / "best.pt", "--split", "val", "--out", tmp_path)
     capsys.readouterr()
     evaluated(runs[kind] / "best.pt", "--out", tmp_path)
     test = metrics(runs[kind])["test"]
-    assert metrics(tmp_path)["val"]["model"]["mAP"] == values[chosen] and metrics(tmp_path)["test"] == test
+    assert metrics(tmp_path)["val"]["model"]["mAP"] == max(values) and metrics(tmp_path)["test"] == test
     assert test.keys() == {"model", "chance"} and test["chance"]["mAP"] < test["model"]["mAP"] <= 100
     classes = list("0123") if kind == "features" else sorted(COLOURS)
     ways = [test["model"][way] for way in ("image_to_text", "text_to_image")]
