@@ -1243,6 +1243,12 @@ def primitives(split, name="primitives"):
     return instances, {task: list(values) for task, values in TASKS.items()}
 
 
+def primitives_stated(instance):
+    """What each caption of a built-in shape states: a list of sets of attributes, as indices of TASKS."""
+    number, sample = (int(part) for part in instance.id.split("-"))
+    return [primitive_caption(number, sample, k)[1] for k in range(len(instance.captions))]
+
+
 def primitives_oracle(instances):
     """float32 (captions, instances): how probable each instance is, to an oracle that reads every attribute a
     caption states.
@@ -1254,13 +1260,42 @@ def primitives_oracle(instances):
     scores = np.zeros((sum(len(x.captions) for x in instances), len(instances)), np.float32)
     row = 0
     for x, value in zip(instances, values):
-        number, sample = (int(part) for part in x.id.split("-"))
-        for k in range(len(x.captions)):
-            stated = list(primitive_caption(number, sample, k)[1])
+        for attributes in primitives_stated(x):
+            stated = list(attributes)
             fit = (values[:, stated] == value[stated]).all(1)
             scores[row] = fit / fit.sum()
             row += 1
     return torch.from_numpy(scores)
+
+
+def attribute_terms(instances):
+    """-> (the attributes that each caption states, the attributes of each instance) of the built-in shapes.
+
+    Both are lists of sorted lists of terms (task, class); a caption fits the instances that have all its
+    terms.
+    """
+    of_captions = []
+    of_instances = []
+    for x in instances:
+        terms = list(x.labels.items())
+        of_captions += [sorted(terms[i] for i in stated) for stated in primitives_stated(x)]
+        of_instances.append(sorted(terms))
+    return of_captions, of_instances
+
+
+def word_terms(instances):
+    """-> (the words of each caption, the words that the captions of each instance contain), each once.
+
+    Both are lists of sorted lists, in lower case and without punctuation. A caption without a word is a term
+    of its own.
+    """
+    of_captions = []
+    of_instances = []
+    for x in instances:
+        words = [set(re.findall(r"\w+", caption.lower())) or {caption} for caption in x.captions]
+        of_captions += [sorted(of_caption) for of_caption in words]
+        of_instances.append(sorted(set.union(*words)))
+    return of_captions, of_instances
 
 
 # ---------------------------------------------------------------- features in place of pictures and texts
@@ -1572,8 +1607,9 @@ class Loader:
     the smallest crop still fills the model's input: about 3 times its pixels for 0.5, 1.6 times for 0.9.
 
     A batch: images uint8 (B, V, 3, S, S), of `load_regions` float32 (B, V, regions, width), image_mask bool
-    (B, V), tokens int32 (B, L, context_length), caption_mask bool (B, L), labels {task: int64 (B,)}, index
-    int64 (B,). An instance with fewer views or captions than asked for has its rest masked.
+    (B, V), tokens int32 (B, L, context_length), caption_mask bool (B, L), caption int64 (B, L): the number of
+    each among all captions of `instances`, labels {task: int64 (B,)}, index int64 (B,). An instance with fewer
+    views or captions than asked for has its rest masked.
     """
     instances: list  # of Instance
     tokenizer: InitVar[clip.Tokenizer]
@@ -1716,10 +1752,12 @@ class Loader:
         image_mask = torch.zeros(B, V, dtype=torch.bool)
         tokens = torch.zeros(B, L, self.tokens.shape[1], dtype=torch.int32)
         caption_mask = torch.zeros(B, L, dtype=torch.bool)
+        caption = torch.full((B, L), -1)
         for b, (i, views, captions) in enumerate(drawn):
             for v, k in enumerate(views):
                 images[b, v] = self._shown(epoch, samples[b], i, k)
-            tokens[b, :len(captions)] = self.tokens[self.first_caption[i] + captions]
+            caption[b, :len(captions)] = torch.from_numpy(self.first_caption[i] + captions)
+            tokens[b, :len(captions)] = self.tokens[caption[b, :len(captions)]]
             image_mask[b, :len(views)] = True
             caption_mask[b, :len(captions)] = True
         images = torch.from_numpy(images)
@@ -1730,7 +1768,8 @@ class Loader:
             classes = [self.instances[i].labels.get(task, -1) for i in index]
             labels[task] = torch.tensor(classes, dtype=torch.int64)
         return {"images": images, "image_mask": image_mask, "tokens": tokens, "caption_mask": caption_mask,
-                "labels": labels, "index": torch.from_numpy(np.asarray(index, dtype=np.int64))}
+                "caption": caption, "labels": labels,
+                "index": torch.from_numpy(np.asarray(index, dtype=np.int64))}
 
     def batches(self, start=0, stop=None):
         """Yield the batches of steps start..stop-1, through epochs; stop None: the end of the first."""

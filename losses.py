@@ -154,52 +154,49 @@ def instance_means(features, owner):
     return F.normalize(sums, dim=-1), position
 
 
-def soft_relation(images, texts, scale, image_owner, text_owner, sharpness=1.0):
-    """How alike the N instances of a batch are, judged with all of their observations. No gradient.
+def soft_relation(images, texts, image_owner, text_owner, temperature):
+    """How well every caption fits every image, by the model's own judgement within the modalities.
 
-    Returns (N, N), rows q_i = softmax_j( sharpness s (v_i . v_j + t_i . t_j) / 2 ), with v and t the
-    renormalised means of an instance's images and texts.
+    Returns log P (A, C), without a gradient; column c says which image of the batch caption c is about:
 
-    The relation comes from the very features that it trains, so what they cannot tell apart yet is called
-    alike. A sharpness over 1 counts only instances that agree in nearly everything.
+        P(a | c) = softmax over a of (v_a . v_c + t_a . t_c) / (2 temperature)
+
+    v_a and t_c are the image and the caption themselves; v_c is the renormalised mean of the images that
+    belong to the caption, t_a that of the captions that belong to the image. The relation comes from the very
+    features that it trains, so what they cannot tell apart yet is called alike.
     """
     with torch.no_grad():
-        v, _ = instance_means(images.float(), image_owner)
-        t, _ = instance_means(texts.float(), text_owner)
-        return (sharpness * scale * (v @ v.t() + t @ t.t()) / 2).softmax(1)
+        v, v_position = instance_means(images.float(), image_owner)
+        t, t_position = instance_means(texts.float(), text_owner)
+        alike = (images.float() @ v[t_position].t() + t[v_position] @ texts.float().t()) / 2
+        return (alike / temperature).log_softmax(0)
 
 
-def group_relation(group):
-    """The relation (N, N) where it is known. group (N,), integers: instances of one group are equally
-    alike."""
-    same = (group[:, None] == group[None, :]).float()
-    return same / same.sum(1, keepdim=True)
+def soft_loss(images, texts, scale, relation):
+    """MXM-CLR's soft relation: every observation is held to its own row of targets over those of the other
+    modality.
 
+    relation (A, C): log P(a | c), how probable it is that caption c is about image a. What a caption's column
+    adds up to is taken over the batch or over more, as the relation pleases:
 
-def soft_loss(images, texts, scale, image_owner, text_owner, relation=None):
-    """MXM-CLR's soft relation: each observation is compared with the *instances* of the other modality.
+        text to image:  cross-entropy of softmax_a(l_ac) against P(a | c) / (sum over a' of P(a' | c))
+        image to text:  cross-entropy of softmax_c(l_ac) against P(a | c) / (sum over c' of P(a | c'))
 
-    softmax_j(s v . t_j), with t_j the mean of instance j's texts, is held to the row of `relation` that
-    belongs to the observation's instance, by cross-entropy; mean of both directions. relation (N, N);
-    default: `soft_relation` of the same features.
+    The second is Bayes' rule for captions that are equally frequent: a precise caption of an image has more
+    mass than a vague one, which is about many. Mean of both directions.
     """
-    if relation is None:
-        relation = soft_relation(images, texts, scale, image_owner, text_owner)
-    v, v_position = instance_means(images.float(), image_owner)
-    t, t_position = instance_means(texts.float(), text_owner)
-    total = 0
-    for x, position, means in ((images, v_position, t), (texts, t_position, v)):
-        log_probability = (scale * x.float() @ means.t()).log_softmax(1)
-        total = total - (relation[position] * log_probability).sum(1).mean() / 2
-    return total
+    logits = scale * images.float() @ texts.float().t()
+    to_text = F.cross_entropy(logits, relation.softmax(1))
+    to_image = F.cross_entropy(logits.t(), relation.t().softmax(1))
+    return (to_text + to_image) / 2
 
 
-def mxm_loss(images, texts, scale, image_owner, text_owner, weight, relation=None):
+def mxm_loss(images, texts, scale, image_owner, text_owner, weight, relation):
     """MXM-CLR's hybrid: (1 - weight) hard + weight soft, with weight (lambda) in [0, 1]."""
     hard = hard_loss(images, texts, scale, image_owner, text_owner)
     if weight == 0:
         return hard
-    return (1 - weight) * hard + weight * soft_loss(images, texts, scale, image_owner, text_owner, relation)
+    return (1 - weight) * hard + weight * soft_loss(images, texts, scale, relation)
 
 
 # ---------------------------------------------------------------- supervised retrieval losses (CLIP4CMR)

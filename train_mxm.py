@@ -7,12 +7,19 @@ relations at once, with l_ij = s v_i . t_j for image i and text j:
 
     hard = mean over pairs (i, j) of one instance of
                -log( e^l_ij / (e^l_ij + sum over k of other instances of e^l_ik) )
-    soft = cross-entropy of softmax_j(s v_i . t_j), j running over instances,
-               against q_i: how alike the instances are, judged with all of their observations
+    soft = cross-entropy of softmax(l) against a relation that says which observations fit each other:
+               to images, softmax_i(l_ij) against P(i | j) / (sum over i' of P(i' | j))
+               to texts,  softmax_j(l_ij) against P(i | j) / (sum over j' of P(i | j'))
     loss = (1 - lambda) hard + lambda soft, each the mean of both directions
 
-This is a reconstruction from the abstract: the published repository holds no code, and the paper's formulas
-could not be consulted.
+P(i | j) is how probable it is that caption j is about image i. It is a relation between observations: of one
+instance, a vague caption fits many others and a precise one none. The second target is the first by Bayes'
+rule, so precise captions get more mass. --soft-relation says where P comes from.
+
+Provenance. The paper's, from its abstract: multifold instances, hard and soft relations, their hybrid. The
+published repository holds no code, and the paper's formulas could not be consulted: all formulas above are a
+reconstruction, and so is the relation `features`. Ours, not the paper's: the relations `words`, `teacher` and
+`oracle`, and that lambda rises. Others': hard-uniform and mil-nce, with their sources in losses.py.
 
     python train_mxm.py                                               # built-in shapes, from scratch, minutes
     python train_mxm.py --data flickr8k --root path/to/flickr8k       # photos, five captions each
@@ -21,10 +28,12 @@ could not be consulted.
     torchrun --nproc_per_node=2 train_mxm.py                          # the same batch over two processes
     python train_mxm.py --resume                                      # go on where it stopped, to the same bits
 """
+import collections
 import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import clip
 import data
@@ -35,6 +44,9 @@ SCRATCH = dict(epochs=14, batch_size=64, lr=1e-3, weight_decay=0.1)  # a small C
 PRETRAINED = dict(epochs=10, batch_size=128, lr=1e-5, weight_decay=0.2)  # fine-tuning a published CLIP
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 MAX_NORM = 1.0  # of the gradient
+WORDS_SHARPNESS = 20.0  # e^-2 of the fit is left where a tenth of a caption's words is missing
+ORACLE_SHARPNESS = 200.0  # nothing is left where an attribute is missing
+SHAPES = ("primitives", "primitives-source", "primitives-target")  # of these the true relation is known
 
 
 def settings(argv=None):
@@ -49,14 +61,23 @@ def settings(argv=None):
                    help="lambda: the soft relation's share of the hybrid loss")
     p.add_argument("--soft-warmup", type=eval.fraction, default=0.5,
                    help="lambda rises from 0 over this share of training")
-    p.add_argument("--soft-sharpness", type=eval.positive, default=4.0,
-                   help="the softmax of the relation is that much sharper than s alone makes it")
-    p.add_argument("--soft-relation", choices=("features", "group"), default="features",
-                   help="features: the model's own judgement; group: known, instances of one group are alike")
+    p.add_argument("--soft-relation", choices=("features", "words", "teacher", "oracle"), default="features",
+                   help="what judges which captions fit which images: features, the model's own similarities "
+                        "within the modalities; words, those that captions share; teacher, another CLIP; "
+                        "oracle, the attributes that are stated (built-in shapes)")
+    p.add_argument("--soft-temperature", type=eval.positive, default=0.05,
+                   help="of the similarities in --soft-relation features")
+    p.add_argument("--teacher", metavar="CLIP",
+                   help="of --soft-relation teacher: best.pt of a run on the same data, or a CLIP as in --clip")
     args = p.parse_args(argv)
     if args.loss == "clip" and (args.views or 1) != (args.captions or 1):
         p.error("--loss clip pairs an instance's k-th view with its k-th caption: "
                 "give --views and --captions the same number (default 1)")
+    if (args.soft_relation == "teacher") != (args.teacher is not None):
+        p.error("--soft-relation teacher and --teacher belong together: give both or neither")
+    if args.soft_relation == "oracle" and args.data not in SHAPES:
+        p.error(f"--soft-relation oracle: what fits is known for {', '.join(SHAPES)} only; "
+                "words needs nothing but captions")
     return eval.complete(args, "mxm", SCRATCH if args.clip in clip.SCRATCH else PRETRAINED)
 
 
@@ -71,11 +92,94 @@ def observations(args, train):
     return views, captions
 
 
-def total_loss(args, images, texts, scale, image_owner, text_owner, group, soft_weight):
+# ---------------------------------------------------------------- relations that are known before training
+
+class SharedTerms:
+    """scores(captions (C,), instances (N,)) -> (C, N) in 0..1: the share of a caption's terms that each
+    instance has, where rare terms count more:
+
+        score of caption c and instance j = sum of idf(w) over the terms of c that j has / sum over all of c's
+        idf(w) = log((instances + 1) / instances that have w)
+
+    of_captions, of_instances: lists of lists of terms, as of data.word_terms.
+    """
+
+    def __init__(self, of_captions, of_instances, device):
+        count = collections.Counter(term for terms in of_instances for term in terms)
+        number = {term: k for k, term in enumerate(count)}
+
+        def padded(rows):
+            numbers = [torch.tensor([number[term] for term in terms]) for terms in rows]
+            return pad_sequence(numbers, batch_first=True, padding_value=len(number)).to(device)
+        self.captions = padded(of_captions)
+        self.instances = padded(of_instances)
+        idf = [math.log((len(of_instances) + 1) / count[term]) for term in number]
+        self.idf = torch.tensor([*idf, 0.0], device=device)  # the last one pads
+
+    def __call__(self, captions, instances):
+        terms = self.captions[captions]  # (C, most terms)
+        weight = self.idf[terms]
+        weight = weight / weight.sum(1, keepdim=True)
+        has = torch.zeros(len(self.idf), len(instances), device=terms.device)  # (terms, N)
+        has[self.instances[instances].t(), torch.arange(len(instances), device=terms.device)] = 1
+        return F.embedding_bag(terms, has, per_sample_weights=weight, mode="sum")
+
+
+class KnownRelation:
+    """relation(image_owner (A,), captions (C,)) -> log P (A, C): how probable it is that a caption is about
+    the instance i that an image shows, of all training instances j:
+
+        P(i | c) = e^(k score(c, i)) / (sum over j of e^(k score(c, j)))
+
+    scores: a function like SharedTerms; sharpness: k. The sums are taken once, over captions x instances.
+    """
+
+    def __init__(self, scores, sharpness, captions, instances, device):
+        self.scores = scores
+        self.sharpness = sharpness
+        log_total = []
+        for some in torch.arange(captions, device=device).split(4096):
+            parts = [(sharpness * scores(some, part)).logsumexp(1)
+                     for part in torch.arange(instances, device=device).split(1024)]
+            log_total.append(torch.stack(parts).logsumexp(0))
+        self.log_total = torch.cat(log_total)  # (all captions,)
+
+    def __call__(self, image_owner, captions):
+        instances, position = image_owner.unique(return_inverse=True)
+        log_fit = self.sharpness * self.scores(captions, instances) - self.log_total[captions, None]
+        return log_fit.t()[position]
+
+
+@torch.no_grad()
+def known_relation(args, train, device):
+    """The KnownRelation that --soft-relation names, or None where the model itself judges."""
+    if args.loss not in ("hybrid", "soft") or args.soft_relation == "features":
+        return None
+    if args.soft_relation == "teacher":
+        teacher, _ = clip.load(args.teacher, device)
+        tokenizer = teacher.tokenizer or clip.default_tokenizer()
+        images, texts = eval.embed(teacher, train, tokenizer, args.amp, args.workers)  # once, before training
+        sharpness = teacher.logit_scale.exp()
+
+        def scores(captions, instances):
+            return texts[captions] @ images[instances].t()
+    elif args.soft_relation == "oracle":
+        scores = SharedTerms(*data.attribute_terms(train), device)
+        sharpness = ORACLE_SHARPNESS
+    else:
+        scores = SharedTerms(*data.word_terms(train), device)
+        sharpness = WORDS_SHARPNESS
+    return KnownRelation(scores, sharpness, sum(len(x.captions) for x in train), len(train), device)
+
+
+# ---------------------------------------------------------------- the loss
+
+def total_loss(args, images, texts, scale, image_owner, text_owner, captions, known, soft_weight):
     """The loss that --loss names.
 
     images (A, D), texts (C, D): unit norm; image_owner (A,), text_owner (C,): the instance that each shows;
-    group (instances,): what counts as the same thing; soft_weight: lambda at this step.
+    captions (C,): the number of each text among all captions; known: of `known_relation`; soft_weight: lambda
+    at this step.
     """
     batch = (images, texts, scale, image_owner, text_owner)
     if args.loss == "clip":  # the baseline: row k is a pair, all else is negative, also of the same instance
@@ -86,12 +190,12 @@ def total_loss(args, images, texts, scale, image_owner, text_owner, group, soft_
         return losses.hard_uniform_loss(*batch)
     if args.loss == "mil-nce":
         return losses.mil_nce_loss(*batch)
-    if args.soft_relation == "group":
-        relation = losses.group_relation(group[image_owner.unique()])  # (N, N), in the order of their numbers
+    if known:
+        relation = known(image_owner, captions)  # (A, C)
     else:
-        relation = losses.soft_relation(*batch, args.soft_sharpness)
+        relation = losses.soft_relation(images, texts, image_owner, text_owner, args.soft_temperature)
     if args.loss == "soft":
-        return losses.soft_loss(*batch, relation)
+        return losses.soft_loss(images, texts, scale, relation)
     return losses.mxm_loss(*batch, soft_weight, relation)
 
 
@@ -104,13 +208,14 @@ def main(argv=None):
     args = settings(argv)
     rank, world, device = eval.join(args)
     (train, _), (val, _), _ = eval.load_splits(args, device)
-    views, captions = observations(args, train)
+    V, L = observations(args, train)
     model, tokenizer = eval.build_or_load(args, train, device)
     loader = data.Loader(train, tokenizer, model.config.context_length, model.config.image_resolution,
-                         args.batch_size, views, captions, train=True, seed=args.seed, workers=args.workers,
+                         args.batch_size, V, L, train=True, seed=args.seed, workers=args.workers,
                          rank=rank, world=world)
     val_loader = eval.evaluation_loader(model, val, tokenizer, args.workers)
-    group = eval.layout(train)["image_group"].to(device)  # (instances,): equal for what counts as the same
+    caption_owner = eval.caption_owner(train).to(device)  # (all captions,): the instance of each
+    known = known_relation(args, train, device)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # gains, biases, logit_scale: not decayed
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
@@ -125,7 +230,7 @@ def main(argv=None):
         model.load_state_dict(checkpoint["clip"]["state_dict"])
 
     run = eval.Run(args, "train_mxm", optimizer, steps, len(loader), pack, unpack)
-    run.say(f"{args.data}: {len(train):,} instances, {views} views x {captions} captions of each per step; "
+    run.say(f"{args.data}: {len(train):,} instances, {V} views x {L} captions of each per step; "
             f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
             f"{model.config.image_resolution} pixels; {steps:,} steps on {device.type}")
     model.train()
@@ -137,15 +242,16 @@ def main(argv=None):
         with clip.autocast(args.amp, model):
             images = model.encode_image(batch["images"][image_mask])  # (A, D): all views of all instances
             texts = model.encode_text(batch["tokens"][caption_mask])  # (C, D)
-        owner = batch["index"][:, None]  # (B, 1): the instance of each row
-        images, image_owner = losses.gather_rows(F.normalize(images.float(), dim=-1),
-                                                 owner.expand_as(image_mask)[image_mask])
-        texts, text_owner = losses.gather_rows(F.normalize(texts.float(), dim=-1),
-                                               owner.expand_as(caption_mask)[caption_mask])
+        owner = batch["index"][:, None].expand_as(image_mask)  # (B, V): the instance of each view
+        captions = batch["caption"][caption_mask]  # (C,): their numbers among all captions
+        images, image_owner = losses.gather_rows(F.normalize(images.float(), dim=-1), owner[image_mask])
+        texts, captions = losses.gather_rows(F.normalize(texts.float(), dim=-1), captions)
+        text_owner = caption_owner[captions]
         scale = model.logit_scale.exp()
         # at first the features tell no meaningful relation, so lambda rises from 0
         ramp = min(1.0, step / (args.soft_warmup * steps)) if args.soft_warmup else 1.0
-        loss = total_loss(args, images, texts, scale, image_owner, text_owner, group, args.soft_weight * ramp)
+        loss = total_loss(args, images, texts, scale, image_owner, text_owner, captions, known,
+                          args.soft_weight * ramp)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         eval.average_gradients(model.parameters())
@@ -154,7 +260,7 @@ def main(argv=None):
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        if run.log(loss, args.batch_size * views, scale=scale.item()):
+        if run.log(loss, args.batch_size * V, scale=scale.item()):
             metrics = eval.evaluate(model, val, tokenizer, args.amp, args.workers, val_loader)
             run.keep_best(metrics["rSum"], eval.recalls(metrics), val=metrics)
     if run.first:

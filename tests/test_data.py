@@ -196,6 +196,16 @@ def test_oracle_equals_brute_force():
             assert scores[row].tolist() == pytest.approx([f / sum(fits) for f in fits])
             row += 1
     assert row == len(scores) and scores.dtype == torch.float32
+    of_captions, of_instances = data.attribute_terms(some)  # the same, as terms
+    for terms, row in zip(of_captions, scores):
+        assert [set(terms) <= set(attributes) for attributes in of_instances] == (row > 0).tolist()
+
+
+def test_word_terms():
+    of_captions, of_instances = data.word_terms([Instance("0", [""], ["A RED, red cone.", "…"]),
+                                                 Instance("1", [""], ["ein grüner Kegel"])])
+    assert of_captions == [["a", "cone", "red"], ["…"], ["ein", "grüner", "kegel"]]
+    assert of_instances == [["a", "cone", "red", "…"], ["ein", "grüner", "kegel"]]
 
 
 # ---------------------------------------------------------------- the renderer
@@ -398,7 +408,7 @@ def test_two_ranks_make_one_batch(tmp_path):
         for step in range(2):
             batch = single.make(step)
             parts = [rank.make(step) for rank in ranks]
-            for key in ("images", "image_mask", "tokens", "caption_mask", "index"):
+            for key in ("images", "image_mask", "tokens", "caption_mask", "caption", "index"):
                 assert torch.equal(batch[key], torch.cat([part[key] for part in parts]))
             parity = torch.cat([part["labels"]["parity"] for part in parts])
             assert torch.equal(batch["labels"]["parity"], parity)
@@ -431,6 +441,9 @@ def test_loader_draws_without_replacement_and_masks(tmp_path, capsys):
             assert len(texts) == captions
             assert texts <= set(map(tuple, tokenizer()(instances[i].captions, 32).tolist()))
             assert not b["images"][row, views:].any() and not b["tokens"][row, captions:].any()
+            numbers = b["caption"][row, :captions]
+            assert torch.equal(batches.tokens[numbers], b["tokens"][row, :captions])
+            assert (batches.caption_owner[numbers] == i).all() and (b["caption"][row, captions:] == -1).all()
             assert b["labels"]["parity"][row] == instances[i].labels.get("parity", -1)
     assert len(drawn) == 10 and min(drawn[3, k] for k in range(4)) > 15  # each of four, three times in four
 

@@ -52,9 +52,19 @@ TEXT_OWNER = torch.tensor([41, 17, 3, 5, 17, 2 ** 40, 41, 3, 41])
 OWNERS = (IMAGE_OWNER, TEXT_OWNER)
 INSTANCES = (3, 5, 17, 41, 2 ** 40)
 SCALE = torch.tensor(7.0, dtype=torch.float64)
+TEMPERATURE = 0.3
+
+
+def soft_by_features(images, texts, scale, *owners):
+    return losses.soft_loss(images, texts, scale, losses.soft_relation(images, texts, *owners, TEMPERATURE))
+
+
+def hybrid_by_features(*batch):
+    return losses.mxm_loss(*batch, 0.3, losses.soft_relation(*batch[:2], *batch[3:], TEMPERATURE))
+
+
 MULTIFOLD = {"hard": losses.hard_loss, "hard-uniform": losses.hard_uniform_loss,
-             "mil-nce": losses.mil_nce_loss, "soft": losses.soft_loss,
-             "hybrid": functools.partial(losses.mxm_loss, weight=0.3)}
+             "mil-nce": losses.mil_nce_loss, "soft": soft_by_features, "hybrid": hybrid_by_features}
 
 
 def both_directions(terms_of, images, texts, scale, image_owner, text_owner):
@@ -96,37 +106,36 @@ def instance_mean(x, owner, number):
     return total / total.pow(2).sum().sqrt()
 
 
-def soft_relation(images, texts, scale):
-    v = [instance_mean(images, IMAGE_OWNER, number) for number in INSTANCES]
-    t = [instance_mean(texts, TEXT_OWNER, number) for number in INSTANCES]
-    rows = []
-    for i in range(len(INSTANCES)):
-        e = [(scale * ((v[i] * v[j]).sum() + (t[i] * t[j]).sum()) / 2).exp() for j in range(len(INSTANCES))]
-        rows.append([x / sum(e) for x in e])
-    return torch.tensor(rows, dtype=torch.float64)
+def soft_relation(images, texts):
+    """P (A, C): how probable it is that a caption is about an image, by the features within the
+    modalities."""
+    P = torch.zeros(len(images), len(texts), dtype=torch.float64)
+    for c, caption_owner in enumerate(TEXT_OWNER):
+        v = instance_mean(images, IMAGE_OWNER, caption_owner)
+        for a, image_owner in enumerate(IMAGE_OWNER):
+            t = instance_mean(texts, TEXT_OWNER, image_owner)
+            P[a, c] = (((images[a] * v).sum() + (t * texts[c]).sum()) / 2 / TEMPERATURE).exp()
+        P[:, c] /= P[:, c].sum()
+    return P
 
 
-def soft_loss(images, texts, scale):
-    q = soft_relation(images.detach(), texts.detach(), scale.detach())
-    total = 0
-    image_to_text = (images, IMAGE_OWNER, texts, TEXT_OWNER)
-    text_to_image = (texts, TEXT_OWNER, images, IMAGE_OWNER)
-    for x, owner, y, other in (image_to_text, text_to_image):
-        means = [instance_mean(y, other, number) for number in INSTANCES]
-        terms = []
-        for i in range(len(owner)):
-            e = [(scale * (x[i] * m).sum()).exp() for m in means]
-            row = q[INSTANCES.index(owner[i])]
-            terms.append(-sum(row[j] * torch.log(e[j] / sum(e)) for j in range(len(INSTANCES))))
-        total = total + mean(terms) / 2
-    return total
+def soft_loss(images, texts, scale, P):
+    to_image = []
+    for c in range(len(texts)):
+        e = [(scale * (image * texts[c]).sum()).exp() for image in images]
+        to_image.append(-sum(P[a, c] / P[:, c].sum() * torch.log(e[a] / sum(e)) for a in range(len(images))))
+    to_text = []
+    for a in range(len(images)):
+        e = [(scale * (images[a] * text).sum()).exp() for text in texts]
+        to_text.append(-sum(P[a, c] / P[a].sum() * torch.log(e[c] / sum(e)) for c in range(len(texts))))
+    return (mean(to_image) + mean(to_text)) / 2
 
 
 def by_loops(name, images, texts, scale):
     if name == "soft":
-        return soft_loss(images, texts, scale)
+        return soft_loss(images, texts, scale, soft_relation(images.detach(), texts.detach()))
     if name == "hybrid":
-        return 0.7 * by_loops("hard", images, texts, scale) + 0.3 * soft_loss(images, texts, scale)
+        return 0.7 * by_loops("hard", images, texts, scale) + 0.3 * by_loops("soft", images, texts, scale)
     terms_of = {"hard": hard_terms, "hard-uniform": hard_uniform_terms, "mil-nce": mil_nce_terms}[name]
     return both_directions(terms_of, images, texts, scale, *OWNERS)
 
@@ -152,23 +161,37 @@ def test_clip_loss():
 def test_relations_and_instance_means():
     images = features(10, 0)
     texts = features(9, 1)
-    batch = (images.clone().requires_grad_(), texts, SCALE.clone().requires_grad_(), *OWNERS)
-    relation = losses.soft_relation(*batch)
+    relation = losses.soft_relation(images.clone().requires_grad_(), texts, *OWNERS, TEMPERATURE)
     assert not relation.requires_grad
-    assert_close([relation.double()], [soft_relation(images, texts, SCALE)])
-    sharper = losses.soft_relation(images, texts, 3 * SCALE, *OWNERS)
-    assert_close([losses.soft_relation(*batch, 3.0)], [sharper])
-    third = [1 / 3, 0, 1 / 3, 1 / 3]
-    by_group = losses.group_relation(torch.tensor([7, 2, 7, 7])).tolist()
-    assert by_group == [pytest.approx(row) for row in (third, [0, 1, 0, 0], third, third)]
+    assert_close([relation.exp().double()], [soft_relation(images, texts)])
     means, position = losses.instance_means(images, IMAGE_OWNER)
     assert position.tolist() == [INSTANCES.index(number) for number in IMAGE_OWNER]
     assert_close([means], [torch.stack([instance_mean(images, IMAGE_OWNER, n) for n in INSTANCES])], 1e-12)
-    given = torch.eye(5)  # a relation of one's own is used instead
-    soft = losses.soft_loss(*batch, given)
-    assert soft != losses.soft_loss(*batch)
-    assert losses.mxm_loss(*batch, 1.0, given) == soft
-    assert losses.mxm_loss(*batch, 0.0) == losses.hard_loss(*batch)
+
+
+def test_soft_loss_of_a_given_relation():
+    """Its columns need not add up to 1: a caption that is about many images outside the batch has less mass
+    among the texts."""
+    P = torch.rand(10, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    leaves = (features(10, 0), features(9, 1), SCALE)
+    expected = value_and_gradients(soft_loss, leaves, P)
+    assert_close(value_and_gradients(losses.soft_loss, leaves, P.log()), expected)
+    batch = (*leaves, *OWNERS)
+    assert losses.mxm_loss(*batch, 1.0, P.log()) == losses.soft_loss(*leaves, P.log())
+    assert losses.mxm_loss(*batch, 0.0, P.log()) == losses.hard_loss(*batch)
+
+
+def test_captions_of_one_instance_have_targets_of_their_own():
+    """The first caption of instance 0 is about both images, the second about the first alone: the minimum of
+    the soft loss is where the scores say so."""
+    relation = torch.tensor([[0.5, 1.0, 0.0], [0.5, 0.0, 1.0]]).clamp(min=1e-6).log()
+    logits = torch.zeros(2, 3, requires_grad=True)
+    images = torch.eye(2)
+    for _ in range(300):
+        gradient = torch.autograd.grad(losses.soft_loss(images, logits.t(), 1.0, relation), logits)[0]
+        logits = (logits - 2 * gradient).detach().requires_grad_()
+    assert logits.softmax(0)[0].tolist() == pytest.approx([0.5, 1, 0], abs=0.02)
+    assert logits.softmax(1).tolist()[0] == pytest.approx([1 / 3, 2 / 3, 0], abs=0.02)
 
 
 def test_a_second_positive_is_nobodys_negative_in_the_hard_loss():
@@ -209,7 +232,7 @@ def test_multifold_extremes_stay_finite(name):
     low = loss(*half, torch.tensor(7.0), *OWNERS).item()
     high = loss(*(x.double() for x in half), torch.tensor(7.0), *OWNERS).item()
     assert low == pytest.approx(high, rel=1e-5)  # computed in float32, whatever comes
-    if name not in ("clip", "soft"):  # one instance has no negatives: an empty sum gives no NaN
+    if name != "clip":  # one instance has no negatives: an empty sum gives no NaN
         owner = torch.zeros(9, dtype=torch.int64)
         assert_finite(value_and_gradients(loss, (images[:9], texts, torch.tensor(7.0)), owner, owner))
 

@@ -19,8 +19,8 @@ import data
 import eval
 import losses
 import train_mxm
-from runs import (arguments, evaluated, in_process, kept_signals, log, make_squares, metrics,  # noqa: F401
-                  refused)  # (in_process acts by being here)
+from runs import (SMALL, arguments, evaluated, forked, in_process, kept_signals, log,  # noqa: F401
+                  make_squares, metrics, refused)  # (in_process acts by being here)
 
 
 @pytest.fixture(scope="module")
@@ -99,18 +99,81 @@ def test_soft_weight_ramps_up(squares, tmp_path, seen):
     assert [given[5] for given in calls] == [0.8] * 3
 
 
-def test_soft_relation_of_features_or_of_groups(squares, tmp_path, seen):
-    calls = seen("soft_loss")
-    for option, value in (("--soft-sharpness", 1), ("--soft-sharpness", 4), ("--soft-relation", "group")):
-        out = tmp_path / str(value)
-        train_mxm.main(arguments(squares, "--out", out, "--epochs", 1, "--loss", "soft", option, value))
-    relations = [given[5] for given in calls]
-    assert relations[0].shape == (8, 8)
-    # the same weights, sharpened
-    assert relations[0].diagonal().mean() < relations[3].diagonal().mean() < 1
-    for relation in relations[6:]:
-        assert torch.equal(relation, torch.eye(8))  # each instance is a group of its own here
+# ---------------------------------------------------------------- the soft relation
 
+def known(relation, instances, *more, name="primitives"):
+    args = train_mxm.settings(["--data", name, "--soft-relation", relation, "--amp", "off", *map(str, more)])
+    return train_mxm.known_relation(args, instances, torch.device("cpu"))
+
+
+def test_the_relation_of_features_has_a_temperature_of_its_own(squares, tmp_path, seen):
+    calls = seen("soft_loss")
+    for temperature in (0.5, 0.05):
+        argv = ("--epochs", 1, "--loss", "soft", "--soft-temperature", temperature)
+        train_mxm.main(arguments(squares, "--out", tmp_path / str(temperature), *argv))
+    flat, sharp = calls[0][3].exp(), calls[3][3].exp()  # of the same weights
+    assert flat.shape == (16, 16) and torch.allclose(flat.sum(0), torch.ones(16))
+    assert flat.amax(0).mean() < sharp.amax(0).mean() < 1
+
+
+def test_relation_of_the_oracle():
+    instances = data.load("primitives-target")[0][::9]
+    owner = eval.caption_owner(instances)
+    captions = torch.tensor([3, 80, 4, 11])
+    images = torch.cat([owner[captions], torch.tensor([7, 7, 0, 30])])  # in any order, some twice
+    P = known("oracle", instances)(images, captions).exp()
+    expected = data.primitives_oracle(instances)[captions][:, images].t()
+    assert torch.allclose(P, expected, atol=1e-5)
+    assert len(set(P[P > 0.001].tolist())) > 1  # vague and precise captions
+
+
+def test_relation_of_words():
+    captions = [["a red cone", "a cone"], ["a red box", "thing"], ["the thing"], ["a red cone , wide"]]
+    instances = [data.Instance(str(i), [""], c) for i, c in enumerate(captions)]
+    words = [set(" ".join(c).replace(",", "").split()) for c in captions]
+
+    def share(caption, j):
+        idf = {w: math.log(5 / sum(w in other for other in words)) for w in caption.replace(",", "").split()}
+        return sum(idf[w] for w in idf if w in words[j]) / sum(idf.values())
+    rows = []
+    for caption in (c for of_instance in captions for c in of_instance):
+        fit = [math.exp(20 * (share(caption, j) - 1)) for j in range(4)]
+        rows.append([f / sum(fit) for f in fit])
+    P = known("words", instances)(torch.arange(4), torch.arange(6)).exp().t()
+    assert torch.allclose(P, torch.tensor(rows), atol=1e-5)
+    assert P[0, 0] == pytest.approx(0.5, abs=1e-3)  # the red cone may be the wide one too
+    assert P[3, 1] == P[3, 2] and P[5, 3] > 0.99
+
+
+def test_relation_of_a_teacher(squares, whole, tmp_path):
+    """Over all training instances, by the similarities of captions and the mean of the views."""
+    train = data.load(squares)[0]
+    model, tokenizer, _ = eval.restore(whole / "best.pt", "cpu")
+    images, texts = eval.embed(model, train, tokenizer, "off")
+    P = known("teacher", train, "--teacher", whole / "best.pt", name=squares)
+    captions = torch.tensor([5, 0, 40])
+    expected = (model.logit_scale.exp() * texts @ images.t()).softmax(1)[captions]
+    assert torch.allclose(P(torch.arange(24), captions).exp().t(), expected, rtol=1e-4)
+    argv = ("--soft-relation", "teacher", "--teacher", whole / "best.pt", "--epochs", 1)
+    train_mxm.main(arguments(squares, "--out", tmp_path, *argv))
+    assert clip.load_checkpoint(tmp_path / "last.pt").keys() == clip.load_checkpoint(whole / "last.pt").keys()
+
+
+def test_relation_of_words_over_two_processes(squares, forked, tmp_path, monkeypatch):
+    """The numbers of the captions travel with their features. Instances have two captions, or three."""
+    monkeypatch.setitem(clip.MODELS, "tiny", SMALL)
+    argv = arguments(squares, "--soft-relation", "words", "--soft-warmup", 0, "--captions", 3, "--epochs", 1)
+    ended = forked("train_mxm", [*argv, "--out", str(tmp_path / "2")], processes=2)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    train_mxm.main([*argv, "--out", str(tmp_path / "1")])
+    assert log(tmp_path / "1")[0]["loss"] == pytest.approx(log(tmp_path / "2")[0]["loss"], rel=1e-5)
+    one, two = (clip.load_checkpoint(tmp_path / n / "last.pt")["optimizer"]["state"] for n in "12")
+    for i in one:
+        x, y = one[i]["exp_avg"], two[i]["exp_avg"]
+        assert (x - y).abs().max() <= 1e-5 * max(x.abs().max(), 1e-5)
+
+
+# ---------------------------------------------------------------- weights to start from
 
 def test_starts_from_a_checkpoint_with_its_tokenizer(squares, whole, tmp_path):
     train_mxm.main(arguments(squares, "--out", tmp_path, "--clip", whole / "best.pt", "--epochs", 1))
@@ -139,8 +202,10 @@ def test_weights_without_a_tokenizer(squares, whole, tmp_path, capsys):
 
 @pytest.mark.parametrize("option, value, says", [
     ("--views", 0, "positive"), ("--captions", -1, "positive"), ("--soft-weight", 1.5, "share from 0 to 1"),
-    ("--soft-warmup", -0.1, "share from 0 to 1"), ("--soft-sharpness", 0, "positive"),
-    ("--soft-relation", "true", "features"), ("--loss", "hrad", "hybrid")])
+    ("--soft-warmup", -0.1, "share from 0 to 1"), ("--soft-temperature", 0, "positive"),
+    ("--soft-relation", "true", "features"), ("--soft-relation", "oracle", "words needs nothing but captions"),
+    ("--soft-relation", "teacher", "--teacher belong together"),
+    ("--teacher", "best.pt", "--teacher belong together"), ("--loss", "hrad", "hybrid")])
 def test_bad_settings(option, value, says, squares, tmp_path, capsys):
     line = refused(capsys, arguments(squares, "--out", tmp_path / "run", option, value), train_mxm.main)
     assert says in line and not (tmp_path / "run").exists()
