@@ -1607,9 +1607,9 @@ class Loader:
     the smallest crop still fills the model's input: about 3 times its pixels for 0.5, 1.6 times for 0.9.
 
     A batch: images uint8 (B, V, 3, S, S), of `load_regions` float32 (B, V, regions, width), image_mask bool
-    (B, V), tokens int32 (B, L, context_length), caption_mask bool (B, L), caption int64 (B, L): the number of
-    each among all captions of `instances`, labels {task: int64 (B,)}, index int64 (B,). An instance with fewer
-    views or captions than asked for has its rest masked.
+    (B, V), tokens int32 (B, L, context_length), caption_mask bool (B, L), caption int64 (B, L), the number of
+    each among all captions of `instances`, labels {task: int64 (B,)}, index int64 (B,). An instance with
+    fewer views or captions than asked for has its rest masked.
     """
     instances: list  # of Instance
     tokenizer: InitVar[clip.Tokenizer]

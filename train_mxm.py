@@ -26,7 +26,7 @@ reconstruction, and so is the relation `features`. Ours, not the paper's: the re
     python train_mxm.py --data text2shape --download --clip ViT-B/32  # fine-tune a pretrained CLIP
     python train_mxm.py --data mine.jsonl --loss clip --seed 1        # your own data, the baseline
     torchrun --nproc_per_node=2 train_mxm.py                          # the same batch over two processes
-    python train_mxm.py --resume                                      # go on where it stopped, to the same bits
+    python train_mxm.py --resume                                      # go on where it stopped; same bits
 """
 import collections
 import math
@@ -68,7 +68,8 @@ def settings(argv=None):
     p.add_argument("--soft-temperature", type=eval.positive, default=0.05,
                    help="of the similarities in --soft-relation features")
     p.add_argument("--teacher", metavar="CLIP",
-                   help="of --soft-relation teacher: best.pt of a run on the same data, or a CLIP as in --clip")
+                   help="of --soft-relation teacher: best.pt of a run on the same data, or a CLIP as of --clip; "
+                        "it is frozen, and reads the training data once")
     args = p.parse_args(argv)
     if args.loss == "clip" and (args.views or 1) != (args.captions or 1):
         p.error("--loss clip pairs an instance's k-th view with its k-th caption: "

@@ -203,7 +203,7 @@ def test_weights_without_a_tokenizer(squares, whole, tmp_path, capsys):
 @pytest.mark.parametrize("option, value, says", [
     ("--views", 0, "positive"), ("--captions", -1, "positive"), ("--soft-weight", 1.5, "share from 0 to 1"),
     ("--soft-warmup", -0.1, "share from 0 to 1"), ("--soft-temperature", 0, "positive"),
-    ("--soft-relation", "true", "features"), ("--soft-relation", "oracle", "words needs nothing but captions"),
+    ("--soft-relation", "true", "features"), ("--soft-relation", "oracle", "words needs nothing"),
     ("--soft-relation", "teacher", "--teacher belong together"),
     ("--teacher", "best.pt", "--teacher belong together"), ("--loss", "hrad", "hybrid")])
 def test_bad_settings(option, value, says, squares, tmp_path, capsys):
