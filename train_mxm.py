@@ -54,9 +54,10 @@ def settings(argv=None):
     p.add_argument("--loss", default="hybrid",
                    choices=("hybrid", "hard", "hard-uniform", "soft", "clip", "mil-nce"))
     p.add_argument("--views", type=eval.positive_int,
-                   help="images per instance and step (default 2; 1 for --loss clip)")
+                   help="images per instance and step (default 1)")
     p.add_argument("--captions", type=eval.positive_int,
-                   help="captions per instance and step (default 2; 1 for --loss clip)")
+                   help="captions per instance and step (default 4, or all where there are fewer; "
+                        "1 for --loss clip)")
     p.add_argument("--soft-weight", type=eval.fraction, default=0.5,
                    help="lambda: the soft relation's share of the hybrid loss")
     p.add_argument("--soft-warmup", type=eval.fraction, default=0.5,
@@ -65,11 +66,11 @@ def settings(argv=None):
                    help="what judges which captions fit which images: features, the model's own similarities "
                         "within the modalities; words, those that captions share; teacher, another CLIP; "
                         "oracle, the attributes that are stated (built-in shapes)")
-    p.add_argument("--soft-temperature", type=eval.positive, default=0.05,
+    p.add_argument("--soft-temperature", type=eval.positive, default=0.1,
                    help="of the similarities in --soft-relation features")
     p.add_argument("--teacher", metavar="CLIP",
-                   help="of --soft-relation teacher: best.pt of a run on the same data, or a CLIP as of --clip; "
-                        "it is frozen, and reads the training data once")
+                   help="of --soft-relation teacher: best.pt of a run on the same data, or a CLIP as of "
+                        "--clip; it is frozen, and reads the training data once")
     args = p.parse_args(argv)
     if args.loss == "clip" and (args.views or 1) != (args.captions or 1):
         p.error("--loss clip pairs an instance's k-th view with its k-th caption: "
@@ -83,10 +84,14 @@ def settings(argv=None):
 
 
 def observations(args, train):
-    """-> (views, captions) to draw of each instance: as asked for, else two where the data has two."""
-    default = 1 if args.loss == "clip" else 2
-    views = args.views or min(default, max(len(x.images) for x in train))
-    captions = args.captions or min(default, max(len(x.captions) for x in train))
+    """-> (views, captions) to draw of each instance: as asked for, else one view and up to four captions.
+
+    At as many images, one view each of more instances teaches more than two views each of fewer, and captions
+    cost less than images.
+    """
+    views = args.views or 1
+    most = 1 if args.loss == "clip" else 4
+    captions = args.captions or min(most, max(len(x.captions) for x in train))
     if args.loss == "clip" and min(min(len(x.images), len(x.captions)) for x in train) < views:
         raise data.DataError(f"--loss clip --views {views}: some instances have fewer views or captions; "
                              "pairs need as many of each")

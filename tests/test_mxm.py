@@ -63,7 +63,7 @@ def test_it_learns(squares, tmp_path):
 def test_every_loss_runs(loss, squares, whole, tmp_path, capsys):
     train_mxm.main(arguments(squares, "--out", tmp_path, "--epochs", 1, "--loss", loss))
     said = capsys.readouterr()
-    assert f"24 instances, {'1 views x 1' if loss == 'clip' else '2 views x 2'} captions" in said.err
+    assert f"24 instances, 1 views x {1 if loss == 'clip' else 3} captions" in said.err
     assert "text-to-image" in said.out and "test model" in said.out and "test chance" in said.out
     assert math.isfinite(log(tmp_path)[0]["loss"]) and log(tmp_path)[0]["loss"] != log(whole)[0]["loss"]
 
@@ -112,7 +112,7 @@ def test_the_relation_of_features_has_a_temperature_of_its_own(squares, tmp_path
         argv = ("--epochs", 1, "--loss", "soft", "--soft-temperature", temperature)
         train_mxm.main(arguments(squares, "--out", tmp_path / str(temperature), *argv))
     flat, sharp = calls[0][3].exp(), calls[3][3].exp()  # of the same weights
-    assert flat.shape == (16, 16) and torch.allclose(flat.sum(0), torch.ones(16))
+    assert len(flat) == 8 and torch.allclose(flat.sum(0), torch.ones(flat.shape[1]))
     assert flat.amax(0).mean() < sharp.amax(0).mean() < 1
 
 
