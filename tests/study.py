@@ -61,8 +61,8 @@ LOSSES = {
 }
 for row, loss in MULTIFOLD.items():
     LOSSES[row] = sampled(loss, 64, 2, 8)
-LOSSES["hybrid, words"] = sampled("--loss hybrid --soft-relation words", 64, 2, 8)
-LOSSES["hybrid, oracle"] = sampled("--loss hybrid --soft-relation oracle", 64, 2, 8)
+LOSSES["hybrid, sharpness 1"] = sampled("--loss hybrid --soft-temperature 0.05", 64, 2, 8)
+LOSSES["hybrid, known groups"] = sampled("--loss hybrid --soft-relation oracle", 64, 2, 8)
 STUDIES["losses"] = "train_mxm.py", LOSSES
 
 # A photo is one image: 64 images and 128 captions a step, or 96 pairs, which are as many observations.
