@@ -30,9 +30,10 @@ import signal
 import sys
 import zipfile
 import zlib
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from dataclasses import InitVar, dataclass, field, replace
 from functools import lru_cache, partial
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -1449,33 +1450,93 @@ class FeatureLoader:
 
 @dataclass(frozen=True)
 class RegionView:
-    """Row `row` of a file of region features: float32 (regions, width), such as 36 x 2,048 of a detector."""
+    """Row `row` of a file of region features: float32 (regions, width), such as 36 x 2,048 of a detector.
+
+    The same image as CLIP sees it is its picture, or a row of a file of CLIP's embeddings, or unknown.
+    """
     path: str
     row: int
+    picture: str = None
+    embedding: tuple = None  # (file, row)
 
     def features(self):
         return np.array(_regions(self.path)[self.row], dtype=np.float32)
 
+    def clip_input(self, size):
+        """Pixels uint8 (3, size, size), or CLIP's embedding float32 (D,)."""
+        if self.picture:
+            return pixels(self.picture, size).transpose(2, 0, 1)
+        path, row = self.embedding
+        return np.array(_regions(path, "CLIP's embeddings", ("images", "D"))[row], dtype=np.float32)
+
+    def has_clip_input(self):
+        return bool(self.picture or self.embedding)
+
     def __call__(self, size):
-        raise DataError(f"{self.path}: region features have no picture to show")
+        expect(self.picture, self.path, "region features have no picture to show")
+        return Image.fromarray(pixels(self.picture, size))
+
+
+class Regions:
+    """Region features (..., regions, width) with what CLIP's embedding of the same images comes from:
+    pictures (..., 3, S, S), or the embedding itself (..., D)."""
+
+    def __init__(self, features, clip_input):
+        self.features = features
+        self.clip_input = clip_input
+
+    def __getitem__(self, index):
+        return Regions(self.features[index], self.clip_input[index])
 
 
 @lru_cache(maxsize=8)
-def _regions(path):
+def _regions(path, content="region features", axes=("images", "regions", "width")):
+    shape = ", ".join(axes)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
-        raise DataError(f"{path}: no region features ({str(e)[:100]}); "
-                        "expected a .npy file (images, regions, width)") from None
-    expect(array.ndim == 3 and array.dtype.kind == "f" and array.size, path,
-           f"{array.dtype} of shape {array.shape}; region features are floats (images, regions, width)")
+        raise DataError(f"{path}: no {content} ({str(e)[:100]}); expected a .npy file ({shape})") from None
+    expect(array.ndim == len(axes) and array.dtype.kind == "f" and array.size, path,
+           f"{array.dtype} of shape {array.shape}; {content} are floats ({shape})")
     return array
 
 
-def load_regions(name, root, split):
+def _letters(caption):
+    return "".join(c for c in caption.lower() if c.isalnum())
+
+
+def _pictures(name, root, split, captions):
+    """The picture of each image that a list of captions describes, or None unless all of them are there.
+
+    Files of region features do not name their images. Their captions are the data set's own, with other
+    spaces, capitals and punctuation, so an image is the one that has most of them, at least three of five.
+    """
+    try:
+        published, _ = load(name, root, split)
+    except DataError:
+        return None
+    owners = defaultdict(set)
+    for instance in published:
+        for caption in instance.captions:
+            owners[_letters(caption)].add(instance.images[0])
+    pictures = []
+    for five in captions:
+        votes = Counter()
+        for caption in five:
+            votes.update(owners[_letters(caption)])
+        picture, count = max(sorted(votes.items()), key=itemgetter(1), default=(None, 0))
+        if count < 3:
+            return None
+        pictures.append(picture)
+    return pictures
+
+
+def load_regions(name, root, split, clip_input=True):
     """As `load`, of region features in place of pictures: <root>/precomp/{train,dev,test}_ims.npy (images,
     36, 2048), memory-mapped, and _caps.txt, five captions to an image, in order (SCAN's files; with one row
-    of features per caption each fifth is read)."""
+    of features per caption each fifth is read). The views also know the images' pictures, where those are in
+    the data set's own layout under root, or else their rows in _clip.npy (images, D), where there is one;
+    clip_input False: neither."""
     files = {"train": "train", "val": "dev", "test": "test"}
     expect(split in files, "--regions", f"no split {split!r}; it has {', '.join(files)}")
     base = os.path.join(root or os.path.join("data", name), "precomp", files[split])
@@ -1484,10 +1545,19 @@ def load_regions(name, root, split):
     expect(len(captions) in (rows, 5 * rows) and len(captions) % 5 == 0, base + "_ims.npy",
            f"{rows} rows, but {base}_caps.txt has {len(captions)}; expected five captions to a row, or one")
     rows_per_image = 5 * rows // len(captions)
+    captions = [captions[i:i + 5] for i in range(0, len(captions), 5)]
+    pictures = _pictures(name, root, split, captions) if clip_input else None
+    embeddings = None
+    if clip_input and not pictures and os.path.exists(base + "_clip.npy"):
+        embeddings = base + "_clip.npy"
+        count = len(_regions(embeddings, "CLIP's embeddings", ("images", "D")))
+        expect(count == len(captions), embeddings, f"{count} rows; expected one for each of the "
+               f"{len(captions)} images of {base}_caps.txt")
     instances = []
-    for i in range(len(captions) // 5):
-        view = RegionView(base + "_ims.npy", i * rows_per_image)
-        instances.append(Instance(f"{files[split]}-{i}", [view], captions[5 * i:5 * i + 5]))
+    for i, five in enumerate(captions):
+        view = RegionView(base + "_ims.npy", i * rows_per_image, pictures and pictures[i],
+                          embeddings and (embeddings, i))
+        instances.append(Instance(f"{files[split]}-{i}", [view], five))
     return instances, {}
 
 
@@ -1606,10 +1676,16 @@ class Loader:
     epoch, the instance (or pair) and the view. What the cache keeps is then the whole picture, at a size that
     the smallest crop still fills the model's input: about 3 times its pixels for 0.5, 1.6 times for 0.9.
 
-    A batch: images uint8 (B, V, 3, S, S), of `load_regions` float32 (B, V, regions, width), image_mask bool
-    (B, V), tokens int32 (B, L, context_length), caption_mask bool (B, L), caption int64 (B, L), the number of
-    each among all captions of `instances`, labels {task: int64 (B,)}, index int64 (B,). An instance with
-    fewer views or captions than asked for has its rest masked.
+    A batch is a dict of tensors. An instance with fewer views or captions than asked for has its rest masked.
+
+      images        uint8 (B, V, 3, S, S); of `load_regions` float32 (B, V, regions, width)
+      image_mask    bool (B, V)
+      tokens        int32 (B, L, context_length)
+      caption_mask  bool (B, L)
+      caption       int64 (B, L): the number of each among all captions of `instances`
+      labels        {task: int64 (B,)}
+      index         int64 (B,): the number of each instance
+      clip_input    of `load_regions` alone, where it is known: see RegionView
     """
     instances: list  # of Instance
     tokenizer: InitVar[clip.Tokenizer]
@@ -1767,9 +1843,13 @@ class Loader:
         for task in self.tasks:
             classes = [self.instances[i].labels.get(task, -1) for i in index]
             labels[task] = torch.tensor(classes, dtype=torch.int64)
-        return {"images": images, "image_mask": image_mask, "tokens": tokens, "caption_mask": caption_mask,
-                "caption": caption, "labels": labels,
-                "index": torch.from_numpy(np.asarray(index, dtype=np.int64))}
+        batch = {"images": images, "image_mask": image_mask, "tokens": tokens, "caption_mask": caption_mask,
+                 "caption": caption, "labels": labels,
+                 "index": torch.from_numpy(np.asarray(index, dtype=np.int64))}
+        if self.regions and self.instances[0].images[0].has_clip_input():  # regions are one view of an image
+            rows = [self.instances[i].images[0].clip_input(self.image_size) for i in index]
+            batch["clip_input"] = torch.from_numpy(np.stack(rows)[:, None])
+        return batch
 
     def batches(self, start=0, stop=None):
         """Yield the batches of steps start..stop-1, through epochs; stop None: the end of the first."""
@@ -1823,13 +1903,19 @@ def _kill(workers):
 
 
 def to_device(batch, device):
-    """The batch on a device, pixels as normalised float32: bytes travel, a quarter of the size."""
+    """The batch on a device, pixels as normalised float32: bytes travel, a quarter of the size.
+
+    Regions with pictures or with CLIP's embeddings become one `Regions`, as "images".
+    """
     moved = {key: value.to(device, non_blocking=True) for key, value in batch.items() if key != "labels"}
     moved["labels"] = {task: labels.to(device, non_blocking=True) for task, labels in batch["labels"].items()}
-    if moved["images"].dtype == torch.uint8:
-        mean = torch.tensor(clip.IMAGE_MEAN, device=device).view(3, 1, 1) * 255
-        std = torch.tensor(clip.IMAGE_STD, device=device).view(3, 1, 1) * 255
-        moved["images"] = (moved["images"].float() - mean) / std
+    for key in ("images", "clip_input"):
+        if key in moved and moved[key].dtype == torch.uint8:
+            mean = torch.tensor(clip.IMAGE_MEAN, device=device).view(3, 1, 1) * 255
+            std = torch.tensor(clip.IMAGE_STD, device=device).view(3, 1, 1) * 255
+            moved[key] = (moved[key].float() - mean) / std
+    if "clip_input" in moved:
+        moved["images"] = Regions(moved["images"], moved.pop("clip_input"))
     return moved
 
 

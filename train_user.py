@@ -1,13 +1,13 @@
 """USER: unified semantic enhancement with momentum contrast for image-text retrieval (arXiv 2301.06844).
 
 The patches of a picture (or detected regions) and the words of a caption are local features x_1, ..., x_L.
-They are enhanced with a global representation g of the same picture or caption: the more a local feature
+Those of pictures are enhanced with a global representation g of the same picture: the more a local feature
 agrees with g, the more of g is added to it.
 
     guided enhancement:  x_l <- x_l + a_l g,   a = softmax over l of (lambda x_l . g), scaled to unit norm
     SGE (self-guided):   g = sum over l of w_l x_l, scaled to unit norm, with
                          w = softmax over l of Linear( tanh(BN(Linear(x_l))) * tanh(BN(Linear(mean of x))) )
-    CGE (CLIP-guided):   g = CLIP's own global embedding, scaled to unit norm
+    CGE (CLIP-guided):   g = Linear(ReLU(BN(Linear(BN(c))))), scaled to unit norm; c: CLIP's own embedding
 
 GPO pools the enhanced features into one vector of unit norm: v_i of image i, t_j of text j, S_ij = v_i . t_j.
 Training compares with more negatives than a batch holds: momentum encoders (MoCo) fill two queues, of images
@@ -19,6 +19,13 @@ and of texts, and one objective serves the batch and the queues. Its sums run ov
     loss = lambda_b UTO of the batch + UTO of images and queued texts + UTO of texts and queued images
 
 UTO of a queue has one direction, and its S_jj is the cosine with the momentum embedding of j's other half.
+An epoch is one pass over the image-caption pairs: every caption once, with its image.
+
+The loss, the queues and SGE are the paper's, and the settings for Flickr30K and COCO, pooling, augmentation
+and initial weights are those of the authors' code. That code has no CGE: its layers are a reconstruction from
+what an author wrote in issue 4 of github.com/zhangy0822/USER, which leaves the activation and the width open.
+CLIP's patches in place of regions, CLIP in place of BERT, the enhancement of texts, the settings from scratch
+and the masking of what shows the same thing are ours.
 
     python train_user.py                                   # built-in shapes, tiny CLIP from scratch, minutes
     python train_user.py --data flickr30k --root path/to/flickr30k --clip ViT-B/32  # the paper's schedule
@@ -41,14 +48,13 @@ import data
 import eval
 import losses
 
-PRETRAINED = dict(epochs=20, batch_size=128, lr=5e-4, dim=1024, queue=2048, batch_weight=20.0, lr_drop=0.5,
-                  infonce_first=0.0)  # the paper's for Flickr30K
+PRETRAINED = dict(epochs=20, batch_size=128, lr=5e-4, dim=1024, queue=2048, batch_weight=20.0,
+                  lr_drop=0.5)  # the paper's for Flickr30K
 COCO = PRETRAINED | dict(epochs=25, queue=4096, batch_weight=1.0, lr_drop=0.6)  # the paper's for COCO
-SCRATCH = dict(epochs=14, batch_size=128, lr=1e-3, dim=256, queue=2048, batch_weight=1.0, lr_drop=0.85,
-               infonce_first=0.7)  # a small CLIP with random weights
+# a small CLIP with random weights; at 1e-3 UTO and InfoNCE reach a third and half of the rSum on val
+SCRATCH = dict(epochs=3, batch_size=128, lr=3e-4, dim=256, queue=2048, batch_weight=1.0, lr_drop=0.85)
 MU = 90.0  # UTO: how steeply the push on a negative rises with its cosine
 GAMMA = 0.5  # UTO: the cosine from which negatives are pushed away
-WARMUP = 0.03  # share of the steps in which the learning rate rises
 MAX_NORM = 2.0  # of the gradient
 MASKED = 0.5  # share of the changed words of a caption that are masked
 REPLACED = 0.1  # share of them that are replaced; the rest is dropped
@@ -57,10 +63,10 @@ REPLACED = 0.1  # share of them that are replaced; the rest is dropped
 def settings(argv=None):
     p = eval.common_arguments(__doc__, weight_decay=1e-4)
     p.add_argument("--enhance", choices=("none", "sge", "cge", "both"), default="both")
+    p.add_argument("--enhance-texts", action="store_true",
+                   help="enhance the words of captions too; the authors' code enhances images alone")
     p.add_argument("--loss", choices=("uto", "infonce", "triplet"), default="uto",
                    help="of the batch and of the queues; infonce and triplet are baselines")
-    p.add_argument("--infonce-first", type=eval.fraction,
-                   help="share of the steps, from the first, with infonce (default 0; from scratch 0.7)")
     p.add_argument("--queue", type=eval.non_negative_int,
                    help="keys per queue; 0: no queues, no momentum encoders (default 2048; coco 4096)")
     p.add_argument("--momentum", type=eval.fraction, default=0.999, help="m of the momentum encoders")
@@ -68,22 +74,25 @@ def settings(argv=None):
                    help="lambda_b: weight of the batch's loss (default 20; coco and from scratch 1)")
     p.add_argument("--dim", type=eval.positive_int,
                    help="dimensions of the common space (default 1024; from scratch 256)")
-    p.add_argument("--smooth", type=eval.positive, default=4.0, help="lambda of guided enhancement")
+    p.add_argument("--smooth", type=eval.positive, default=1.0, help="lambda of guided enhancement")
     p.add_argument("--dropout", type=eval.fraction, default=0.4, help="in SGE")
     p.add_argument("--augment", type=eval.fraction, default=0.2,
                    help="share of a training caption's words that are masked, replaced or dropped")
-    p.add_argument("--clip-lr", type=eval.positive,
-                   help="learning rate of CLIP's own weights (default --lr; of a pretrained CLIP a tenth)")
+    p.add_argument("--clip-lr", type=eval.non_negative,
+                   help="learning rate of CLIP's own weights; 0: they stay as they are "
+                        "(default --lr; of a pretrained CLIP a tenth)")
     p.add_argument("--lr-drop", type=eval.fraction,
                    help="share of the steps after which learning rates are a tenth "
                         "(default 0.5; coco 0.6; from scratch 0.85)")
     p.add_argument("--regions", action="store_true",
-                   help="read region features from <root>/precomp in place of pictures")
+                   help="read region features from <root>/precomp in place of pictures; CGE takes CLIP's "
+                        "embedding from the pictures, or from precomp/{train,dev,test}_clip.npy (images, D)")
     args = p.parse_args(argv)
     from_scratch = args.clip in clip.SCRATCH
     pretrained = COCO if args.data == "coco" else PRETRAINED
     eval.complete(args, "user", SCRATCH if from_scratch else pretrained)
-    args.clip_lr = args.clip_lr or (args.lr if from_scratch else args.lr / 10)
+    if args.clip_lr is None:
+        args.clip_lr = args.lr if from_scratch else args.lr / 10
     if 0 < args.queue < args.batch_size:
         p.error(f"--batch-size {args.batch_size} is larger than --queue {args.queue}: the queue must hold a "
                 f"batch of keys; give --queue {args.batch_size} or more, or 0")
@@ -152,8 +161,21 @@ def on_rows(function, x, mask):
     return out.view(*mask.shape, -1)
 
 
+def xavier(module):
+    """Give a module's linear layers Xavier's uniform weights and biases of 0, as the authors do."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 class SGE(nn.Module):
-    """The global representation of self-guided enhancement: x (B, L, D) -> g (B, D), unit norm."""
+    """The global representation of self-guided enhancement: x (B, L, D) -> g (B, D), unit norm.
+
+    Batch norm is over features: the authors' is over the 36 places of regions, which patches and words of
+    varying number do not have.
+    """
 
     def __init__(self, width, dropout):
         super().__init__()
@@ -165,12 +187,27 @@ class SGE(nn.Module):
         self.local_branch = branch()
         self.global_branch = branch()
         self.score = nn.Linear(width, 1, bias=False)
+        xavier(self)
 
     def forward(self, x, mask):
         mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, D)
         common = on_rows(self.local_branch, x, mask) * self.global_branch(mean)[:, None, :]  # (B, L, D)
         weights = self.score(common)[..., 0].masked_fill(~mask, -math.inf).softmax(1)  # (B, L)
         return F.normalize((weights[..., None] * x).sum(1), dim=-1)
+
+
+class CGE(nn.Module):
+    """The global representation of CLIP-guided enhancement: CLIP's own (B, E) -> g (B, D), unit norm."""
+
+    def __init__(self, embed_dim, width):
+        super().__init__()
+        self.projection = nn.Sequential(losses.BatchNorm(embed_dim), nn.Linear(embed_dim, width, bias=False),
+                                        losses.BatchNorm(width), nn.ReLU(), nn.Linear(width, width))
+        self.projection[0].bias.requires_grad_(False)  # the second batch norm cancels it
+        xavier(self)
+
+    def forward(self, clip_embedding):
+        return F.normalize(self.projection(clip_embedding.float()), dim=-1)
 
 
 class GPO(nn.Module):
@@ -212,26 +249,32 @@ class GPO(nn.Module):
 class USER(nn.Module):
     """CLIP's local features, enhanced and pooled. encode_image and encode_text give (B, dim), unit norm.
 
-    enhance: none, sge, cge or both. smooth: lambda of guided enhancement. regions: the width of the region
-    features that take the place of pictures, or None: regions have no CLIP embedding, so CGE enhances texts.
+    enhance: none, sge, cge or both, of images; enhance_texts: of texts as well. smooth: lambda of guided
+    enhancement. regions: the width of the region features that take the place of pictures, or None.
     """
 
-    def __init__(self, clip_model, enhance="both", dim=1024, smooth=4.0, dropout=0.4, regions=None, seed=0):
+    def __init__(self, clip_model, enhance="both", enhance_texts=False, dim=1024, smooth=1.0, dropout=0.4,
+                 regions=None, seed=0):
         super().__init__()
         text_width = clip_model.config.embed_dim
         image_width = regions or text_width
         sge = enhance in ("sge", "both")
+        cge = enhance in ("cge", "both")
         self.config = clip_model.config
         self.tokenizer = clip_model.tokenizer
         self.context_length = clip_model.context_length
         self.enhance = enhance
         self.smooth = smooth
         self.regions = regions
+        self.frozen = False
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.image_sge = SGE(image_width, dropout) if sge else None
-            self.text_sge = SGE(text_width, dropout) if sge else None
+            self.image_cge = CGE(text_width, image_width) if cge else None
+            self.text_sge = SGE(text_width, dropout) if sge and enhance_texts else None
+            self.text_cge = CGE(text_width, text_width) if cge and enhance_texts else None
             self.image_fc = nn.Linear(image_width, dim)
+            xavier(self.image_fc)
             self.text_fc = nn.Linear(text_width, dim)
             self.image_mlp = nn.Sequential(nn.Linear(image_width, dim // 2, bias=False),
                                            losses.BatchNorm(dim // 2), nn.ReLU(), nn.Linear(dim // 2, dim))
@@ -239,26 +282,49 @@ class USER(nn.Module):
             self.text_gpo = GPO()
         self.clip = clip_model
 
-    def enhanced(self, x, mask, sge, clip_embedding):
-        """x after SGE and CGE. sge: a module or None; clip_embedding: CLIP's global one (B, D) or None."""
+    def freeze_clip(self):
+        """CLIP's weights stay as they are, and it stays in evaluation mode."""
+        self.frozen = True
+        self.clip.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:
+            self.clip.eval()
+        return self
+
+    def enhanced(self, x, mask, sge, cge, clip_embedding):
+        """x after SGE and CGE, each a module or None. clip_embedding: CLIP's own (B, E); None without CGE."""
         out = x
         if sge is not None:
             out = guided_enhancement(out, mask, sge(x, mask), self.smooth)
-        if self.enhance in ("cge", "both") and clip_embedding is not None:
-            out = guided_enhancement(out, mask, F.normalize(clip_embedding, dim=-1), self.smooth)
+        if cge is not None:
+            out = guided_enhancement(out, mask, cge(clip_embedding), self.smooth)
         return out
 
+    def region_inputs(self, images):
+        """-> (region features (B, regions, width), CLIP's embedding of the images (B, E), None without CGE).
+
+        images: region features, or data.Regions, which come with pictures or embeddings.
+        """
+        if not isinstance(images, data.Regions):
+            return images.float(), None
+        clip_embedding = None
+        if self.image_cge is not None:
+            clip_embedding = images.clip_input
+            if clip_embedding.ndim == 4:  # pictures
+                clip_embedding = self.clip.encode_image(clip_embedding)
+        return images.features.float(), clip_embedding
+
     def encode_image(self, images):
-        """images (B, 3, S, S), or region features (B, regions, width)."""
+        """images (B, 3, S, S), or data.Regions; without CGE also region features (B, regions, width)."""
         if self.regions:
-            clip_embedding = None
-            x = images.float()
+            x, clip_embedding = self.region_inputs(images)
         else:
             clip_embedding, x = self.clip.encode_image(images, tokens=True)
-            clip_embedding = clip_embedding.float()  # (B, D)
             x = x[:, 1:].float()  # (B, patches, D): the class token is the global embedding, no patch
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        x = self.enhanced(x, mask, self.image_sge, clip_embedding)
+        x = self.enhanced(x, mask, self.image_sge, self.image_cge, clip_embedding)
         x = self.image_fc(x) + on_rows(self.image_mlp, x, mask)
         return F.normalize(self.image_gpo(x, mask), dim=-1)
 
@@ -267,7 +333,7 @@ class USER(nn.Module):
         clip_embedding, x, mask = self.clip.encode_text(tokens, tokens=True)
         x = x[:, 1:].float()  # (B, L, D): the start symbol sees no word
         mask = mask[:, 1:]
-        x = self.enhanced(x, mask, self.text_sge, clip_embedding.float())
+        x = self.enhanced(x, mask, self.text_sge, self.text_cge, clip_embedding)
         return F.normalize(self.text_gpo(self.text_fc(x), mask), dim=-1)
 
 
@@ -277,10 +343,12 @@ class USER(nn.Module):
 def momentum_update(momentum_model, model, m):
     """momentum_model <- m momentum_model + (1 - m) model, weight by weight (He et al. 2020, equation 2).
 
-    Buffers (batch norm's running statistics) are copied. The model and all gradients stay as they are.
+    Buffers (batch norm's running statistics) are copied. The model and all gradients stay as they are, and so
+    do weights that are not trained (a frozen CLIP).
     """
     for average, weight in zip(momentum_model.parameters(), model.parameters()):
-        average.mul_(m).add_(weight.detach(), alpha=1 - m)
+        if weight.requires_grad:
+            average.mul_(m).add_(weight.detach(), alpha=1 - m)
     for kept, buffer in zip(momentum_model.buffers(), model.buffers()):
         kept.copy_(buffer)
 
@@ -340,37 +408,50 @@ def total_loss(kind, batch_weight, images, texts, group, keys, queue):
 def restore(checkpoint, path):
     """The model of a checkpoint of this script, for eval.py."""
     options = checkpoint["settings"]
-    model = USER(clip.load(path, "cpu")[0], options["enhance"], options["dim"], options["smooth"],
-                 options["dropout"], checkpoint["regions"])
+    model = USER(clip.load(path, "cpu")[0], options["enhance"], options.get("enhance_texts", False),
+                 options["dim"], options["smooth"], options["dropout"], checkpoint["regions"])
     clip.load_heads(model, checkpoint["heads"])
     return model
 
 
-def region_width(train, *others):
-    """The width of the training split's region features. Raises DataError where another split's differs."""
+def region_width(args, embed_dim, train, *others):
+    """The width of the training split's region features.
+
+    Raises DataError where another split's differs, or where CGE lacks CLIP's embedding of the images.
+    """
     width = train[0].images[0].features().shape[1]
-    for instances in others:
+    for instances in (train, *others):
         view = instances[0].images[0]
-        if view.features().shape[1] != width:
-            raise data.DataError(f"{view.path}: features of width {view.features().shape[1]}; "
-                                 f"those of the training split have {width}")
+        found = view.features().shape[1]
+        data.expect(found == width, view.path,
+                    f"features of width {found}; those of the training split have {width}")
+        if args.enhance in ("cge", "both"):
+            file = view.path.replace("_ims.npy", "_clip.npy")
+            data.expect(view.has_clip_input(), file,
+                        f"does not exist; --enhance {args.enhance} needs CLIP's embedding of each image: "
+                        f"write them to this file, float32 (images, {embed_dim}), or lay out the pictures "
+                        f"of {args.data} as README.md shows, or give --enhance sge")
+            if view.embedding:
+                found = len(view.clip_input(None))
+                data.expect(found == embed_dim, file,
+                            f"embeddings of width {found}; those of --clip {args.clip} have {embed_dim}")
     return width
-
-
-def rate(step, steps, drop):
-    """A step's learning rate as a fraction of its peak: linear warm-up, constant, a tenth after `drop`."""
-    rise = min(1.0, (step + 1) / max(1, int(WARMUP * steps)))
-    return rise * (0.1 if step >= drop * steps else 1.0)
 
 
 def main(argv=None):
     args = settings(argv)
     rank, world, device = eval.join(args)
-    load = data.load_regions if args.regions else data.load
+    load = data.load
+    if args.regions:
+        load = partial(data.load_regions, clip_input=args.enhance in ("cge", "both"))
     (train, _), (val, _), (test, _) = eval.load_splits(args, device, load)
-    regions = region_width(train, val, test) if args.regions else None
     clip_model, tokenizer = eval.build_or_load(args, train, device)
-    model = USER(clip_model, args.enhance, args.dim, args.smooth, args.dropout, regions, args.seed).to(device)
+    embed_dim = clip_model.config.embed_dim
+    regions = region_width(args, embed_dim, train, val, test) if args.regions else None
+    model = USER(clip_model, args.enhance, args.enhance_texts, args.dim, args.smooth, args.dropout, regions,
+                 args.seed).to(device)
+    if not args.clip_lr:
+        model.freeze_clip()
     momentum_model = queue = modules = None
     if args.queue:
         # .train(), because a pretrained CLIP comes in evaluation mode
@@ -379,7 +460,7 @@ def main(argv=None):
         modules = {"momentum": momentum_model, "queue": queue}  # going on needs them, evaluation does not
     loader = data.Loader(train, tokenizer, clip_model.context_length, clip_model.config.image_resolution,
                          args.batch_size, 1, 1, train=True, seed=args.seed, workers=args.workers,
-                         rank=rank, world=world)
+                         rank=rank, world=world, pairs=True)
     val_loader = eval.evaluation_loader(model, val, tokenizer, args.workers)
     word_ends = torch.tensor([symbol.endswith("</w>") for symbol in tokenizer.symbols])
     train_group = eval.layout(train)["image_group"].to(device)  # (instances,): equal where they show the same
@@ -403,7 +484,7 @@ def main(argv=None):
     model.train()
     for step, batch in run.batches(loader):
         for part in optimizer.param_groups:
-            part["lr"] = part["peak"] * rate(step, steps, args.lr_drop)
+            part["lr"] = part["peak"] * (0.1 if step >= args.lr_drop * steps else 1.0)
         data.seed_step(args.seed, step, rank)  # augmentation and dropout
         tokens = augmented(batch["tokens"][:, 0], tokenizer, word_ends, args.augment).to(device)
         batch = data.to_device(batch, device)
@@ -421,10 +502,7 @@ def main(argv=None):
         images = losses.gather(images.float())  # (B, dim)
         texts = losses.gather(texts.float())
         group = losses.gather(train_group[batch["index"]])
-        # From random weights and at a rate of 1e-3, UTO makes all cosines one value, so InfoNCE comes first.
-        # Whether a lower rate avoids that has not been studied.
-        kind = "infonce" if step < args.infonce_first * steps else args.loss
-        loss = total_loss(kind, args.batch_weight, images, texts, group, keys, queue)
+        loss = total_loss(args.loss, args.batch_weight, images, texts, group, keys, queue)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         eval.average_gradients(model.parameters())

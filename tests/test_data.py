@@ -638,6 +638,54 @@ def test_coco_and_flickr30k_layouts(tmp_path, capsys):
     assert len(train | val) == 40 and not train & val and 0 < len(val) < 12  # no val: a tenth of train
 
 
+def region_files(root, captions):
+    """<root>/precomp/test_*: three regions of four numbers for every five captions."""
+    os.makedirs(root / "precomp", exist_ok=True)
+    count = len(captions) // 5
+    features = np.arange(12 * count, dtype=np.float32).reshape(count, 3, 4)
+    np.save(root / "precomp" / "test_ims.npy", features)
+    np.save(root / "precomp" / "test_clip.npy", np.arange(6 * count, dtype=np.float16).reshape(count, 6))
+    (root / "precomp" / "test_caps.txt").write_text("\n".join(captions))
+    return features
+
+
+def test_regions_find_their_pictures_by_their_captions(tmp_path):
+    """In another order, with other capitals, spaces and punctuation, and two captions of five unlike; else
+    CLIP's embeddings are read from their file. Batches carry either."""
+    words = ("red", "green", "blue", "wet")
+    captions = [[f"A {word} dog's T-shirt, no. {k}." for k in range(5)] for word in words]
+    karpathy(tmp_path, "flickr30k", [(f"{i}.png", "test", captions[i], {}) for i in range(4)])
+    files = [picture(tmp_path / "flickr30k-images" / f"{i}.png", seed=i) for i in range(4)]
+    lines = [f"a {words[i]} dog 's tshirt , no {k}" for i in (2, 0, 3) for k in range(5)]
+    lines[1:3] = ["unlike any", "other"]
+    features = region_files(tmp_path, lines)
+
+    def read(**options):
+        instances, _ = data.load_regions("flickr30k", str(tmp_path), "test", **options)
+        loader = data.Loader(instances, clip.Tokenizer([]), 40, 8, 2)
+        batches = [data.to_device(batch, "cpu") for batch in loader.batches()]
+        return [x.images[0] for x in instances], torch.cat([b["images"].clip_input for b in batches]), batches
+
+    views, found, batches = read()
+    assert [view.picture for view in views] == [files[i] for i in (2, 0, 3)]
+    plain = data.Loader(data.load("flickr30k", str(tmp_path), "test")[0], clip.Tokenizer([]), 40, 8, 4)
+    expected = data.to_device(next(plain.batches()), "cpu")["images"]
+    assert torch.equal(found, expected[[2, 0, 3]]) and np.array_equal(views[1](8), data.pixels(files[0], 8))
+    first = batches[0]["images"][batches[0]["image_mask"]]
+    assert np.array_equal(first.features, features[:2]) and torch.equal(first.clip_input, found[:2, 0])
+    lines[3] = "and a third"
+    region_files(tmp_path, lines)
+    views, found, _ = read()
+    assert not any(view.picture for view in views)
+    assert found.dtype == torch.float32 and found[:, 0].tolist() == np.arange(18.0).reshape(3, 6).tolist()
+    with pytest.raises(DataError, match="no picture"):
+        views[0](8)
+    os.unlink(tmp_path / "precomp" / "test_clip.npy")
+    for options in ({}, {"clip_input": False}):
+        view = data.load_regions("flickr30k", str(tmp_path), "test", **options)[0][0].images[0]
+        assert not view.has_clip_input()
+
+
 def test_broken_karpathy_files(tmp_path):
     def load():
         data.load("flickr8k", str(tmp_path))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import clip
 import data
@@ -114,22 +115,30 @@ def plain_gpo(gpo, x):
     return plain_gpo_weights(gpo, len(x)) @ x.sort(0, descending=True).values
 
 
-def plain_enhanced(model, sets, sge, clip_embedding):
+def plain_cge(cge, clip_embedding):
+    first_norm, first, norm, _, last = cge.projection
+    return F.normalize(last(norm(first(first_norm(clip_embedding))).clamp(min=0)), dim=1)
+
+
+def plain_enhanced(model, sets, sge, cge, clip_embedding):
     out = sets
-    if model.enhance in ("sge", "both"):  # SGE sees CLIP's own features
+    if sge is not None:  # it sees CLIP's own features
         out = [plain_guided(x, g, model.smooth) for x, g in zip(out, plain_sge(sge, sets))]
-    if model.enhance in ("cge", "both") and clip_embedding is not None:
-        out = [plain_guided(x, F.normalize(g, dim=0), model.smooth) for x, g in zip(out, clip_embedding)]
+    if cge is not None:
+        out = [plain_guided(x, g, model.smooth) for x, g in zip(out, plain_cge(cge, clip_embedding))]
     return out
 
 
 def plain_image(model, images):
     """Patches without the class token; fc and a residual MLP; -> (B, dim)."""
-    sets, clip_embedding = list(images), None
-    if not model.regions:
+    if model.regions:
+        sets, clip_embedding = list(images.features), images.clip_input
+        if clip_embedding.ndim == 4:
+            clip_embedding = model.clip.encode_image(clip_embedding)
+    else:
         clip_embedding, tokens = model.clip.encode_image(images, tokens=True)
         sets = [x[1:] for x in tokens]
-    rows = torch.cat(plain_enhanced(model, sets, model.image_sge, clip_embedding))
+    rows = torch.cat(plain_enhanced(model, sets, model.image_sge, model.image_cge, clip_embedding))
     first, norm, _, last = model.image_mlp
     rows = model.image_fc(rows) + last(norm(first(rows)).clamp(min=0))
     sets = rows.split([len(x) for x in sets])
@@ -138,25 +147,38 @@ def plain_image(model, images):
 
 def plain_text(model, tokens):
     """Each caption alone and cut after its end; -> (B, dim)."""
-    sets, clip_embedding = [], []
+    sets = []
+    clip_embedding = []
     for row in tokens:
         g, x, _ = model.clip.encode_text(row[None, :int(row.argmax()) + 1], tokens=True)
         sets.append(x[0, 1:])
         clip_embedding.append(g[0])
-    sets = plain_enhanced(model, sets, model.text_sge, clip_embedding)
+    sets = plain_enhanced(model, sets, model.text_sge, model.text_cge, torch.stack(clip_embedding))
     return F.normalize(torch.stack([plain_gpo(model.text_gpo, model.text_fc(x)) for x in sets]))
 
 
+PICTURES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+FEATURES = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(2))  # of regions
+EMBEDDINGS = torch.randn(4, 16, generator=torch.Generator().manual_seed(3))  # CLIP's
+
+
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("enhance, regions", [("none", None), ("sge", None), ("cge", None), ("both", None),
-                                              ("both", 6), ("cge", 6)])
-def test_the_encoders_are_the_plain_version_of_each_sample(enhance, regions, training):
-    """In value and in the gradient of every weight, CLIP's included; captions of several lengths."""
-    model = shaken(USER(small_clip(), enhance, 12, 3.0, 0.0, regions)).train(training)
+@pytest.mark.parametrize("enhance, enhance_texts, clip_input", [
+    ("none", True, None), ("sge", True, None), ("cge", True, None), ("both", True, None),
+    ("both", False, None), ("both", False, PICTURES), ("cge", True, EMBEDDINGS), ("sge", False, EMBEDDINGS)])
+def test_the_encoders_are_the_plain_version_of_each_sample(enhance, enhance_texts, clip_input, training):
+    """In value and in the gradient of every weight, CLIP's included; captions of several lengths; pictures,
+    or regions with pictures or CLIP's embeddings of the same images."""
+    regions = None if clip_input is None else 6
+    images = PICTURES
+    in_double = PICTURES.double()
+    if regions:
+        images = data.Regions(FEATURES, clip_input)
+        in_double = data.Regions(FEATURES.double(), clip_input.double())
+    model = shaken(USER(small_clip(), enhance, enhance_texts, 12, 3.0, 0.0, regions)).train(training)
     plain = copy.deepcopy(model).double()
-    images = torch.randn(4, 3, 6) if regions else torch.randn(4, 3, 16, 16)
     tokens = model.tokenizer(CAPTIONS, 16)
-    for found, expected in ((model.encode_image(images), plain_image(plain, images.double())),
+    for found, expected in ((model.encode_image(images), plain_image(plain, in_double)),
                             (model.encode_text(tokens), plain_text(plain, tokens))):
         assert found.dtype == torch.float32 and torch.allclose(found.double(), expected, atol=1e-5)
         assert torch.allclose(found.norm(dim=1), torch.ones(4))
@@ -164,15 +186,20 @@ def test_the_encoders_are_the_plain_version_of_each_sample(enhance, regions, tra
         (found * direction).sum().backward()
         (expected * direction.double()).sum().backward()
     expected = {name: p.grad for name, p in plain.named_parameters()}
-    assert any(name.startswith("image_sge.") for name in expected) == (enhance in ("sge", "both"))
+    modules = {name.split(".")[0] for name in expected if "ge." in name}
+    wanted = {"sge": ("sge",), "cge": ("cge",), "both": ("sge", "cge"), "none": ()}[enhance]
+    sides = ("image", "text") if enhance_texts else ("image",)
+    assert modules == {f"{side}_{kind}" for side in sides for kind in wanted}
+    sees_pictures = clip_input is not EMBEDDINGS
     for name, p in model.named_parameters():
-        reached = name != "clip.logit_scale" and not (regions and name.startswith("clip.visual."))
+        reached = name != "clip.logit_scale" and (sees_pictures or not name.startswith("clip.visual."))
+        reached = reached and not name.endswith("projection.0.bias")
         assert (p.grad is not None) == reached == (expected[name] is not None), name
         if reached:
             atol = 2e-5 * max(1, expected[name].abs().max())
             assert torch.allclose(p.grad.double(), expected[name], atol=atol), name
     assert model.clip.token_embedding.weight.grad.abs().max() > 1e-6
-    assert regions or model.clip.visual.conv1.weight.grad.abs().max() > 1e-6
+    assert not sees_pictures or model.clip.visual.conv1.weight.grad.abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("columns", [5, 8])
@@ -200,7 +227,7 @@ def test_dropout_is_in_sge_in_training_only():
     sge.eval()
     assert torch.equal(sge(x, mask), sge(x, mask))
     model = USER(small_clip(), dropout=0.3, dim=8)
-    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == [0.3] * 4
+    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == [0.3] * 2
 
 
 @pytest.mark.parametrize("columns", [5, 8])
@@ -227,6 +254,25 @@ def test_starting_weights_depend_on_the_seed_alone():
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
     assert not torch.equal(a.text_fc.weight, c.text_fc.weight)
+
+
+def test_starting_weights_are_xaviers():
+    """Of the layers that the authors start so, and of CGE: uniform, of variance 2 / (rows + columns)."""
+    model = USER(small_clip(), dim=400, regions=300)
+    layers = [m for part in (model.image_sge, model.image_cge) for m in part.modules()]
+    for layer in [model.image_fc, *layers]:
+        if isinstance(layer, torch.nn.Linear):
+            bound = math.sqrt(6 / sum(layer.weight.shape))
+            assert 0.95 * bound < layer.weight.abs().max() <= bound
+            assert layer.bias is None or not layer.bias.any()
+
+
+def test_a_frozen_clip_stays_in_evaluation_mode():
+    model = USER(small_clip(), dim=8)
+    model.freeze_clip()
+    for copied in (model.train(), copy.deepcopy(model).train()):
+        assert copied.image_sge.training and not any(m.training for m in copied.clip.modules())
+    assert not any(p.requires_grad for p in model.clip.parameters()) and model.image_fc.weight.requires_grad
 
 
 # ---------------------------------------------------------------- momentum contrast
@@ -401,9 +447,9 @@ def test_augmentation_at_its_ends():
 
 # ---------------------------------------------------------------- settings
 
-SHARED = dict(enhance="both", loss="uto", momentum=0.999, smooth=4.0, dropout=0.4, augment=0.2,
-              weight_decay=1e-4, batch_size=128)
-PRETRAINED = SHARED | dict(lr=5e-4, clip_lr=5e-5, dim=1024, infonce_first=0.0)
+SHARED = dict(enhance="both", enhance_texts=False, loss="uto", momentum=0.999, smooth=1.0, dropout=0.4,
+              augment=0.2, weight_decay=1e-4, batch_size=128)
+PRETRAINED = SHARED | dict(lr=5e-4, clip_lr=5e-5, dim=1024)
 
 
 @pytest.mark.parametrize("words, expected", [
@@ -412,12 +458,14 @@ PRETRAINED = SHARED | dict(lr=5e-4, clip_lr=5e-5, dim=1024, infonce_first=0.0)
     ("--data coco --clip ViT-B/32", PRETRAINED | dict(
         epochs=25, queue=4096, batch_weight=1.0, lr_drop=0.6, eval_every=5, out="runs/user-coco")),
     ("", SHARED | dict(
-        epochs=14, queue=2048, batch_weight=1.0, lr=1e-3, clip_lr=1e-3, dim=256, infonce_first=0.7,
-        lr_drop=0.85, eval_every=2, out="runs/user-primitives")),
-    ("--data coco", dict(queue=2048, lr=1e-3, clip_lr=1e-3, out="runs/user-coco")),
-    ("--clip ViT-B/32 --lr 0.3 --queue 0 --batch-weight 0 --infonce-first 0.5 --epochs 3", dict(
-        clip_lr=0.3 / 10, queue=0, batch_weight=0.0, infonce_first=0.5, eval_every=1)),
-    ("--clip-lr 0.2", dict(clip_lr=0.2)),
+        epochs=3, queue=2048, batch_weight=1.0, lr=3e-4, clip_lr=3e-4, dim=256, lr_drop=0.85, eval_every=1,
+        out="runs/user-primitives")),
+    ("--data coco", dict(queue=2048, lr=3e-4, clip_lr=3e-4, out="runs/user-coco")),
+    ("--clip-lr 0", dict(lr=3e-4, clip_lr=0.0)),
+    ("--clip ViT-B/32 --lr 0.3 --queue 0 --batch-weight 0 --epochs 3 --loss infonce", dict(
+        lr=0.3, clip_lr=0.3 / 10, queue=0, batch_weight=0.0, eval_every=1)),
+    ("--clip ViT-B/32 --clip-lr 0", dict(lr=5e-4, clip_lr=0.0)),
+    ("--clip-lr 0.2 --enhance-texts", dict(clip_lr=0.2, enhance_texts=True)),
     ("--clip x.pt", dict(dim=1024))])
 def test_settings_are_the_papers(words, expected):
     """Flickr30K, COCO, and those for random weights; CLIP's rate is a tenth where it is pretrained."""
@@ -428,7 +476,7 @@ def test_settings_are_the_papers(words, expected):
     ("--queue", 7, "--batch-size 8 is larger than --queue 7"), ("--queue", -1, "0 or more"),
     ("--momentum", 1.5, "a share from 0 to 1"), ("--batch-weight", -1, "0 or more"), ("--dim", 0, "positive"),
     ("--smooth", 0, "positive"), ("--dropout", 2, "a share"), ("--augment", -0.1, "a share"),
-    ("--lr-drop", 1.1, "a share"), ("--infonce-first", 3, "a share"), ("--enhance", "all", "--enhance"),
+    ("--lr-drop", 1.1, "a share"), ("--clip-lr", -1, "0 or more"), ("--enhance", "all", "--enhance"),
     ("--loss", "clip", "--loss"), ("--batch-size", 1, "2 or more"), ("--dim", 1, "2 dimensions"),
     ("--data", "primitives --regions", "have none")])
 def test_bad_settings(option, value, says, squares, tmp_path, capsys):
@@ -466,7 +514,7 @@ def seen_by_encoder(result, model, tokens):
 
 @pytest.fixture(scope="module")
 def spied(squares, tmp_path_factory):
-    """Four epochs of three steps of eight instances, a queue of 20; what is seen at every step."""
+    """Four epochs of three steps of 20 pairs, a queue of 52; what is seen at every step."""
     run = SimpleNamespace(out=tmp_path_factory.mktemp("runs") / "spied", steps=[])
 
     class AdamW(torch.optim.AdamW):
@@ -483,23 +531,22 @@ def spied(squares, tmp_path_factory):
         patch.setitem(clip.MODELS, "tiny", SMALL)
         patch.setattr(os, "fsync", lambda file: None)
         patch.setattr(torch.optim, "AdamW", AdamW)
-        patch.setattr(train_user, "WARMUP", 0.25)
         run.read = spy(patch, USER, "encode_text", seen_by_encoder)
         run.models = spy(patch, train_user, "USER", lambda model, *a: model)
         run.losses = spy(patch, train_user, "total_loss", seen_by_loss)
         run.captions = spy(patch, train_user, "augmented")
         run.val = spy(patch, eval, "embed", lambda embeddings, *a: embeddings)
         main(arguments(squares, "--out", run.out, "--epochs", 4, "--lr", 2e-3, "--clip-lr", 4e-4,
-                       "--weight-decay", 0.3, "--dim", 12, "--queue", 20, "--momentum", 0.75,
-                       "--augment", 0.5, "--lr-drop", 0.5, "--batch-weight", 3, "--dropout", 0,
-                       "--infonce-first", 0.25))
+                       "--weight-decay", 0.3, "--dim", 12, "--batch-size", 20, "--queue", 52,
+                       "--momentum", 0.75, "--augment", 0.5, "--lr-drop", 0.5, "--batch-weight", 3,
+                       "--dropout", 0))
     assert len(run.steps) == 12
     return run
 
 
 def test_learning_rates(spied):
-    """CLIP has a rate of its own. Warm-up, constant, a tenth after the drop; gradients are clipped."""
-    rates = [1 / 3, 2 / 3, 1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
+    """CLIP has a rate of its own. Constant, a tenth after the drop; gradients are clipped."""
+    rates = 6 * [1.0] + 6 * [0.1]
     for step, rate in zip(spied.steps, rates):
         (clip_lr, clip_decay, of_clip), (lr, decay, heads) = step.groups
         assert clip_lr == pytest.approx(4e-4 * rate) and lr == pytest.approx(2e-3 * rate)
@@ -509,25 +556,33 @@ def test_learning_rates(spied):
     assert max(step.norm for step in spied.steps) > 1.999
 
 
-def test_infonce_comes_first(spied):
-    assert [x.kind for x in spied.losses] == ["infonce"] * 3 + ["uto"] * 9
-    assert {x.weight for x in spied.losses} == {3.0}
-
-
-def test_keys_enter_the_queues_after_the_loss(spied, squares):
-    """At every step the queues hold the pairs of the steps before, with the group that each shows."""
-    pairs = in_order(Queue(20, 12))
-    for x in spied.losses:
-        assert x.queue == pairs[-20:] and not any(k.requires_grad for k in x.keys)
-        assert all(torch.allclose(k.norm(dim=1), torch.ones(8)) for k in x.keys)
-        pairs += rows_of(*x.keys, x.group)
-    queue = Queue(20, 12, seed=1)
-    queue.load_state_dict(clip.load_checkpoint(spied.out / "last.pt")["queue"])
-    assert in_order(queue) == pairs[-20:]
-    group = eval.layout(data.load(squares)[0])["image_group"]
+def test_an_epoch_is_one_pass_over_pairs(spied, squares):
+    """Every caption once, with the group of its image."""
+    assert {(x.kind, x.weight) for x in spied.losses} == {("uto", 3.0)}
+    instances, _ = data.load(squares)
+    group = eval.layout(instances)["image_group"].tolist()
+    model, tokenizer, _ = eval.restore(spied.out / "last.pt", "cpu")
+    expected = [(g, tokenizer.encode(caption)) for g, x in zip(group, instances) for caption in x.captions]
+    assert len(expected) == 60
     for epoch in range(4):
-        seen = torch.cat([x.group for x in spied.losses[3 * epoch:3 * epoch + 3]])
-        assert seen.sort().values.tolist() == group.sort().values.tolist() == sorted(list(range(8)) * 3)
+        seen = []
+        for step in range(3 * epoch, 3 * epoch + 3):
+            tokens = spied.captions[step][0]
+            for g, row in zip(spied.losses[step].group.tolist(), tokens):
+                seen.append((g, row[1:int(row.argmax())].tolist()))
+        assert sorted(seen) == sorted(expected)
+
+
+def test_keys_enter_the_queues_after_the_loss(spied):
+    """At every step the queues hold the pairs of the steps before, with the group that each shows."""
+    pairs = in_order(Queue(52, 12))
+    for x in spied.losses:
+        assert x.queue == pairs[-52:] and not any(k.requires_grad for k in x.keys)
+        assert all(torch.allclose(k.norm(dim=1), torch.ones(20)) for k in x.keys)
+        pairs += rows_of(*x.keys, x.group)
+    queue = Queue(52, 12, seed=1)
+    queue.load_state_dict(clip.load_checkpoint(spied.out / "last.pt")["queue"])
+    assert in_order(queue) == pairs[-52:]
     first = spied.losses[0]  # the momentum encoders start as copies
     for key, embedding in zip(first.keys, first.embeddings):
         assert torch.allclose(key, embedding, atol=1e-5)
@@ -581,7 +636,7 @@ def evaluated(out):
 
 @pytest.mark.parametrize("enhance, more", [("none", ["--queue", 0, "--loss", "triplet"]),
                                            ("sge", ["--loss", "infonce", "--batch-weight", 0]),
-                                           ("cge", ["--smooth", 9])])
+                                           ("cge", ["--smooth", 9, "--enhance-texts"])])
 def test_baselines_run_and_eval_repeats_their_metrics(enhance, more, squares, tmp_path):
     more = ["--epochs", 1, "--dim", 10, "--queue", 8, "--enhance", enhance, *more]
     main(arguments(squares, "--out", tmp_path, *more))
@@ -590,18 +645,37 @@ def test_baselines_run_and_eval_repeats_their_metrics(enhance, more, squares, tm
     assert ("queue" in last) == ("momentum" in last) == (enhance != "none")
     assert evaluated(tmp_path) == metrics(tmp_path)["test"]
     model = eval.restore(tmp_path / "best.pt", "cpu")[0]
-    assert model.smooth == (9 if enhance == "cge" else 4) and model.enhance == enhance
-    assert (model.text_sge is not None) == (enhance == "sge")
+    assert model.smooth == (9 if enhance == "cge" else 1) and model.enhance == enhance
+    assert (model.image_sge is not None) == (enhance == "sge") and model.text_sge is None
+    assert (model.text_cge is not None) == (enhance == "cge")
+
+
+def test_a_frozen_clip_keeps_its_weights(squares, tmp_path):
+    """Bit for bit, batch norm's statistics included; the rest learns. So do the momentum encoders'."""
+    argv = arguments(squares, "--image-size", 32, "--epochs", 1, "--dim", 12, "--queue", 16)
+    main([*argv, "--clip", "tiny-rn", "--out", str(tmp_path / "before")])
+    clip_file = str(tmp_path / "before" / "best.pt")
+    main([*argv, "--clip", clip_file, "--out", str(tmp_path / "run"), "--clip-lr", "0"])
+    expected = clip.load(clip_file, "cpu")[0].state_dict()
+    last = clip.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert "visual.bn1.running_mean" in expected
+    for name, value in expected.items():
+        assert torch.equal(last["clip"]["state_dict"][name], value), name
+        assert torch.equal(last["momentum"][f"clip.{name}"], value), name
+    assert not torch.equal(last["momentum"]["text_fc.weight"], last["heads"]["text_fc.weight"])
 
 
 @pytest.fixture
 def precomp(tmp_path):
-    """16 / 8 / 8 pictures as four regions of six numbers, five captions each; the arguments of a run."""
+    """16 / 8 / 8 pictures as four regions of six numbers, five captions each, and CLIP's embeddings; the
+    arguments of a run."""
     words = ("red", "green", "blue", "wet", "dry", "soft", "hard", "round")
     (tmp_path / "precomp").mkdir()
     for file, rows in (("train", 16), ("dev", 8), ("test", 8)):
         features = np.random.default_rng(rows + len(file)).random((rows, 4, 6), np.float32)
         np.save(tmp_path / "precomp" / f"{file}_ims.npy", features)
+        embeddings = features.reshape(rows, 24).repeat(2, axis=1)[:, :32]
+        np.save(tmp_path / "precomp" / f"{file}_clip.npy", embeddings)
         captions = [f"a {words[i % 8]} thing, {words[i // 5 % 8]}\n" for i in range(5 * rows)]
         (tmp_path / "precomp" / f"{file}_caps.txt").write_text("".join(captions))
     return arguments("flickr30k", "--root", tmp_path, "--regions", "--epochs", 1, "--dim", 12, "--queue", 16,
@@ -614,21 +688,47 @@ def test_regions(precomp, tmp_path, capsys):
     out = tmp_path / "run"
     found, checkpoint = metrics(out)["test"], clip.load_checkpoint(out / "best.pt")
     assert checkpoint["heads"]["image_fc.weight"].shape == (12, 6) and checkpoint["regions"] == 6
-    assert checkpoint["step"] == 2 and math.isfinite(log(out)[0]["loss"]) and found["model"]["rSum"] > 0
+    assert checkpoint["step"] == 10 and math.isfinite(log(out)[0]["loss"]) and found["model"]["rSum"] > 0
     assert evaluated(out) == found
     argv = ["--checkpoint", out / "best.pt", "--device", "cpu", "--gallery", tmp_path / "gallery.png"]
     assert "have no picture to show" in refused(capsys, argv, eval.main)
     model, tokenizer, _ = eval.restore(out / "best.pt", "cpu")
     images, _ = eval.embed(model, data.load_regions("flickr30k", str(tmp_path), "test")[0], tokenizer, "off")
-    features = torch.from_numpy(np.load(tmp_path / "precomp" / "test_ims.npy"))
+    regions, embeddings = (torch.from_numpy(np.load(tmp_path / "precomp" / f"test_{kind}.npy"))
+                           for kind in ("ims", "clip"))
     with torch.no_grad():
-        assert torch.allclose(images, model.encode_image(features), atol=1e-5)
+        assert torch.allclose(images, model.encode_image(data.Regions(regions, embeddings)), atol=1e-5)
+
+
+def test_regions_with_pictures(precomp, tmp_path):
+    """CLIP embeds them, and is trained; pictures of results can be drawn."""
+    rows = []
+    (tmp_path / "flickr30k-images").mkdir()
+    for file, split, count in (("train", "train", 16), ("dev", "val", 8), ("test", "test", 8)):
+        captions = (tmp_path / "precomp" / f"{file}_caps.txt").read_text().splitlines()
+        for i in range(count):
+            picture = Image.fromarray(np.full((20, 24, 3), 8 * i, np.uint8))
+            picture.save(tmp_path / "flickr30k-images" / f"{file}-{i}.png")
+            sentences = [{"raw": caption.title()} for caption in captions[5 * i:5 * i + 5]]
+            rows.append({"filename": f"{file}-{i}.png", "split": split, "sentences": sentences})
+        (tmp_path / "precomp" / f"{file}_clip.npy").unlink()
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": rows}))
+    main(precomp)
+    out = tmp_path / "run"
+    assert evaluated(out) == metrics(out)["test"]
+    weights = [clip.load_checkpoint(out / name)["clip"]["state_dict"] for name in ("best.pt", "last.pt")]
+    first = clip.build("tiny", eval.restore(out / "best.pt", "cpu")[1], 0, 16).state_dict()
+    assert not torch.equal(weights[0]["visual.conv1.weight"], first["visual.conv1.weight"])
+    runs.evaluated(out / "best.pt", "--gallery", tmp_path / "gallery.png")
+    assert (tmp_path / "gallery.png").exists()
 
 
 @pytest.mark.parametrize("file", ["train", "dev", "test"])
 def test_region_files_that_do_not_fit_are_refused(file, precomp, tmp_path, capsys):
     """In one line and before anything is trained."""
-    caps, ims = (tmp_path / "precomp" / f"{file}{end}" for end in ("_caps.txt", "_ims.npy"))
+    ends = ("_caps.txt", "_ims.npy", "_clip.npy")
+    caps, ims, embeddings = (tmp_path / "precomp" / f"{file}{end}" for end in ends)
+    features = np.load(ims)
     captions = caps.read_text()
     caps.write_text("".join(captions.splitlines(keepends=True)[:-5]))
     line = refused(capsys, precomp, main)
@@ -640,6 +740,17 @@ def test_region_files_that_do_not_fit_are_refused(file, precomp, tmp_path, capsy
         np.save(ims, np.zeros((8, 4, 7), np.float32))
         data._regions.cache_clear()
         assert f"{file}_ims.npy: features of width 7" in refused(capsys, precomp, main)
+    np.save(ims, features)
+    data._regions.cache_clear()
+    for shape, problem in (((8, 31), "embeddings of width 31; those of --clip tiny have 32"),
+                           ((9, 32), "9 rows"), ((8, 4, 32), "are floats (images, D)")):
+        shape = (len(features), *shape[1:]) if shape[0] == 8 else shape
+        np.save(embeddings, np.zeros(shape, np.float32))
+        data._regions.cache_clear()
+        line = refused(capsys, precomp, main)
+        assert f"{file}_clip.npy" in line and problem in line
+    embeddings.unlink()
+    assert f"{file}_clip.npy: does not exist; --enhance both needs" in refused(capsys, precomp, main)
     ims.unlink()
     data._regions.cache_clear()
     assert f"{file}_ims.npy" in refused(capsys, precomp, main) and not (tmp_path / "run").exists()
