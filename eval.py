@@ -622,19 +622,18 @@ def table(rows, shapes=False):
 
     shapes: with the columns and the words of Text2Shape.
     """
-    columns = ("R@1", "R@5", "R@10", "MRR", "MedR")
-    heads, item = columns, "image"
+    item = "shape" if shapes else "image"
+    heads = {"R@1": "R@1", "R@5": "R@5", "R@10": "R@10", "MRR": "MRR", "MedR": "MedR", "MeanR": "MnR"}
     if shapes:
-        columns = ("R@1", "R@5", "NDCG@5", "MRR", "MedR")
-        heads, item = ("RR@1", "RR@5", "NDCG@5", "MRR", "MedR"), "shape"
+        heads = {"R@1": "RR@1", "R@5": "RR@5", "NDCG@5": "NDCG@5", "MRR": "MRR", "MedR": "MedR"}
     width = max(map(len, rows))
-    span = 7 * len(columns)
-    head = "".join(f"{name:>7}" for name in heads)
+    span = 7 * len(heads)
+    head = "".join(f"{name:>7}" for name in heads.values())
     lines = [f"{'':{width}}   {f'text-to-{item}':^{span}}   {f'{item}-to-text':^{span}}",
              f"{'':{width}}   {head}   {head}"]
     for name, row in rows.items():
-        cells = ["".join(f"{row[way][column]:7.1f}" for column in columns) for way in WAYS]
-        lines.append(f"{name:{width}}   {cells[0]}   {cells[1]}")
+        to_image, to_text = ["".join(f"{row[way][metric]:7.1f}" for metric in heads) for way in WAYS]
+        lines.append(f"{name:{width}}   {to_image}   {to_text}")
     return "\n".join(lines)
 
 

@@ -16,52 +16,85 @@ similarity (section 3.3, equations 7 and 8) has no weights:
     v = sum over j of softmax_j(t . f_j / tau) f_j
     similarity = cos(t, v)
 
-The loss is CLIP's symmetric cross-entropy of these similarities, with CLIP's own scale, which is frozen.
+The loss is CLIP's symmetric cross-entropy of these similarities, with CLIP's own scale, which is frozen. An
+epoch is one pass over pairs: every caption once, each time with the frames of its video.
+
+From the paper are the adapters, the similarity, the loss, and r and d_s of each data set; from the authors'
+code the initial weights, the learning rates, the schedule, and dropout of 0. The baselines follow their own
+papers (named where they stand), but the paper's prompts are in every layer, and ours before the first alone.
+Ours are AdamW (the authors' Adam has no bias correction, and its cosine is counted from the first step, not
+from the end of the warm-up), the learning rates from scratch, and the built-in shapes as a task.
 
     python train_adapter.py                                          # shapes: pretrain a tiny CLIP, adapt it
-    python train_adapter.py --data msrvtt --root path/to/msrvtt --clip ViT-B/32         # the paper's setting
-    python train_adapter.py --data didemo --clip ViT-B/32 --frames 64 --context 64 --share 8     # paragraphs;
-                                                             # for ActivityNet also --epochs 20 --share 512
-    python train_adapter.py --data mine.jsonl --clip ViT-B/32 --tune full  # your data, one of the baselines
-    torchrun --nproc_per_node=2 train_adapter.py                          # the same batch over two processes
-    python train_adapter.py --resume                             # go on where it stopped, to the same bits
+    python train_adapter.py --data msrvtt --root path/to/msrvtt --clip ViT-B/32     # the paper's setting
+    python train_adapter.py --data activitynet --clip ViT-B/32             # its settings for paragraphs
+    python train_adapter.py --data mine.jsonl --clip ViT-B/32 --tune lora  # your data, one of the baselines
+    python train_adapter.py --tune full --pool mean                        # another, by the frames' mean
+    torchrun --nproc_per_node=2 train_adapter.py                           # the same batch over two processes
+    python train_adapter.py --resume                              # go on where it stopped, to the same bits
 """
 import argparse
+import hashlib
 import math
 import os
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import parametrize
 
 import clip
 import data
 import eval
 import losses
 
-PRETRAINED = dict(epochs=5, batch_size=128, lr=1e-5, weight_decay=0.2)  # the paper's
-SCRATCH = dict(epochs=20, batch_size=32, lr=1e-2, weight_decay=0.2)  # a tiny CLIP that is pretrained here
+PRETRAINED = dict(epochs=5, batch_size=128, weight_decay=0.2, rank=8, share=16, frames=12)  # for MSR-VTT
+DATA = {  # the paper's where they differ; texts of the last two are paragraphs, and their videos longer
+    "msvd": PRETRAINED | dict(rank=16),
+    "didemo": PRETRAINED | dict(share=8, frames=64),
+    "activitynet": PRETRAINED | dict(rank=16, share=512, frames=64, epochs=20),
+}
+CONTEXT = {"didemo": 64, "activitynet": 64}  # tokens of a text, where the CLIP has as many; elsewhere 32
+SCRATCH = PRETRAINED | dict(epochs=4, batch_size=32)  # a tiny CLIP that is pretrained here
+RATES = {  # --tune: the peak learning rates for a pretrained CLIP and for one that is pretrained here
+    "adapter": (1e-5, 1e-2),  # 1e-5 is published
+    "adapter-unshared": (1e-5, 1e-2),
+    "lora": (1e-5, 1e-2),  # of lora, prompt and bitfit none is published: the adapters'
+    "prompt": (1e-5, 3e-2),
+    "bitfit": (1e-5, 3e-2),
+    "head": (1e-7, 3e-3),  # 1e-7 is published for CLIP's own weights
+    "full": (1e-7, 3e-4),
+}
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 MAX_NORM = 1.0  # of the gradient
 TAU = 5.0  # temperature of the softmax over a video's frames
-CONTEXT = 32  # tokens of a text, where the CLIP has as many
+LORA_ALPHA = 16.0  # LoRA's update is scaled by LORA_ALPHA / r
 
 
 def settings(argv=None):
     p = eval.common_arguments(__doc__, data="primitives-target")
-    p.add_argument("--tune", default="adapter",
-                   choices=("adapter", "adapter-unshared", "full", "head", "bitfit", "prompt"),
-                   help="what is trained: adapters, also without sharing; all; projections; biases; prompts")
-    p.add_argument("--rank", type=eval.positive_int, default=8, help="r, width of the bottleneck")
-    p.add_argument("--share", type=eval.non_negative_int, default=16,
-                   help="d_s, output channels of the matrix that both encoders share")
+    p.add_argument("--tune", default="adapter", choices=tuple(RATES),
+                   help="what is trained: adapters, also without sharing; low-rank updates of queries and "
+                        "values; prompts; biases; the projections; all of CLIP")
+    p.add_argument("--rank", type=eval.positive_int,
+                   help="r, width of the bottleneck; of lora the rank (default 8; msvd and activitynet 16)")
+    p.add_argument("--share", type=eval.non_negative_int,
+                   help="d_s, output channels of the matrix that both encoders share "
+                        "(default 16; didemo 8, activitynet 512)")
+    p.add_argument("--dropout", type=eval.fraction, default=0.0,
+                   help="after the adapters' non-linearity (default 0, as the authors' command)")
     p.add_argument("--prompts", type=eval.positive_int, default=8,
                    help="learned tokens in each encoder, for --tune prompt")
-    p.add_argument("--frames", type=eval.positive_int, default=12,
-                   help="images of an instance, evenly taken (paper: 12; paragraphs 64)")
+    p.add_argument("--frames", type=eval.positive_int,
+                   help="images of an instance, evenly taken (default 12; didemo and activitynet 64)")
     p.add_argument("--context", type=eval.positive_int,
-                   help="tokens of a text (default 32, or what the CLIP has; paragraphs 64)")
+                   help="tokens of a text (default 32, or what the CLIP has; didemo and activitynet 64)")
+    p.add_argument("--pool", choices=("query", "mean"), default="query",
+                   help="a video as the text sees it, or the mean of its frames, to compare with")
+    p.add_argument("--tau", type=eval.positive, default=TAU,
+                   help="temperature of --pool query: how little the text's choice of frames counts")
     p.add_argument("--pretrain-epochs", type=eval.positive_int, default=12,
                    help="epochs on primitives-source before --clip tiny or small is adapted")
     p.add_argument("--train-metrics", action="store_true",
@@ -70,35 +103,51 @@ def settings(argv=None):
     if args.clip in clip.SCRATCH and args.data != "primitives-target":
         p.error(f"--clip {args.clip} has nothing to adapt: give a pretrained one "
                 "(only with --data primitives-target is it pretrained here)")
-    return eval.complete(args, "adapter", SCRATCH if args.clip in clip.SCRATCH else PRETRAINED)
+    pretrained_rate, scratch_rate = RATES[args.tune]
+    if args.clip in clip.SCRATCH:
+        return eval.complete(args, "adapter", SCRATCH | dict(lr=scratch_rate))
+    return eval.complete(args, "adapter", DATA.get(args.data, PRETRAINED) | dict(lr=pretrained_rate))
 
 
 # ---------------------------------------------------------------- what is put into CLIP
+
+def generator(seed, name):
+    """A generator of its own for every initial matrix, so that what else is made does not change it."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def linear(inputs, outputs, seed, name):
+    """A linear layer of an adapter: truncated normal with a deviation of 0.01, biases 0."""
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    nn.init.trunc_normal_(layer.weight, std=0.01, generator=generator(seed, name))
+    nn.init.zeros_(layer.bias)
+    return layer
+
 
 class Adapters(nn.Module):
     """The adapters of both encoders: h + [z W_unique, z W_share] with z = QuickGELU(h W_down) (section 3.2).
 
     rank is r. shared_dim is d_s, from 0 up to the narrower encoder's width; W_share gives the last channels.
     Every layer has one W_share after attention and one after the MLP, for both encoders. Layers that only the
-    deeper encoder has share with none. shared=False, a baseline: each encoder has W_shares of its own.
+    deeper encoder has share with none. shared=False, a baseline: each encoder has W_shares of its own, which
+    start as the shared ones do, so that both ways start as the same function. dropout acts on z (appendix B).
     """
 
-    def __init__(self, clip_model, rank, shared_dim, shared=True):
+    def __init__(self, clip_model, rank, shared_dim, shared=True, dropout=0.0, seed=0):
         super().__init__()
         self.shared = shared
+        self.dropout = nn.Dropout(dropout)
         self.down = nn.ModuleDict()
         self.unique = nn.ModuleDict()
         self.share = nn.ModuleDict()
         for key, _, width in branches(clip_model):
-            self.down[key] = nn.Linear(width, rank)
+            _, place = key.split("_", 1)
+            self.down[key] = linear(width, rank, seed, f"down {key}")
             if shared_dim < width:
-                self.unique[key] = nn.Linear(rank, width - shared_dim)
+                self.unique[key] = linear(rank, width - shared_dim, seed, f"unique {key}")
             if shared_dim and self.share_key(key) not in self.share:
-                self.share[self.share_key(key)] = nn.Linear(rank, shared_dim)
-        for linear in self.modules():
-            if isinstance(linear, nn.Linear):
-                nn.init.trunc_normal_(linear.weight, std=0.01)
-                nn.init.zeros_(linear.bias)
+                self.share[self.share_key(key)] = linear(rank, shared_dim, seed, f"share {place}")
 
     def share_key(self, key):
         """The name of a place's W_share: without the encoder ("0_attn") where the encoders share it."""
@@ -106,7 +155,7 @@ class Adapters(nn.Module):
 
     def forward(self, key, h):
         z = self.down[key](h)
-        z = z * torch.sigmoid(1.702 * z)  # QuickGELU
+        z = self.dropout(z * torch.sigmoid(1.702 * z))  # QuickGELU
         channels = []
         if key in self.unique:
             channels.append(self.unique[key](z))
@@ -115,13 +164,13 @@ class Adapters(nn.Module):
         return h + torch.cat(channels, dim=-1)
 
     def attach(self, clip_model):
-        """Insert the adapters into a CLIP. Returns handles, whose remove() takes them out again."""
-        handles = []
+        """Insert the adapters into a CLIP. Returns functions that take them out again."""
+        removals = []
         for key, module, _ in branches(clip_model):
             def adapt(module, inputs, h, key=key):
                 return self(key, h)
-            handles.append(module.register_forward_hook(adapt))
-        return handles
+            removals.append(module.register_forward_hook(adapt).remove)
+        return removals
 
 
 def branches(clip_model):
@@ -136,12 +185,19 @@ def branches(clip_model):
 
 
 class Prompts(nn.Module):
-    """A baseline: learned tokens after a text's start symbol (CoOp) and after an image's tokens (VPT)."""
+    """A baseline: learned tokens after a text's start symbol (CoOp, Zhou et al. 2022) and after an image's
+    tokens (VPT, Jia et al. 2022).
 
-    def __init__(self, clip_model, count):
+    They are shallow: put in before the first layer alone. The paper's baseline has new ones in every layer.
+    """
+
+    def __init__(self, clip_model, count, seed=0):
         super().__init__()
-        self.image = nn.Parameter(0.02 * torch.randn(count, clip_model.config.vision_width))
-        self.text = nn.Parameter(0.02 * torch.randn(count, clip_model.config.transformer_width))
+        config = clip_model.config
+        self.image = nn.Parameter(0.02 * torch.randn(count, config.vision_width,
+                                                     generator=generator(seed, "image")))
+        self.text = nn.Parameter(0.02 * torch.randn(count, config.transformer_width,
+                                                    generator=generator(seed, "text")))
 
     def extend(self, tokens):
         """Token rows (B, L) with more start symbols, (B, L + count), whose embeddings will be replaced.
@@ -156,22 +212,67 @@ class Prompts(nn.Module):
         return tokens
 
     def attach(self, clip_model):
-        """Insert the prompts into a CLIP. Returns handles, whose remove() takes them out again."""
+        """Insert the prompts into a CLIP. Returns functions that take them out again."""
         def replace_embeddings(module, inputs, x):
             texts = len(self.at) // len(self.text)
             return x.index_copy(0, self.at, self.text.to(x.dtype).repeat(texts, 1))
 
         def append_tokens(module, inputs, x):
             return torch.cat([x, self.image.to(x.dtype).expand(len(x), -1, -1)], dim=1)
-        return [clip_model.token_embedding.register_forward_hook(replace_embeddings),
-                clip_model.visual.ln_pre.register_forward_hook(append_tokens)]
+        return [clip_model.token_embedding.register_forward_hook(replace_embeddings).remove,
+                clip_model.visual.ln_pre.register_forward_hook(append_tokens).remove]
+
+
+class LowRank(nn.Module):
+    """LoRA's update of one attention layer's matrices of queries and of values: W + (LORA_ALPHA / r) B A.
+
+    A (r, width) is normal with a deviation of width^-1/2 and B (width, r) is zero, so that nothing is changed
+    at the start.
+    """
+
+    def __init__(self, width, rank, seed, name):
+        super().__init__()
+        normal = torch.randn(2, rank, width, generator=generator(seed, name))  # of queries, of values
+        self.A = nn.Parameter(normal * width ** -0.5)
+        self.B = nn.Parameter(torch.zeros(2, width, rank))
+
+    def forward(self, weight):
+        """weight (3 width, width): those of queries, keys and values, one below the other."""
+        queries, values = LORA_ALPHA / self.A.shape[1] * self.B @ self.A
+        return weight + torch.cat([queries, torch.zeros_like(queries), values])
+
+
+class LoRA(nn.Module):
+    """A baseline: LoRA (Hu et al. 2022, arXiv 2106.09685) on queries and values of every block.
+
+    The updated matrix is made anew at every step, merged as for use, so a step of training pays for the
+    gradient of the whole matrix too.
+    """
+
+    def __init__(self, clip_model, rank, seed=0):
+        super().__init__()
+        self.updates = nn.ModuleDict()
+        for key, _, width in branches(clip_model):
+            if key.endswith("attn"):
+                self.updates[key] = LowRank(width, rank, seed, key)
+
+    def attach(self, clip_model):
+        """Update the matrices of a CLIP. Returns functions that give it the old ones back."""
+        removals = []
+        for key, module, _ in branches(clip_model):
+            if key in self.updates:
+                parametrize.register_parametrization(module, "in_proj_weight", self.updates[key],
+                                                     unsafe=True)  # untried: the two may lie on two devices
+                removals.append(partial(parametrize.remove_parametrizations, module, "in_proj_weight",
+                                        leave_parametrized=False))
+        return removals
 
 
 def check_tunable(config, tune, shared_dim, prompts):
     """Raise CheckpointError where a CLIP of this configuration cannot be tuned in this way."""
     narrower = min(config.vision_width, config.transformer_width)
     positions = config.context_length
-    if config.vision_patch_size is None and tune in ("adapter", "adapter-unshared", "prompt"):
+    if config.vision_patch_size is None and tune in ("adapter", "adapter-unshared", "lora", "prompt"):
         raise clip.CheckpointError(f"--tune {tune} goes into transformer blocks, and this CLIP's image "
                                    "encoder is a ResNet; give a ViT, or choose --tune full, head or bitfit")
     if tune.startswith("adapter") and shared_dim > narrower:
@@ -184,7 +285,8 @@ def check_tunable(config, tune, shared_dim, prompts):
 
 
 def is_tuned(tune, name, parameter):
-    """Whether --tune trains this parameter of CLIP itself; adapters and prompts leave all as they are."""
+    """Whether --tune trains this parameter of CLIP itself: with full all, with head the projections, with
+    bitfit (Ben Zaken et al. 2022) the biases. What is added to a CLIP leaves it as it is."""
     if name == "logit_scale":
         return False
     if tune == "full":
@@ -197,39 +299,45 @@ def is_tuned(tune, name, parameter):
 class Tuned(nn.Module):
     """A frozen CLIP and what is trained on it. It embeds images and texts as a CLIP does.
 
-    The arguments are those of the command line; the initial weights depend on `seed` alone. Raises
-    CheckpointError where the CLIP cannot be tuned so, or carries adapters or prompts already.
+    The arguments are those of the command line; each initial matrix depends on `seed` and its name alone.
+    Raises CheckpointError where the CLIP cannot be tuned so, or carries adapters, updates or prompts already.
     """
 
-    def __init__(self, clip_model, tune="adapter", rank=8, shared_dim=16, prompts=8, seed=0):
+    def __init__(self, clip_model, tune="adapter", rank=8, shared_dim=16, prompts=8, seed=0, dropout=0.0):
         super().__init__()
         config = clip_model.config
         check_tunable(config, tune, shared_dim, prompts)
         if getattr(clip_model, "tuned", False):
-            raise clip.CheckpointError("this CLIP carries adapters or prompts already, or was trained "
-                                       "itself: detach() them first, or load it anew")
+            raise clip.CheckpointError("this CLIP carries adapters, updates or prompts already, or was "
+                                       "trained itself: detach() them first, or load it anew")
         self.prompts = prompts if tune == "prompt" else 0
         self.config = replace(config, context_length=config.context_length - self.prompts)  # left for words
         self.tokenizer = clip_model.tokenizer
-        self.extra = None  # adapters or prompts; otherwise the CLIP itself is trained
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
-            if tune.startswith("adapter"):
-                self.extra = Adapters(clip_model, rank, shared_dim, tune == "adapter")
-            elif tune == "prompt":
-                self.extra = Prompts(clip_model, prompts)
+        self.extra = None  # adapters, updates or prompts; otherwise the CLIP itself is trained
+        if tune.startswith("adapter"):
+            self.extra = Adapters(clip_model, rank, shared_dim, tune == "adapter", dropout, seed)
+        elif tune == "lora":
+            self.extra = LoRA(clip_model, rank, seed)
+        elif tune == "prompt":
+            self.extra = Prompts(clip_model, prompts, seed)
         for name, parameter in clip_model.named_parameters():
             parameter.requires_grad_(is_tuned(tune, name, parameter))
         self.clip = clip_model
         self.clip.tuned = True
-        self.handles = [] if self.extra is None else self.extra.attach(clip_model)
+        self.removals = [] if self.extra is None else self.extra.attach(clip_model)
 
     def detach(self):
-        """Take adapters or prompts out of the CLIP, which then computes what it did before."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        """Take what was added out of the CLIP, which then computes what it did before."""
+        for remove in self.removals:
+            remove()
+        self.removals = []
         self.clip.tuned = self.extra is None  # trained itself, a CLIP is no longer what it was
+
+    def train(self, mode=True):
+        """Training mode is for the adapters' dropout alone: the batch statistics of a frozen ResNet stay."""
+        super().train(mode)
+        self.clip.eval()
+        return self
 
     def encode_image(self, images):
         return self.clip.encode_image(images)
@@ -273,7 +381,8 @@ def similarity(texts, frames, mask, tau=TAU):
         similarity = t . v / (|t| |v|)
 
     texts (C, D) and frames (N, V, D) are not of unit norm; mask (N, V) is True at frames. Returns (C, N) in
-    -1..1; with one frame the plain cosine. v differs for every text, (C, N, D), and is never made: with the
+    -1..1; with one frame the plain cosine, with an infinite tau that of the text and the frames' mean (--pool
+    mean, as the authors' code takes it). v differs for every text, (C, N, D), and is never made: with the
     products G = f f^T of a video's frames, (V, V), t . v = sum over j of w_j alpha_j and |v|^2 = w G w^T.
     """
     texts = texts.float()
@@ -286,9 +395,19 @@ def similarity(texts, frames, mask, tau=TAU):
     return (weights * alpha).sum(-1) / (video_norm * text_norm)
 
 
-def total_loss(texts, frames, mask, scale):
-    """CLIP's symmetric cross-entropy, where text i belongs to video i. Shapes as in `similarity`."""
-    logits = scale * similarity(texts, frames, mask)  # (B, B): texts x videos
+def frame_temperature(settings):
+    """tau of `similarity` for a run's settings."""
+    if settings.get("pool") == "mean":
+        return math.inf
+    return settings.get("tau", TAU)
+
+
+def total_loss(texts, frames, mask, scale, tau=TAU):
+    """CLIP's symmetric cross-entropy, where text i belongs to video i. Shapes as in `similarity`.
+
+    A video that is in a batch twice, with two of its captions, is its own negative, as in the authors' code.
+    """
+    logits = scale * similarity(texts, frames, mask, tau)  # (B, B): texts x videos
     target = torch.arange(len(texts), device=texts.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
@@ -302,7 +421,7 @@ def video_loader(model, instances, args, batch_size, **options):
         beside = f" beside {args.prompts} prompts" if args.tune == "prompt" else ""
         raise data.DataError(f"--context {args.context}: this CLIP has {positions} positions for a text"
                              f"{beside}; choose {positions} or less")
-    context = args.context or min(CONTEXT, positions)
+    context = args.context or min(CONTEXT.get(args.data, 32), positions)
     tokenizer = model.tokenizer or clip.default_tokenizer()
     return data.Loader(instances, tokenizer, context, model.config.image_resolution, batch_size,
                        frames=args.frames, workers=args.workers, **options)
@@ -315,15 +434,18 @@ def evaluation_loader(model, instances, args):
 
 def embed(model, loader, amp):
     """-> frames (N, V, D), mask (N, V), texts (C, D), as the encoders give them."""
+    was_training = model.training
+    model.eval()
     features, masks = zip(*eval.encode_images(model, loader, amp))
     most = max(mask.shape[1] for mask in masks)
     mask = torch.cat([F.pad(mask, (0, most - mask.shape[1])) for mask in masks])
     texts = torch.cat(list(eval.encode_texts(model, loader, amp)))
+    model.train(was_training)
     return as_videos(torch.cat(features), mask), mask, texts
 
 
-def video_scores(frames, mask, texts):
-    """-> (text_scores, image_scores), as of `eval.cosine_scores`, by the query-aware similarity.
+def video_scores(frames, mask, texts, tau=TAU):
+    """-> (text_scores, image_scores), as of `eval.cosine_scores`, by `similarity`.
 
     They are computed in blocks, because texts x videos x frames do not fit into memory.
     """
@@ -331,28 +453,33 @@ def video_scores(frames, mask, texts):
     videos_at_once = max(1, eval.BLOCK // (len(texts) * mask.shape[1]))
 
     def text_scores(numbers):
-        return torch.cat([similarity(texts[block], frames, mask) for block in numbers.split(texts_at_once)])
+        blocks = numbers.split(texts_at_once)
+        return torch.cat([similarity(texts[block], frames, mask, tau) for block in blocks])
 
     def image_scores(numbers):
         blocks = numbers.split(videos_at_once)
-        return torch.cat([similarity(texts, frames[block], mask[block]).t() for block in blocks])
+        return torch.cat([similarity(texts, frames[block], mask[block], tau).t() for block in blocks])
     return text_scores, image_scores
 
 
-def video_metrics(frames, mask, texts, layout):
-    """`eval.both_ways` by the query-aware similarity; layout is `eval.layout` of the instances."""
-    return eval.score_metrics(*video_scores(frames, mask, texts), **layout)
+@torch.no_grad()
+def video_metrics(frames, mask, texts, layout, tau=TAU):
+    """`eval.both_ways` by `similarity`; layout is `eval.layout` of the instances."""
+    return eval.score_metrics(*video_scores(frames, mask, texts, tau), **layout)
 
 
 def embed_split(model, checkpoint, name, root, split, amp="auto", workers=0):
-    """-> `eval.Embedded` of a split, with the query-aware scores. The model is the checkpoint's, or the CLIP
-    that it belongs to. The features of unit norm beside the scores are the means over frames."""
+    """-> `eval.Embedded` of a split, with the scores of `similarity`, for eval.py.
+
+    The model is the checkpoint's, or the CLIP that it belongs to. The features of unit norm beside the scores
+    are the means over frames.
+    """
     args = argparse.Namespace(**checkpoint["settings"] | {"workers": workers})
     instances, tasks = data.load(name, root, split)
     frames, mask, texts = embed(model, evaluation_loader(model, instances, args), amp)
     means = F.normalize((F.normalize(frames, dim=-1) * mask[..., None]).sum(1), dim=-1)
-    return eval.Embedded(instances, means, F.normalize(texts, dim=-1), tasks,
-                         scores=video_scores(frames, mask, texts))
+    scores = video_scores(frames, mask, texts, frame_temperature(checkpoint["settings"]))
+    return eval.Embedded(instances, means, F.normalize(texts, dim=-1), tasks, scores=scores)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -403,17 +530,25 @@ def onto(clip_model, checkpoint, path="the checkpoint"):
 # ---------------------------------------------------------------- the report
 
 def peak_memory(device):
-    """The most memory this process has held, in GiB: of the GPU, or of the main memory where that is told."""
+    """The most memory this process has held since `reset_peak_memory`, in GiB: of the GPU, or main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2 ** 20
+
+
+def reset_peak_memory(device):
+    """Forget an earlier peak. Returns what is held now, in GiB, or None where the system does not tell (only
+    Linux does)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return peak_memory(device)
     try:
-        with open("/proc/self/status") as f:
-            for line in f:
-                if line.startswith("VmHWM"):
-                    return int(line.split()[1]) / 2 ** 20
-    except OSError:
-        pass
-    return None
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # sets VmHWM to what is held now
+        return peak_memory(device)
+    except (OSError, StopIteration):
+        return None
 
 
 def report(args, costs, device):
@@ -426,13 +561,14 @@ def report(args, costs, device):
     path = os.path.join(args.out, "metrics.json")
     eval.write_json(path, {"test": tuned, "test, not tuned": before})
     eval.write_json(os.path.join(args.out, "costs.json"), costs)
-    print(eval.table({"test model": tuned["model"], "not tuned": before["model"], "chance": tuned["chance"]}))
+    rows = {"test model": tuned["model"], "not tuned": before["model"], "chance": tuned["chance"]}
+    print(eval.table(rows))
     count = costs["trained_parameters"]
     line = f"--tune {args.tune}: {count:,} trained parameters ({100 * costs['share']:.2f}%)"
     if costs["seconds_per_step"]:
         line += f", {costs['seconds_per_step']:.3f} s per step"
     if costs["peak_memory_gib"]:
-        line += f", {costs['peak_memory_gib']:.2f} GiB at most"
+        line += f", {costs['peak_memory_gib']:.2f} GiB at most in a step"
     print(line)
     print(f"written to {path}")
 
@@ -486,10 +622,12 @@ def main(argv=None):
     clip_model, _ = clip.load(path, device, image_size=args.image_size)
     identity = clip.identity(clip_model)
     total = sum(p.numel() for p in clip_model.parameters())
-    model = Tuned(clip_model, args.tune, args.rank, args.share, args.prompts, args.seed).to(device)
+    model = Tuned(clip_model, args.tune, args.rank, args.share, args.prompts, args.seed, args.dropout)
+    model.to(device)
+    tau = frame_temperature(vars(args))
     if args.compile:
         clip.compile_blocks(clip_model)
-    loader = video_loader(model, train, args, args.batch_size, captions=1, train=True, seed=args.seed,
+    loader = video_loader(model, train, args, args.batch_size, pairs=True, train=True, seed=args.seed,
                           rank=rank, world=world)
     loaders = {"val": evaluation_loader(model, val, args)}  # of what is evaluated during training
     if args.train_metrics:
@@ -511,13 +649,15 @@ def main(argv=None):
         model.load_trained(checkpoint["trained"])
 
     run = eval.Run(args, "train_adapter", optimizer, steps, len(loader), pack, unpack)
-    run.say(f"{args.data}: {len(train):,} instances, up to {args.frames} frames; --tune {args.tune}: "
-            f"{count:,} trained parameters, {100 * count / total:.2f}% of CLIP's {total:,}; "
-            f"{steps:,} steps on {device.type}")
-    model.eval()  # nothing drops out, and the batch statistics of a frozen ResNet stay
+    run.say(f"{args.data}: {len(train):,} instances with {len(loader.caption_owner):,} captions, up to "
+            f"{args.frames} frames; --tune {args.tune}: {count:,} trained parameters, "
+            f"{100 * count / total:.2f}% of CLIP's {total:,}; {steps:,} steps on {device.type}")
+    model.train()
+    peak = reset_peak_memory(device)  # that of the steps: pretraining and evaluations are left out
     for step, batch in run.batches(loader):
         for part in optimizer.param_groups:
             part["lr"] = eval.warmup_cosine(step, steps, WARMUP, args.lr)
+        data.seed_step(args.seed, step, rank)  # dropout
         batch = data.to_device(batch, device)
         mask = batch["image_mask"]  # (B, V)
         with clip.autocast(args.amp, clip_model):
@@ -527,7 +667,7 @@ def main(argv=None):
         frames = losses.gather(as_videos(features, mask))
         mask = losses.gather(mask)
         texts = losses.gather(texts)
-        loss = total_loss(texts, frames, mask, clip_model.logit_scale.exp())
+        loss = total_loss(texts, frames, mask, clip_model.logit_scale.exp(), tau)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         eval.average_gradients(parameters)
@@ -535,14 +675,17 @@ def main(argv=None):
         run.check(loss, norm)
         optimizer.step()
         if run.log(loss, args.batch_size):
+            if peak is not None:
+                peak = max(peak, peak_memory(device))
             metrics = {}
             for split, watched in loaders.items():
                 layout = eval.layout(watched.instances)
-                metrics[split] = video_metrics(*embed(model, watched, args.amp), layout)
+                metrics[split] = video_metrics(*embed(model, watched, args.amp), layout, tau)
             run.keep_best(metrics["val"]["rSum"], eval.recalls(metrics["val"]), **metrics)
+            reset_peak_memory(device)
     if run.first:
         costs = {"trained_parameters": count, "share": count / total,
-                 "seconds_per_step": run.seconds_per_step(), "peak_memory_gib": peak_memory(device)}
+                 "seconds_per_step": run.seconds_per_step(), "peak_memory_gib": peak}
         report(args, costs, device)
 
 

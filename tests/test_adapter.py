@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -98,8 +99,10 @@ def beside(squares, name="clip.pt"):
 
 
 def arguments(squares, *more):
-    """Three epochs of three steps of the squares with clip.pt; both images of a square are its frames."""
-    return runs.arguments(squares, "--clip", beside(squares), "--frames", 2, "--lr", 0.01, *more)
+    """Three epochs of three steps of the squares' 60 captions with clip.pt; both images of a square are its
+    frames."""
+    return runs.arguments(squares, "--clip", beside(squares), "--frames", 2, "--lr", 0.01,
+                          "--batch-size", 20, *more)
 
 
 @pytest.fixture(scope="module")
@@ -123,16 +126,27 @@ def size(config, r, d, shared=True):
     return count
 
 
+def trained_count(tuned):
+    return sum(p.numel() for p in tuned.trained_parameters().values())
+
+
 def test_trained_parameters_and_how_they_start():
+    """Also of LoRA: A and B of queries and of values. ActivityNet's adapters are the paper's 0.81 M."""
     config, _ = clip.MODELS["ViT-B/32"]
-    assert size(config, 8, 16) == 519_168
+    assert size(config, 8, 16) == 519_168 and size(config, 16, 512) == 805_632
     with torch.device("meta"):  # a model without its weights
         model = clip.CLIP(config)
+    chosen = settings(["--data", "activitynet", "--clip", "ViT-B/32"])
+    assert trained_count(tuned := Tuned(model, chosen.tune, chosen.rank, chosen.share)) == 805_632
+    tuned.detach()
+    for r in (2, 8):
+        tuned = Tuned(model, "lora", r)
+        assert trained_count(tuned) == sum(2 * 12 * (r * width + width * r) for width in (768, 512))
+        tuned.detach()
     for tune, r, d in (("adapter", 8, 16), ("adapter", 8, 0), ("adapter", 16, 512), ("adapter", 2, 8),
                        ("adapter-unshared", 8, 16), ("adapter-unshared", 1, 512)):
         tuned = Tuned(model, tune, r, d)
-        count = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-        assert count == size(config, r, d, tune == "adapter"), (tune, r, d)
+        assert trained_count(tuned) == size(config, r, d, tune == "adapter"), (tune, r, d)
         tuned.detach()
     start = {"weight": [], "bias": []}
     for name, p in Tuned(model).extra.named_parameters():
@@ -152,10 +166,33 @@ def test_a_run_says_what_it_trains(squares, finished, tmp_path, capsys):
     percent = f"{100 * count / total:.2f}%"
     assert f"--tune adapter: {count:,} trained parameters, {percent} of CLIP's {total:,};" in said.err
     assert f"--tune adapter: {count:,} trained parameters ({percent})" in said.out and "not tuned" in said.out
+    found = metrics(finished)["test"]["model"]
+    mean_ranks = [f"{found[way]['MeanR']:.1f}" for way in eval.WAYS]
+    lines = said.out.splitlines()
+    assert lines[0].endswith("MnR") and lines[2].startswith("test model") and lines[2].split()[-2:] == mean_ranks
     costs = json.loads((finished / "costs.json").read_text())
     assert costs["trained_parameters"] == count and costs["share"] == count / total
     assert costs["seconds_per_step"] > 0 and costs["peak_memory_gib"] > 0
     assert [r.keys() for r in log(finished)] == [{"step", "epoch", "loss", "val", "train"}] * 3
+
+
+def test_peak_memory_is_that_of_the_steps(squares, tmp_path, monkeypatch):
+    """Neither what was held before, as in pretraining, nor what an evaluation holds."""
+    device = torch.device("cpu")
+    if train_adapter.reset_peak_memory(device) is None:
+        pytest.skip("this system does not tell")
+    plain = train_adapter.video_metrics
+
+    def spike(*a):
+        assert len(b"x" * (1 << 30)) == 1 << 30
+        return plain(*a)
+    start = train_adapter.peak_memory(device)
+    monkeypatch.setattr(train_adapter, "video_metrics", spike)
+    main(arguments(squares, "--out", tmp_path))
+    main(arguments(squares, "--out", tmp_path / "after"))  # the first run's report had its spikes too
+    assert train_adapter.peak_memory(device) > start + 0.9
+    for out in (tmp_path, tmp_path / "after"):
+        assert json.loads((out / "costs.json").read_text())["peak_memory_gib"] < start + 0.5
 
 
 def test_weights_depend_on_the_seed_alone():
@@ -164,6 +201,40 @@ def test_weights_depend_on_the_seed_alone():
     a, b, c = [Tuned(model, seed=seed).trained() for model, seed in zip(models, (0, 0, 1))]
     assert torch.equal(before, torch.get_rng_state()) and all(torch.equal(a[name], b[name]) for name in a)
     assert not any(torch.equal(a[name], c[name]) for name in a if name.endswith("weight"))
+    for tune in ("lora", "prompt"):
+        a, b, c = [Tuned(small_clip(), tune, seed=seed).trained() for seed in (0, 0, 1)]
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert not any(torch.equal(a[name], c[name]) for name in a if not name.endswith("B"))  # B is zero
+
+
+def test_shared_and_unshared_start_alike():
+    """All matrices that both have are equal, those of another rank's share too, and so is what they compute."""
+    shared, unshared = [Tuned(small_clip(), tune, 4, 5) for tune in ("adapter", "adapter-unshared")]
+    a, b = shared.trained(), unshared.trained()
+    both = a.keys() & b.keys()
+    assert {name.split(".")[1] for name in both} == {"down", "unique"}
+    assert all(torch.equal(a[name], b[name]) for name in both)
+    weights = [a[name] for name in a if name.endswith("weight")]
+    assert all(not torch.equal(x, y) for i, x in enumerate(weights) for y in weights[:i] if x.shape == y.shape)
+    runs.assert_same(features_of(shared), features_of(unshared))
+    wider = Tuned(small_clip(), "adapter", 4, 16).trained()
+    assert all(torch.equal(a[name], wider[name]) for name in a if ".down." in name)
+
+
+def test_dropout_acts_on_the_bottleneck_in_training_alone():
+    tuned = Tuned(small_clip(), "adapter", 4, 5, dropout=1.0)
+    plain = Tuned(small_clip(), "adapter", 4, 5)
+    key = "image_0_attn"
+    biases = [tuned.extra.unique[key].bias, tuned.extra.share["0_attn"].bias]
+    for i, bias in enumerate(biases):
+        bias.data += 1 + i
+    h = torch.randn(7, 32)
+    tuned.train()
+    assert torch.equal(tuned.extra(key, h), h + torch.cat(biases)) and not tuned.clip.training
+    tuned.eval()
+    for bias in biases:
+        bias.data.zero_()
+    runs.assert_same(features_of(tuned), features_of(plain))
 
 
 def plain_adapted(extra, shared, encoder, i, place, h):
@@ -269,7 +340,22 @@ def test_prompts_are_the_plain_version():
         assert torch.allclose(tuned.encode_text(strange), alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("tune", ["adapter", "prompt"])
+def test_lora_is_the_merged_matrix():
+    """Nothing at the start; then a CLIP whose matrices of queries and values are W + (16 / r) B A."""
+    start = Tuned(small_clip(), "lora", 4)
+    runs.assert_same(features_of(start), features_of(small_clip()))
+    tuned, merged = shaken("lora", 4)
+    assert list(tuned.extra.updates) == [*(f"image_{i}_attn" for i in range(3)), "text_0_attn", "text_1_attn"]
+    blocks = [*merged.visual.transformer.resblocks, *merged.transformer.resblocks]
+    for block, update in zip(blocks, tuned.extra.updates.values(), strict=True):
+        width = block.attn.in_proj_weight.shape[1]
+        for part, begin in ((0, 0), (1, 2 * width)):
+            block.attn.in_proj_weight.data[begin:begin + width] += 4 * update.B[part] @ update.A[part]
+    for a, b, c in zip(features_of(tuned), features_of(merged), features_of(start)):
+        assert torch.allclose(a, b, atol=1e-5) and not torch.allclose(a, c, atol=1e-2)
+
+
+@pytest.mark.parametrize("tune", ["adapter", "prompt", "lora"])
 def test_what_was_put_in_is_taken_out_again(tune):
     tuned, bare = shaken(tune)
     inside = features_of(tuned)
@@ -315,7 +401,7 @@ def leaves(loss):
 
 
 @pytest.mark.parametrize("file, tune", [
-    *(("clip.pt", tune) for tune in ("adapter", "adapter-unshared", "full", "head", "bitfit", "prompt")),
+    *(("clip.pt", tune) for tune in train_adapter.RATES),
     *(("resnet.pt", tune) for tune in ("full", "head", "bitfit"))])
 def test_frozen_means_frozen(file, tune, squares, tmp_path, monkeypatch):
     """After a run everything that is not trained, batch norm's statistics included, has the bits of the file
@@ -325,11 +411,12 @@ def test_frozen_means_frozen(file, tune, squares, tmp_path, monkeypatch):
     main(arguments(squares, "--clip", beside(squares, file), "--image-size", 16 if file == "clip.pt" else 32,
                    "--tune", tune, "--epochs", 1, "--out", tmp_path))
     _, model = made[0]
+    model.detach()
     before = clip.load_checkpoint(beside(squares, file))["clip"]["state_dict"]
     after = model.clip.state_dict()
     names = trained_names(tune, model.clip)
     without_effect = {"visual.attnpool.k_proj.bias"}  # a softmax takes it out again
-    assert after.keys() == before.keys()
+    assert after.keys() == before.keys()  # LoRA, too, leaves no name behind
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed - without_effect == names - without_effect
     added = {name: p for name, p in model.named_parameters() if name.startswith("extra.")}
@@ -368,9 +455,30 @@ def test_the_recipe(squares, tmp_path, monkeypatch):
         assert group["weight_decay"] == decay and group["params"]
         assert all((p.ndim == 2) == matrices for p in group["params"])
     assert max(norms) == pytest.approx(1, abs=1e-4)
-    for argv, values in (([], train_adapter.SCRATCH), (["--lr", "0.5"], {"lr": 0.5}),
-                         (["--data", "x.jsonl", "--clip", "ViT-B/32"], train_adapter.PRETRAINED)):
-        assert vars(settings(argv)).items() >= values.items()
+
+
+@pytest.mark.parametrize("argv, rank, share, frames, epochs, context, lr", [
+    ("--data x.jsonl", 8, 16, 12, 5, 32, 1e-5),
+    ("--data msrvtt", 8, 16, 12, 5, 32, 1e-5),
+    ("--data msvd", 16, 16, 12, 5, 32, 1e-5),
+    ("--data didemo --tune full", 8, 8, 64, 5, 64, 1e-7),
+    ("--data activitynet --tune head", 16, 512, 64, 20, 64, 1e-7),
+    ("--data activitynet --rank 4 --share 0 --frames 6 --epochs 2 --context 16 --lr 0.5", 4, 0, 6, 2, 16, 0.5),
+    ("--data primitives-target --clip tiny", 8, 16, 12, 4, 32, 1e-2),
+    ("--data primitives-target --clip tiny --tune full", 8, 16, 12, 4, 32, 3e-4),
+    ("--data primitives-target --clip tiny --tune full --lr 1", 8, 16, 12, 4, 32, 1)])
+def test_settings_of_data_sets(argv, rank, share, frames, epochs, context, lr):
+    """The published ones; what the command line gives wins. No more tokens than the CLIP has positions."""
+    args = settings(["--clip", "ViT-B/32", *argv.split()])
+    assert (args.rank, args.share, args.frames, args.epochs, args.lr) == (rank, share, frames, epochs, lr)
+    instances = [data.Instance("0", ["p"], ["red " * 100])]
+    for positions, expected in ((77, context), (24, min(24, context))):
+        if args.context and args.context > positions:
+            continue
+        model = small_clip()
+        model.config = replace(model.config, context_length=positions)
+        loader = train_adapter.video_loader(model, instances, args, 1)
+        assert loader.tokens.shape == (1, expected)
 
 
 def test_it_learns(squares, tmp_path):
@@ -386,10 +494,14 @@ def test_it_learns(squares, tmp_path):
 # ---------------------------------------------------------------- videos and texts
 
 def plain_similarity(texts, videos, tau=5.0):
-    """texts (C, D); videos: list of (frames, D) -> (C, N), by making the video that each text sees."""
+    """texts (C, D); videos: list of (frames, D) -> (C, N), by making the video that each text sees.
+
+    tau None: the mean of the frames."""
     rows = []
     for t in texts:
-        seen = [((frames @ t / tau).softmax(0)[:, None] * frames).sum(0) for frames in videos]
+        seen = [frames.mean(0) for frames in videos]
+        if tau:
+            seen = [((frames @ t / tau).softmax(0)[:, None] * frames).sum(0) for frames in videos]
         rows.append(torch.stack([F.cosine_similarity(t, v, dim=0) for v in seen]))
     return torch.stack(rows)
 
@@ -407,7 +519,7 @@ def test_similarity_is_the_plain_version_with_its_gradient():
     texts = 3 * torch.randn(4, 6)
     videos = [2 * torch.randn(n, 6) for n in (3, 1, 5, 2)]
     weight = torch.randn(4, 4)
-    for tau in (5.0, 0.7):
+    for tau in (5.0, 0.7, None):
         plain_texts = texts.clone().requires_grad_()
         plain_videos = [x.clone().requires_grad_() for x in videos]
         expected = plain_similarity(plain_texts, plain_videos, tau)
@@ -415,10 +527,11 @@ def test_similarity_is_the_plain_version_with_its_gradient():
         frames, mask = padded(videos, 30)
         frames.requires_grad_()
         asked = texts.clone().requires_grad_()
-        scores = similarity(asked, frames, mask, tau)
+        scores = similarity(asked, frames, mask, tau or math.inf)
         (scores * weight).sum().backward()
         assert torch.allclose(scores, expected, atol=1e-5)
-        assert torch.allclose(asked.grad, plain_texts.grad, atol=1e-5) and (frames.grad[~mask] == 0).all()
+        assert torch.allclose(asked.grad, plain_texts.grad, atol=1e-5)
+        assert (frames.grad[~mask] == 0).all()
         for n, x in enumerate(plain_videos):
             assert torch.allclose(frames.grad[n, :len(x)], x.grad, atol=1e-5)
     expected = plain_similarity(texts, videos)
@@ -430,6 +543,11 @@ def test_similarity_is_the_plain_version_with_its_gradient():
     pairs = [-(20 * x[i]).log_softmax(0)[i] for x in (expected, expected.t()) for i in range(4)]
     loss = train_adapter.total_loss(texts, frames, mask, 20.0)
     assert loss.item() == pytest.approx(sum(pairs).item() / 8, rel=1e-5)
+    twice = torch.tensor([0, 1, 0])  # a video that is there twice: each is the other's negative
+    loss = train_adapter.total_loss(texts[:3], frames[twice], mask[twice], 20.0)
+    scores = expected[:3][:, twice]
+    pairs = [-(20 * x[i]).log_softmax(0)[i] for x in (scores, scores.t()) for i in range(3)]
+    assert loss.item() == pytest.approx(sum(pairs).item() / 6, rel=1e-5)
 
 
 def test_metrics_in_blocks_are_those_of_whole_matrices(monkeypatch):
@@ -454,7 +572,7 @@ def test_metrics_in_blocks_are_those_of_whole_matrices(monkeypatch):
         found = video_metrics(frames, mask, texts, layout)
         assert found.keys() == expected.keys() and found["rSum"] == pytest.approx(expected["rSum"])
         assert all(found[way] == pytest.approx(expected[way]) for way in eval.WAYS)
-        assert max(len(asked) * shown.numel() for (asked, _, shown), _ in calls) <= most
+        assert max(len(asked) * shown.numel() for (asked, _, shown, _), _ in calls) <= most
         assert block == 1 << 22 or len(calls) > 8
 
 
@@ -543,30 +661,35 @@ def video_arguments(kind, root, squares, *more):
     return [str(x) for x in argv]
 
 
-@pytest.mark.parametrize("kind, captions, context, taken", [
-    ("msrvtt", 6, 16, 4), ("msvd", 18, 16, 100), ("didemo", 6, 14, 4)])  # 100: all, evaluated by twos
-def test_videos_end_to_end(kind, captions, context, taken, squares, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, captions, context, taken, pool, tau", [
+    ("msrvtt", 6, 16, 4, "--pool query", 5.0), ("msvd", 18, 16, 100, "--pool mean", None),
+    ("didemo", 6, 14, 4, "--tau 0.5", 0.5)])  # 100: all, evaluated by twos
+def test_videos_end_to_end(kind, captions, context, taken, pool, tau, squares, tmp_path, monkeypatch):
     """One epoch, its report and eval.py; frames are taken evenly, a paragraph is cut, and every caption of a
-    video is a query."""
+    video is shown once with the video's frames, and is a query."""
     names = make_videos(kind, tmp_path)
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         calls = spied(patch, Tuned, "encode_image")
-        main(video_arguments(kind, tmp_path, squares, "--context", context, "--frames", taken, "--out", out))
+        compared = spied(patch, train_adapter, "similarity")
+        main(video_arguments(kind, tmp_path, squares, "--context", context, "--frames", taken, "--out", out,
+                             *pool.split()))
+    assert {asked[3] for asked, _ in compared} == {tau or math.inf}  # in training and evaluation
+    times = 1 if kind == "didemo" else len(WORDS)
     shown = []
-    pictures = torch.cat([images for (_, images), _ in calls[:2]])  # of the two steps
+    pictures = torch.cat([images for (_, images), _ in calls[:2 * times]])  # of all steps
     red = (pictures[:, 0, 8, 8] * clip.IMAGE_STD[0] + clip.IMAGE_MEAN[0]) * 255 / 20  # tells which frame
     for k in red.round().int().tolist():  # a video begins with its first frame
         if k == 0:
             shown.append([])
         shown[-1].append(k)
     counts = [len(os.listdir(tmp_path / "frames" / v)) for v in names["train"]]
-    assert max(counts) == 10 and sorted(shown) == sorted(even(n, taken) for n in counts)  # every video once
+    assert max(counts) == 10 and sorted(shown) == sorted(times * [even(n, taken) for n in counts])
     tuned, _, _ = eval.restore(out / "best.pt", "cpu")
     instances, _ = data.load(kind, str(tmp_path), "test")
     videos, texts = embedded_plainly(tuned, instances, taken, context)
     assert [x.id for x in instances] == names["test"] and len(texts) == captions
-    scores = plain_similarity(texts, videos)
+    scores = plain_similarity(texts, videos, tau)
     owner = torch.arange(6).repeat_interleave(captions // 6)
     ranks = text_ranks(scores, owner)
     model = metrics(out)["test"]["model"]
@@ -629,16 +752,20 @@ def test_several_on_one_clip_in_memory(finished, squares, tmp_path):
             onto(model, checkpoint | {"settings": checkpoint["settings"] | {name: value}})
 
 
-@pytest.mark.parametrize("tune", ["adapter", "full", "prompt"])
+@pytest.mark.parametrize("tune", ["", "adapter --dropout 0.9 --rank 32 --lr 0.3", "full", "prompt", "lora"])
 def test_eval_finds_what_the_run_found(tune, finished, squares, tmp_path):
-    """The small file and the CLIP give the run's metrics; the CLIP alone those of `not tuned`."""
+    """The small file and the CLIP give the run's metrics; the CLIP alone those of `not tuned`. Nothing drops
+    out while a run evaluates."""
     out = finished
-    if tune != "adapter":
+    if tune:
         out = tmp_path / "run"
-        main(arguments(squares, "--tune", tune, "--epochs", 1, "--out", out))
+        main(arguments(squares, "--tune", *tune.split(), "--epochs", 1, "--out", out))
     evaluated(out / "best.pt", "--out", tmp_path / "again")
+    evaluated(out / "best.pt", "--out", tmp_path / "again", "--split", "val")
     found = metrics(out)
     assert metrics(tmp_path / "again")["test"] == found["test"]
+    best = max((record["val"] for record in log(out)), key=lambda val: val["rSum"])
+    assert metrics(tmp_path / "again")["val"]["model"] == best
     assert found["test"]["chance"]["text_to_image"]["R@1"] == 12.5
     model, _ = clip.load(beside(squares), "cpu")
     instances, _ = data.load(squares, split="test")
@@ -734,7 +861,9 @@ POSITIONS = "this CLIP has 32 positions for a text"
     ("--share -1", "0 or more"),
     ("--rank 0", "not a positive whole number"),
     ("--frames 0", "positive"),
-    ("--tune lora", "--tune"),
+    ("--tune everything", "--tune"),
+    ("--dropout 1.5", "not a share from 0 to 1"),
+    ("--tau 0", "not a positive number"),
     ("--clip tiny", "--clip tiny has nothing to adapt"),
     ("--context 33", f"--context 33: {POSITIONS}; choose 32 or less"),
     ("--tune prompt --prompts 30", f"--prompts 30: {POSITIONS}; choose 29 or less"),
@@ -742,6 +871,7 @@ POSITIONS = "this CLIP has 32 positions for a text"
      "this CLIP has 24 positions for a text beside 8 prompts; choose 24 or less"),
     ("--clip {resnet} --tune adapter", "--tune adapter goes into transformer blocks"),
     ("--clip {resnet} --tune adapter-unshared", "--tune adapter-unshared goes into transformer blocks"),
+    ("--clip {resnet} --tune lora", "--tune lora goes into transformer blocks"),
     ("--clip {resnet} --tune prompt", "--tune prompt goes into transformer blocks")])
 def test_bad_settings(more, says, squares, tmp_path, capsys):
     more = more.format(resnet=f"{beside(squares, 'resnet.pt')} --image-size 32").split()
