@@ -92,9 +92,9 @@ def settings(argv=None):
     p.add_argument("--context", type=eval.positive_int,
                    help="tokens of a text (default 32, or what the CLIP has; didemo and activitynet 64)")
     p.add_argument("--pool", choices=("query", "mean"), default="query",
-                   help="a video as the text sees it, or the mean of its frames, to compare with")
+                   help="compare a text with its own mean of a video's frames (default), or their plain mean")
     p.add_argument("--tau", type=eval.positive, default=TAU,
-                   help="temperature of --pool query: how little the text's choice of frames counts")
+                   help="temperature of --pool query: the higher, the more evenly frames count (default 5)")
     p.add_argument("--pretrain-epochs", type=eval.positive_int, default=12,
                    help="epochs on primitives-source before --clip tiny or small is adapted")
     p.add_argument("--train-metrics", action="store_true",
@@ -245,8 +245,8 @@ class LowRank(nn.Module):
 class LoRA(nn.Module):
     """A baseline: LoRA (Hu et al. 2022, arXiv 2106.09685) on queries and values of every block.
 
-    The updated matrix is made anew at every step, merged as for use, so a step of training pays for the
-    gradient of the whole matrix too.
+    The sum of matrix and update is made anew in every pass, so a step of training also pays for the gradient
+    of the whole matrix, which an update beside the matrix would not.
     """
 
     def __init__(self, clip_model, rank, seed=0):
@@ -262,7 +262,7 @@ class LoRA(nn.Module):
         for key, module, _ in branches(clip_model):
             if key in self.updates:
                 parametrize.register_parametrization(module, "in_proj_weight", self.updates[key],
-                                                     unsafe=True)  # untried: the two may lie on two devices
+                                                     unsafe=True)  # no trial: the two may be on two devices
                 removals.append(partial(parametrize.remove_parametrizations, module, "in_proj_weight",
                                         leave_parametrized=False))
         return removals
@@ -396,7 +396,7 @@ def similarity(texts, frames, mask, tau=TAU):
 
 
 def frame_temperature(settings):
-    """tau of `similarity` for a run's settings."""
+    """tau of `similarity` for a run's settings; old checkpoints know neither --pool nor --tau."""
     if settings.get("pool") == "mean":
         return math.inf
     return settings.get("tau", TAU)
@@ -685,7 +685,8 @@ def main(argv=None):
             reset_peak_memory(device)
     if run.first:
         costs = {"trained_parameters": count, "share": count / total,
-                 "seconds_per_step": run.seconds_per_step(), "peak_memory_gib": peak}
+                 "seconds_per_step": run.seconds_per_step(),
+                 "peak_memory_gib": peak if run.seconds else None}
         report(args, costs, device)
 
 

@@ -169,7 +169,8 @@ def test_a_run_says_what_it_trains(squares, finished, tmp_path, capsys):
     found = metrics(finished)["test"]["model"]
     mean_ranks = [f"{found[way]['MeanR']:.1f}" for way in eval.WAYS]
     lines = said.out.splitlines()
-    assert lines[0].endswith("MnR") and lines[2].startswith("test model") and lines[2].split()[-2:] == mean_ranks
+    assert lines[0].endswith("MnR") and lines[2].startswith("test model")
+    assert lines[2].split()[-2:] == mean_ranks
     costs = json.loads((finished / "costs.json").read_text())
     assert costs["trained_parameters"] == count and costs["share"] == count / total
     assert costs["seconds_per_step"] > 0 and costs["peak_memory_gib"] > 0
@@ -177,22 +178,24 @@ def test_a_run_says_what_it_trains(squares, finished, tmp_path, capsys):
 
 
 def test_peak_memory_is_that_of_the_steps(squares, tmp_path, monkeypatch):
-    """Neither what was held before, as in pretraining, nor what an evaluation holds."""
+    """Neither what was held before, as in pretraining, nor what an evaluation holds is in it."""
     device = torch.device("cpu")
-    if train_adapter.reset_peak_memory(device) is None:
+    start = train_adapter.reset_peak_memory(device)
+    if start is None:
         pytest.skip("this system does not tell")
+
+    def spike():
+        assert len(b"x" * (1 << 28)) == 1 << 28  # 0.25 GiB
+        assert train_adapter.peak_memory(device) > start + 0.2
     plain = train_adapter.video_metrics
 
-    def spike(*a):
-        assert len(b"x" * (1 << 30)) == 1 << 30
+    def with_spike(*a):
+        spike()
         return plain(*a)
-    start = train_adapter.peak_memory(device)
-    monkeypatch.setattr(train_adapter, "video_metrics", spike)
-    main(arguments(squares, "--out", tmp_path))
-    main(arguments(squares, "--out", tmp_path / "after"))  # the first run's report had its spikes too
-    assert train_adapter.peak_memory(device) > start + 0.9
-    for out in (tmp_path, tmp_path / "after"):
-        assert json.loads((out / "costs.json").read_text())["peak_memory_gib"] < start + 0.5
+    monkeypatch.setattr(train_adapter, "video_metrics", with_spike)
+    spike()
+    main(arguments(squares, "--epochs", 2, "--out", tmp_path))
+    assert json.loads((tmp_path / "costs.json").read_text())["peak_memory_gib"] < start + 0.15
 
 
 def test_weights_depend_on_the_seed_alone():
@@ -208,14 +211,14 @@ def test_weights_depend_on_the_seed_alone():
 
 
 def test_shared_and_unshared_start_alike():
-    """All matrices that both have are equal, those of another rank's share too, and so is what they compute."""
+    """All matrices that both have are equal, whatever else there is, and so is what they compute."""
     shared, unshared = [Tuned(small_clip(), tune, 4, 5) for tune in ("adapter", "adapter-unshared")]
     a, b = shared.trained(), unshared.trained()
     both = a.keys() & b.keys()
     assert {name.split(".")[1] for name in both} == {"down", "unique"}
     assert all(torch.equal(a[name], b[name]) for name in both)
-    weights = [a[name] for name in a if name.endswith("weight")]
-    assert all(not torch.equal(x, y) for i, x in enumerate(weights) for y in weights[:i] if x.shape == y.shape)
+    different = {tuple(a[name].flatten()[:8].tolist()) for name in a if name.endswith("weight")}
+    assert len(different) == sum(name.endswith("weight") for name in a)
     runs.assert_same(features_of(shared), features_of(unshared))
     wider = Tuned(small_clip(), "adapter", 4, 16).trained()
     assert all(torch.equal(a[name], wider[name]) for name in a if ".down." in name)
@@ -463,7 +466,7 @@ def test_the_recipe(squares, tmp_path, monkeypatch):
     ("--data msvd", 16, 16, 12, 5, 32, 1e-5),
     ("--data didemo --tune full", 8, 8, 64, 5, 64, 1e-7),
     ("--data activitynet --tune head", 16, 512, 64, 20, 64, 1e-7),
-    ("--data activitynet --rank 4 --share 0 --frames 6 --epochs 2 --context 16 --lr 0.5", 4, 0, 6, 2, 16, 0.5),
+    ("--data activitynet --rank 4 --share 0 --frames 6 --epochs 2 --context 16 --lr 1", 4, 0, 6, 2, 16, 1),
     ("--data primitives-target --clip tiny", 8, 16, 12, 4, 32, 1e-2),
     ("--data primitives-target --clip tiny --tune full", 8, 16, 12, 4, 32, 3e-4),
     ("--data primitives-target --clip tiny --tune full --lr 1", 8, 16, 12, 4, 32, 1)])
