@@ -34,6 +34,7 @@ from the end of the warm-up), the learning rates from scratch, and the built-in 
     python train_adapter.py --resume                              # go on where it stopped, to the same bits
 """
 import argparse
+import ctypes
 import hashlib
 import math
 import os
@@ -539,15 +540,16 @@ def peak_memory(device):
 
 def reset_peak_memory(device):
     """Forget an earlier peak. Returns what is held now, in GiB, or None where the system does not tell (only
-    Linux does)."""
+    Linux with glibc does)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return peak_memory(device)
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what is held free, such as pretraining's
         with open("/proc/self/clear_refs", "w") as f:
             f.write("5")  # sets VmHWM to what is held now
         return peak_memory(device)
-    except (OSError, StopIteration):
+    except (AttributeError, OSError, StopIteration):
         return None
 
 
