@@ -155,40 +155,43 @@ def instance_means(features, owner):
 
 
 def soft_relation(images, texts, image_owner, text_owner, temperature):
-    """How well every caption fits every image, by the model's own judgement within the modalities.
+    """Which instances of a batch every caption fits, by the model's own judgement within the modalities.
 
-    Returns log P (A, C), without a gradient; column c says which image of the batch caption c is about:
+    Returns log P (N, C), without a gradient, with the N instances in the order of their numbers:
 
-        P(a | c) = softmax over a of (v_a . v_c + t_a . t_c) / (2 temperature)
+        P(i | c) = softmax over i of (v_i . v_c + t_i . t_c) / (2 temperature)
 
-    v_a and t_c are the image and the caption themselves; v_c is the renormalised mean of the images that
-    belong to the caption, t_a that of the captions that belong to the image. The relation comes from the very
-    features that it trains, so what they cannot tell apart yet is called alike.
+    t_c is the caption itself, v_c the renormalised mean of the images of its instance; v_i and t_i are those
+    of instance i. The relation comes from the very features that it trains, so what they cannot tell apart
+    yet is called alike.
     """
     with torch.no_grad():
-        v, v_position = instance_means(images.float(), image_owner)
-        t, t_position = instance_means(texts.float(), text_owner)
-        alike = (images.float() @ v[t_position].t() + t[v_position] @ texts.float().t()) / 2
+        v, _ = instance_means(images.float(), image_owner)
+        t, position = instance_means(texts.float(), text_owner)
+        alike = (v @ v[position].t() + t @ texts.float().t()) / 2
         return (alike / temperature).log_softmax(0)
 
 
-def soft_loss(images, texts, scale, relation):
-    """MXM-CLR's soft relation: every observation is held to its own row of targets over those of the other
-    modality.
+def soft_loss(images, texts, scale, image_owner, relation):
+    """MXM-CLR's soft relation: every observation is held to a row of targets of its own.
 
-    relation (A, C): log P(a | c), how probable it is that caption c is about image a. What a caption's column
-    adds up to is taken over the batch or over more, as the relation pleases:
+    relation (N, C): log P(i | c), how probable it is that caption c is about instance i; N instances, in the
+    order of their numbers. What a caption's column adds up to is taken over the batch or over more instances,
+    as the relation pleases. With v_i the mean of instance i's images and a an image of instance i:
 
-        text to image:  cross-entropy of softmax_a(l_ac) against P(a | c) / (sum over a' of P(a' | c))
-        image to text:  cross-entropy of softmax_c(l_ac) against P(a | c) / (sum over c' of P(a | c'))
+        text to image:  cross-entropy of softmax_i(s v_i . t_c) against P(i | c) / (sum over i' of P(i' | c))
+        image to text:  cross-entropy of softmax_c(s v_a . t_c) against P(i | c) / (sum over c' of P(i | c'))
 
-    The second is Bayes' rule for captions that are equally frequent: a precise caption of an image has more
-    mass than a vague one, which is about many. Mean of both directions.
+    The second target is Bayes' rule for captions that are equally frequent: of the captions that fit, a
+    precise one has more mass than a vague one, which is about many instances. Captions of one instance differ
+    in what they fit, so images are compared with each of them. Images of one instance do not, so captions are
+    compared with their mean, as in evaluation. Mean of both directions.
     """
-    logits = scale * images.float() @ texts.float().t()
-    to_text = F.cross_entropy(logits, relation.softmax(1))
-    to_image = F.cross_entropy(logits.t(), relation.t().softmax(1))
-    return (to_text + to_image) / 2
+    texts = texts.float()
+    v, position = instance_means(images.float(), image_owner)
+    to_image = F.cross_entropy(scale * texts @ v.t(), relation.t().softmax(1))
+    to_text = F.cross_entropy(scale * images.float() @ texts.t(), relation.softmax(1)[position])
+    return (to_image + to_text) / 2
 
 
 def mxm_loss(images, texts, scale, image_owner, text_owner, weight, relation):
@@ -196,7 +199,7 @@ def mxm_loss(images, texts, scale, image_owner, text_owner, weight, relation):
     hard = hard_loss(images, texts, scale, image_owner, text_owner)
     if weight == 0:
         return hard
-    return (1 - weight) * hard + weight * soft_loss(images, texts, scale, relation)
+    return (1 - weight) * hard + weight * soft_loss(images, texts, scale, image_owner, relation)
 
 
 # ---------------------------------------------------------------- supervised retrieval losses (CLIP4CMR)

@@ -7,14 +7,14 @@ relations at once, with l_ij = s v_i . t_j for image i and text j:
 
     hard = mean over pairs (i, j) of one instance of
                -log( e^l_ij / (e^l_ij + sum over k of other instances of e^l_ik) )
-    soft = cross-entropy of softmax(l) against a relation that says which observations fit each other:
-               to images, softmax_i(l_ij) against P(i | j) / (sum over i' of P(i' | j))
-               to texts,  softmax_j(l_ij) against P(i | j) / (sum over j' of P(i | j'))
+    soft = cross-entropy of each observation's scores against a row of targets of its own:
+               captions, softmax_i(s v_i . t_c) against P(i | c) / (sum over instances i' of P(i' | c))
+               images,   softmax_c(s v . t_c) against P(i | c) / (sum over captions c' of P(i | c'))
     loss = (1 - lambda) hard + lambda soft, each the mean of both directions
 
-P(i | j) is how probable it is that caption j is about image i. It is a relation between observations: of one
-instance, a vague caption fits many others and a precise one none. The second target is the first by Bayes'
-rule, so precise captions get more mass. --soft-relation says where P comes from.
+P(i | c) is how probable it is that caption c is about instance i, v_i the mean of its images. It is a
+relation of observations: of one instance, a vague caption fits many others and a precise one none. The second
+target is the first by Bayes' rule: precise captions get more mass. --soft-relation says where P comes from.
 
 Provenance. The paper's, from its abstract: multifold instances, hard and soft relations, their hybrid. The
 published repository holds no code, and the paper's formulas could not be consulted: all formulas above are a
@@ -132,8 +132,8 @@ class SharedTerms:
 
 
 class KnownRelation:
-    """relation(image_owner (A,), captions (C,)) -> log P (A, C): how probable it is that a caption is about
-    the instance i that an image shows, of all training instances j:
+    """relation(instances (N,), captions (C,)) -> log P (N, C): how probable it is that caption c is about
+    instance i, of all training instances j:
 
         P(i | c) = e^(k score(c, i)) / (sum over j of e^(k score(c, j)))
 
@@ -150,10 +150,8 @@ class KnownRelation:
             log_total.append(torch.stack(parts).logsumexp(0))
         self.log_total = torch.cat(log_total)  # (all captions,)
 
-    def __call__(self, image_owner, captions):
-        instances, position = image_owner.unique(return_inverse=True)
-        log_fit = self.sharpness * self.scores(captions, instances) - self.log_total[captions, None]
-        return log_fit.t()[position]
+    def __call__(self, instances, captions):
+        return (self.sharpness * self.scores(captions, instances) - self.log_total[captions, None]).t()
 
 
 @torch.no_grad()
@@ -197,11 +195,11 @@ def total_loss(args, images, texts, scale, image_owner, text_owner, captions, kn
     if args.loss == "mil-nce":
         return losses.mil_nce_loss(*batch)
     if known:
-        relation = known(image_owner, captions)  # (A, C)
+        relation = known(image_owner.unique(), captions)  # (N, C)
     else:
         relation = losses.soft_relation(images, texts, image_owner, text_owner, args.soft_temperature)
     if args.loss == "soft":
-        return losses.soft_loss(images, texts, scale, relation)
+        return losses.soft_loss(images, texts, scale, image_owner, relation)
     return losses.mxm_loss(*batch, soft_weight, relation)
 
 

@@ -56,7 +56,8 @@ TEMPERATURE = 0.3
 
 
 def soft_by_features(images, texts, scale, *owners):
-    return losses.soft_loss(images, texts, scale, losses.soft_relation(images, texts, *owners, TEMPERATURE))
+    relation = losses.soft_relation(images, texts, *owners, TEMPERATURE)
+    return losses.soft_loss(images, texts, scale, owners[0], relation)
 
 
 def hybrid_by_features(*batch):
@@ -107,27 +108,33 @@ def instance_mean(x, owner, number):
 
 
 def soft_relation(images, texts):
-    """P (A, C): how probable it is that a caption is about an image, by the features within the
+    """P (N, C): how probable it is that a caption is about an instance, by the features within the
     modalities."""
-    P = torch.zeros(len(images), len(texts), dtype=torch.float64)
-    for c, caption_owner in enumerate(TEXT_OWNER):
-        v = instance_mean(images, IMAGE_OWNER, caption_owner)
-        for a, image_owner in enumerate(IMAGE_OWNER):
-            t = instance_mean(texts, TEXT_OWNER, image_owner)
-            P[a, c] = (((images[a] * v).sum() + (t * texts[c]).sum()) / 2 / TEMPERATURE).exp()
+    P = torch.zeros(len(INSTANCES), len(texts), dtype=torch.float64)
+    for c, owner in enumerate(TEXT_OWNER):
+        v = instance_mean(images, IMAGE_OWNER, owner)
+        for i, number in enumerate(INSTANCES):
+            of_images = (v * instance_mean(images, IMAGE_OWNER, number)).sum()
+            of_texts = (texts[c] * instance_mean(texts, TEXT_OWNER, number)).sum()
+            P[i, c] = ((of_images + of_texts) / 2 / TEMPERATURE).exp()
         P[:, c] /= P[:, c].sum()
     return P
 
 
+def cross_entropy(scores, target):
+    e = torch.stack(scores).exp()
+    return -(target / target.sum() * torch.log(e / e.sum())).sum()
+
+
 def soft_loss(images, texts, scale, P):
+    means = [instance_mean(images, IMAGE_OWNER, number) for number in INSTANCES]
     to_image = []
-    for c in range(len(texts)):
-        e = [(scale * (image * texts[c]).sum()).exp() for image in images]
-        to_image.append(-sum(P[a, c] / P[:, c].sum() * torch.log(e[a] / sum(e)) for a in range(len(images))))
+    for c, text in enumerate(texts):
+        to_image.append(cross_entropy([scale * (v * text).sum() for v in means], P[:, c]))
     to_text = []
-    for a in range(len(images)):
-        e = [(scale * (images[a] * text).sum()).exp() for text in texts]
-        to_text.append(-sum(P[a, c] / P[a].sum() * torch.log(e[c] / sum(e)) for c in range(len(texts))))
+    for image, owner in zip(images, IMAGE_OWNER):
+        row = P[INSTANCES.index(owner)]
+        to_text.append(cross_entropy([scale * (image * text).sum() for text in texts], row))
     return (mean(to_image) + mean(to_text)) / 2
 
 
@@ -172,12 +179,12 @@ def test_relations_and_instance_means():
 def test_soft_loss_of_a_given_relation():
     """Its columns need not add up to 1: a caption that is about many images outside the batch has less mass
     among the texts."""
-    P = torch.rand(10, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    P = torch.rand(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     leaves = (features(10, 0), features(9, 1), SCALE)
     expected = value_and_gradients(soft_loss, leaves, P)
-    assert_close(value_and_gradients(losses.soft_loss, leaves, P.log()), expected)
+    assert_close(value_and_gradients(losses.soft_loss, leaves, IMAGE_OWNER, P.log()), expected)
     batch = (*leaves, *OWNERS)
-    assert losses.mxm_loss(*batch, 1.0, P.log()) == losses.soft_loss(*leaves, P.log())
+    assert losses.mxm_loss(*batch, 1.0, P.log()) == losses.soft_loss(*leaves, IMAGE_OWNER, P.log())
     assert losses.mxm_loss(*batch, 0.0, P.log()) == losses.hard_loss(*batch)
 
 
@@ -188,7 +195,8 @@ def test_captions_of_one_instance_have_targets_of_their_own():
     logits = torch.zeros(2, 3, requires_grad=True)
     images = torch.eye(2)
     for _ in range(300):
-        gradient = torch.autograd.grad(losses.soft_loss(images, logits.t(), 1.0, relation), logits)[0]
+        loss = losses.soft_loss(images, logits.t(), 1.0, torch.arange(2), relation)
+        gradient = torch.autograd.grad(loss, logits)[0]
         logits = (logits - 2 * gradient).detach().requires_grad_()
     assert logits.softmax(0)[0].tolist() == pytest.approx([0.5, 1, 0], abs=0.02)
     assert logits.softmax(1).tolist()[0] == pytest.approx([1 / 3, 2 / 3, 0], abs=0.02)
