@@ -1280,7 +1280,8 @@ class StopSignal:
         self.requested = True
 
 
-FREE = ("resume", "out", "workers", "device", "download", "root")  # what may differ when a run goes on
+# settings that may differ when a run goes on
+FREE = ("resume", "out", "workers", "device", "download", "root", "noise_root")
 
 
 def open_run(out, settings, resume, first=True):

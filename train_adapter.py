@@ -630,7 +630,7 @@ def main(argv=None):
     if args.compile:
         clip.compile_blocks(clip_model)
     loader = video_loader(model, train, args, args.batch_size, pairs=True, train=True, seed=args.seed,
-                          rank=rank, world=world)
+                          rank=rank, world=world, crop=args.crop)
     loaders = {"val": evaluation_loader(model, val, args)}  # of what is evaluated during training
     if args.train_metrics:
         loaders["train"] = evaluation_loader(model, train[:len(val)], args)

@@ -459,7 +459,7 @@ def prepare_finetuning(args, rank, world, device):
     model = build(args, clip_model, (config.embed_dim, config.embed_dim), classes).to(device)
     loader = data.Loader(train, tokenizer, config.context_length, config.image_resolution, args.batch_size,
                          views=1, captions=1, train=True, seed=args.seed, workers=args.workers,
-                         rank=rank, world=world)
+                         rank=rank, world=world, crop=args.crop)
     val_loader = eval.evaluation_loader(clip_model, val, tokenizer, args.workers)
     layout = data.class_layout(val, classes)
 

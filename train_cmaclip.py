@@ -608,7 +608,7 @@ def main(argv=None):
     words = caption_words(train, tokenizer) if random_words else None
     loader = ForeignLoader(train, tokenizer, model.config.context_length, model.config.image_resolution,
                            args.batch_size, 1, 1, train=True, seed=args.seed, workers=args.workers,
-                           rank=rank, world=world, noise=foreign, pool=pool, words=words)
+                           rank=rank, world=world, crop=args.crop, noise=foreign, pool=pool, words=words)
     val_loader = eval.evaluation_loader(model, val, tokenizer, args.workers)
     groups = {}  # (peak learning rate, weight decay) -> parameters
     for name, p in model.named_parameters():

@@ -216,7 +216,7 @@ def main(argv=None):
     model, tokenizer = eval.build_or_load(args, train, device)
     loader = data.Loader(train, tokenizer, model.config.context_length, model.config.image_resolution,
                          args.batch_size, V, L, train=True, seed=args.seed, workers=args.workers,
-                         rank=rank, world=world)
+                         rank=rank, world=world, crop=args.crop)
     val_loader = eval.evaluation_loader(model, val, tokenizer, args.workers)
     caption_owner = eval.caption_owner(train).to(device)  # (all captions,): the instance of each
     known = known_relation(args, train, device)

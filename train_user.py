@@ -460,7 +460,7 @@ def main(argv=None):
         modules = {"momentum": momentum_model, "queue": queue}  # going on needs them, evaluation does not
     loader = data.Loader(train, tokenizer, clip_model.context_length, clip_model.config.image_resolution,
                          args.batch_size, 1, 1, train=True, seed=args.seed, workers=args.workers,
-                         rank=rank, world=world, pairs=True)
+                         rank=rank, world=world, pairs=True, crop=args.crop)
     val_loader = eval.evaluation_loader(model, val, tokenizer, args.workers)
     word_ends = torch.tensor([symbol.endswith("</w>") for symbol in tokenizer.symbols])
     train_group = eval.layout(train)["image_group"].to(device)  # (instances,): equal where they show the same

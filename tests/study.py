@@ -93,6 +93,9 @@ CMR_LOSSES = ("contrastive", "modality-invariant", "triplet", "lifted-structure"
               "proxy-anchor", "pcl")
 CMR = {loss: f"--loss {loss}" for loss in CMR_LOSSES} | {
     "proxy-anchor, alpha 32": "--loss proxy-anchor --proxy-alpha 32",
+    "contrastive, as published": "--loss contrastive-published",
+    "supervised contrastive, as published": "--loss supervised-contrastive-published",
+    "pcl, not standardised": "--loss pcl --no-standardise",
     "pcl, learned prototypes": "--loss pcl --prototypes learned",
     "pcl + 0.1 modality-invariant": "--loss pcl+modality-invariant:0.1",
     "pcl + 0.01 modality-invariant": "--loss pcl+modality-invariant:0.01",
@@ -105,14 +108,15 @@ STUDIES["cmr-wikipedia"] = one_script("train_clip4cmr.py", WIKIPEDIA, CMR)
 STUDIES["cmr-primitives"] = one_script("train_clip4cmr.py", CMR_PRIMITIVES, CMR)
 STUDIES["cmr-products"] = one_script("train_clip4cmr.py", CMR_PRODUCTS, CMR)
 
-IMBALANCE = {}
-for loss in ("pcl", "triplet"):
-    for modality in ("text", "image"):
-        IMBALANCE[f"{loss}, 1 of the {modality}s"] = f"--loss {loss}"
-        for fraction in (0.7, 0.5, 0.3, 0.1):
-            row = f"{loss}, {fraction} of the {modality}s"
-            IMBALANCE[row] = f"--loss {loss} --{modality}-fraction {fraction}"
-STUDIES["cmr-imbalance"] = one_script("train_clip4cmr.py", WIKIPEDIA, IMBALANCE)
+for study, kind in (("cmr-imbalance", "subset"), ("cmr-imbalance-batch", "batch")):
+    imbalance = {}
+    for loss in ("pcl", "triplet"):
+        for modality in ("text", "image"):
+            imbalance[f"{loss}, 1 of the {modality}s"] = f"--loss {loss}"
+            for fraction in (0.7, 0.5, 0.3, 0.1):
+                row = f"{loss}, {fraction} of the {modality}s"
+                imbalance[row] = f"--loss {loss} --{modality}-fraction {fraction} --imbalance {kind}"
+    STUDIES[study] = one_script("train_clip4cmr.py", WIKIPEDIA, imbalance)
 
 # 1024 is the default: without the flag, the run is that of the studies above.
 DIMENSION = {"D 16": "--dim 16", "D 64": "--dim 64", "D 256": "--dim 256", "D 1024": "",
@@ -135,6 +139,8 @@ for study, base in CMA_ON.items():
     STUDIES[study] = one_script("train_cmaclip.py", base, FUSIONS)
     STUDIES[f"{study}-noise"] = one_script("train_cmaclip.py", both_noisy, FUSIONS)
     STUDIES[f"{study}-text-noise"] = one_script("train_cmaclip.py", text_noisy, TWO_MODALITIES)
+    foreign = f"{both_noisy} --noise-kind foreign"
+    STUDIES[f"{study}-foreign"] = one_script("train_cmaclip.py", foreign, TWO_MODALITIES)
 
 
 # ---- USER: each row changes one thing of `both`
@@ -148,27 +154,21 @@ USER = {
     "both": "--momentum 0.99",
     "both, no queue": "--momentum 0.99 --queue 0",
     "both, queue 256": "--momentum 0.99 --queue 256",
+    "both, texts too": "--momentum 0.99 --enhance-texts",
+    "both, frozen CLIP": "--momentum 0.99 --clip-lr 0",
     "both, momentum 0.9": "--momentum 0.9",
     "both, momentum 0.999": "--momentum 0.999",
     "both, InfoNCE": "--momentum 0.99 --loss infonce",
     "both, triplet": "--momentum 0.99 --loss triplet",
     "none, no queue, triplet": "--momentum 0.99 --enhance none --queue 0 --loss triplet",
 }
-USER_LATER = {  # InfoNCE in the first half of the steps, UTO in the second
-    "none": "--momentum 0.99 --infonce-first 0.5 --enhance none",
-    "sge": "--momentum 0.99 --infonce-first 0.5 --enhance sge",
-    "cge": "--momentum 0.99 --infonce-first 0.5 --enhance cge",
-    "both": "--momentum 0.99 --infonce-first 0.5",
-    "both, no queue": "--momentum 0.99 --infonce-first 0.5 --queue 0",
-}
 USER_ON = {
-    "user-primitives": "--clip {primitives} --epochs 4 --eval-every 4 --batch-weight 1",
-    "user-flickr8k": "--data flickr8k --clip {photos} --epochs 20 --eval-every 20 --batch-size 64",
+    "user-primitives": "--clip {primitives} --epochs 1 --batch-weight 1",
+    "user-flickr8k": "--data flickr8k --clip {photos} --epochs 4 --eval-every 4 --batch-size 64",
 }
 for study, base in USER_ON.items():
     base += " --lr 1e-3 --clip-lr 1e-4 --dim 256"
     STUDIES[study] = one_script("train_user.py", base, USER)
-    STUDIES[f"{study}-later"] = one_script("train_user.py", base, USER_LATER)
 
 
 # ---- Cross-Modal Adapter: what is tuned, rank, sharing
@@ -180,6 +180,7 @@ TUNE = {  # each with the best rate of several a factor of 3 apart, on the shape
     "head": "--tune head --lr 0.003",
     "bitfit": "--tune bitfit --lr 0.03",
     "prompt": "--tune prompt --lr 0.03",
+    "lora": "--tune lora --lr 0.01",
     "adapter, r 2": "--tune adapter --lr 0.01 --rank 2",
 }
 CURVES = {row: f"{TUNE[row]} --train-metrics" for row in ("adapter", "full")}
@@ -187,13 +188,15 @@ RANK = {"r 2": "--rank 2", "r 4": "--rank 4", "r 8": "",  # the default
         "r 16": "--rank 16", "r 32": "--rank 32"}
 SHARE = {"d_s 0": "--share 0", "d_s 8": "--share 8", "d_s 16": "",  # the default
          "d_s 64": "--share 64", "d_s 128": "--share 128"}
-TO_SHAPES = "--data primitives-target --clip {source} --frames 4 --epochs 20 --eval-every 4 --batch-size 32"
+POOL = {"query, tau 5": "", "query, tau 1": "--tau 1", "mean": "--pool mean"}
+TO_SHAPES = "--data primitives-target --clip {source} --frames 4 --epochs 4 --batch-size 32"  # of 5 captions
 TO_PRODUCTS = "--data products --clip {photos} --epochs 20 --eval-every 4 --batch-size 64"
 STUDIES["adapter-shapes"] = one_script("train_adapter.py", TO_SHAPES, TUNE)
 STUDIES["adapter-products"] = one_script("train_adapter.py", TO_PRODUCTS, TUNE)
 STUDIES["adapter-curves"] = one_script("train_adapter.py", TO_PRODUCTS, CURVES)
 STUDIES["adapter-rank"] = one_script("train_adapter.py", f"{TO_SHAPES} {TUNE['adapter']}", RANK)
 STUDIES["adapter-share"] = one_script("train_adapter.py", f"{TO_SHAPES} {TUNE['adapter']}", SHARE)
+STUDIES["adapter-pool"] = one_script("train_adapter.py", f"{TO_SHAPES} {TUNE['adapter']}", POOL)
 
 
 # ---- the numbers of one run: {heading: number}
@@ -260,10 +263,11 @@ def cmaclip_columns(study, metrics):
         for fraction, noisy in fractions.items():
             if fraction != "0.0":
                 columns[f"{100 * float(fraction):.0f}% {modality} noise"] = noisy["mean"]["accuracy"]
-    if "image_weight" in mean:
-        columns["image weight, clean"] = noise["image"]["0.0"]["mean"]["image_weight"]
-        columns["image weight, image noise"] = noise["image"]["1.0"]["mean"]["image_weight"]
-        columns["image weight, text noise"] = noise["text"]["1.0"]["mean"]["image_weight"]
+    for heading, scores in (("clean", noise["image"]["0.0"]), ("all images noisy", noise["image"]["1.0"]),
+                            ("all texts noisy", noise["text"]["1.0"])):
+        for task, values in scores.items():
+            if "image_weight" in values:
+                columns[f"image weight, {task}, {heading}"] = values["image_weight"]
     return columns
 
 

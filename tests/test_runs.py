@@ -29,7 +29,8 @@ HEADS = ["--dim", "32", "--hidden", "16", "--lr", "0.01"]
 FEATURES = ["--features", "train.npz", "test.npz", *HEADS]
 FROZEN = ["--clip", "{folder}/frozen.pt", "--cache", "{folder}/cache", *HEADS]
 QUEUES = ["--dim", "16", "--momentum", "0.9", "--lr", "0.01", "--clip-lr", "0.001"]
-ADAPTER = ["--clip", "{folder}/frozen.pt", "--frames", "2", "--lr", "0.01"]
+ADAPTER = ["--clip", "{folder}/frozen.pt", "--frames", "2", "--lr", "0.01", "--batch-size", "20",
+           "--dropout", "0.1"]  # an epoch of these two scripts is one of 60 pairs, of the others of 24 instances
 # name -> (script, its arguments, those where several processes must do what one does: nothing is drawn in a
 # step, since each process would draw its own)
 RUNS = {
@@ -44,9 +45,9 @@ RUNS = {
     "cmaclip": ("train_cmaclip", ["--train-noise-image", "0.3", "--dropout", "0.1", "--layers", "1"],
                 ["--batch-size", "12", "--dropout", "0"]),
     # queues that a batch does not divide, and that are full after two steps
-    "user": ("train_user", [*QUEUES, "--queue", "12", "--infonce-first", "0"],
-             [*QUEUES, "--batch-size", "12", "--queue", "20", "--dropout", "0", "--augment", "0"]),
-    "adapter": ("train_adapter", ADAPTER, [*ADAPTER, "--batch-size", "12"]),
+    "user": ("train_user", [*QUEUES, "--batch-size", "20", "--queue", "32"],
+             [*QUEUES, "--batch-size", "30", "--queue", "50", "--dropout", "0", "--augment", "0"]),
+    "adapter": ("train_adapter", ADAPTER, [*ADAPTER, "--batch-size", "30", "--dropout", "0"]),
 }
 PICTURES = ["mxm", "clip4cmr", "cmaclip", "user", "adapter"]  # these read pictures at every step
 # the keys of the metric on val that best.pt is chosen by; elsewhere rSum
@@ -290,9 +291,9 @@ OTHERS = {
                  ("clip-lr", 0.1)),
     "clip4cmr-features": (("dropout", 0.5), ("prototypes", "learned")),
     "clip4cmr-frozen": (("hidden", 8), ("finetune", None)),
-    "user": (("enhance", "sge"), ("queue", 16), ("momentum", 0.5), ("loss", "triplet"), ("augment", 0.5),
+    "user": (("enhance", "sge"), ("queue", 24), ("momentum", 0.5), ("loss", "triplet"), ("augment", 0.5),
              ("lr-drop", 0.9)),
-    "adapter": (("tune", "full"), ("rank", 4), ("share", 0), ("frames", 1)),
+    "adapter": (("tune", "full"), ("rank", 4), ("share", 0), ("frames", 1), ("pool", "mean"), ("tau", 1.0)),
     "cmaclip": (("fusion", "concat"), ("tasks", "outer"), ("dropout", 0.5), ("train-noise-image", 0.1),
                 ("layers", 2), ("precision", 0.5)),
 }
@@ -489,7 +490,7 @@ def test_two_processes_stopped_then_resumed_equal_two_never_stopped(name, folder
     ("--lr", 0, "not a positive number"), ("--lr", "nan", "not a positive number"), ("--lr", "fast", "--lr"),
     ("--weight-decay", -0.1, "0 or more"), ("--seed", -1, "0 or more"), ("--workers", -1, "0 or more"),
     ("--image-size", 0, "positive"), ("--vocab-size", 100, "514 or more"), ("--eval-every", 0, "positive"),
-    ("--device", "gpu", "no device"), ("--batch-size", 25, "--batch-size 25 is larger than"),
+    ("--device", "gpu", "no device"), ("--batch-size", 61, "--batch-size 61 is larger than"),
     ("--image-size", 33, "multiple of 8"), ("--clip", "ViT-B-32", "did you mean 'ViT-B/32'"),
     ("--clip", "tyni", "did you mean 'tiny'"), ("--data", "flikr8k", "did you mean 'flickr8k'"),
     ("--data", "no.jsonl", "no.jsonl"), ("--bacth", 3, "--bacth")])

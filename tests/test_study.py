@@ -17,9 +17,10 @@ def fake_metrics(script, value):
     measures = dict.fromkeys(["R@1", "R@5", "R@10", "MRR", "NDCG@5", "mAP"], value)
     model = {way: measures for way in WAYS} | {"rSum": value, "mAP": value}
     if script == "train_cmaclip.py":
-        task = {"accuracy": value, "macro_f1": value, "recall_at_precision": value, "image_weight": value}
-        noise = {share: {"mean": task} for share in ("0.0", "0.5", "1.0")}
-        return {"test": {"model": {"colour": task, "mean": task}, "noise": {"image": noise, "text": noise}}}
+        mean = {"accuracy": value, "macro_f1": value, "recall_at_precision": value}
+        scores = {"colour": mean | {"image_weight": value}, "mean": mean}
+        noise = {fraction: scores for fraction in ("0.0", "0.5", "1.0")}
+        return {"test": {"model": scores, "noise": {"image": noise, "text": noise}}}
     return {split: {"model": model} for split in ("test", "unseen")}
 
 
