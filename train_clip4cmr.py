@@ -430,6 +430,7 @@ def prepare_frozen(args, rank, world, device):
         val = splits["val"]
     else:
         train, val, classes = load_splits(args, device)
+        args.crop = None  # a frozen CLIP sees each picture once
         clip_model, tokenizer = eval.build_or_load(args, train, device)
         clip_model.requires_grad_(False)
         with eval.first_process_first(device):  # the others read what the first has kept

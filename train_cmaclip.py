@@ -267,7 +267,7 @@ def pairs(instances, data_classes, classes):
     A label is the number of a class; the data's numbers become those of the model's `classes`, by name: -1
     where there is no label or the model does not know its class.
     """
-    number = data.class_numbers(classes)
+    number = {(task, name): c for task, names in classes.items() for c, name in enumerate(names)}
     out = []
     for x in instances:
         labels = dict.fromkeys(classes, -1)

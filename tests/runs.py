@@ -112,8 +112,8 @@ def make_features(folder):
 def arguments(squares, *more):
     """Three epochs of three steps, in this process alone."""
     return ["--data", str(squares), "--batch-size", "8", "--epochs", "3", "--eval-every", "1",
-            "--vocab-size", "600", "--image-size", "16", "--workers", "0", "--device", "cpu", "--amp", "off",
-            *map(str, more)]
+            "--vocab-size", "600", "--image-size", "16", "--crop", "0", "--workers", "0", "--device", "cpu",
+            "--amp", "off", *map(str, more)]
 
 
 def command(*words):

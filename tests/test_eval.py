@@ -367,14 +367,14 @@ def test_ceiling_is_relevant_over_fitting(split):
 
 
 def test_table():
-    names = ("R@1", "R@5", "R@10", "NDCG@5", "MRR", "MedR")
-    metrics = dict(zip(names, (12.345, 50, 99.96, 7, 33.3, 1234)))
+    names = ("R@1", "R@5", "R@10", "NDCG@5", "MRR", "MedR", "MeanR")
+    metrics = dict(zip(names, (12.345, 50, 99.96, 7, 33.3, 1234, 1300.04)))
     rows = {"a model": {"text_to_image": metrics, "image_to_text": metrics | {"R@1": 0.0}},
             "chance": {"text_to_image": metrics, "image_to_text": metrics}}
     lines = eval.table(rows).split("\n")
     assert "text-to-image" in lines[0] and "image-to-text" in lines[0]
-    assert lines[1].split() == ["R@1", "R@5", "R@10", "MRR", "MedR"] * 2
-    same = ["50.0", "100.0", "33.3", "1234.0"]
+    assert lines[1].split() == ["R@1", "R@5", "R@10", "MRR", "MedR", "MnR"] * 2
+    same = ["50.0", "100.0", "33.3", "1234.0", "1300.0"]
     assert lines[2].split() == ["a", "model", "12.3", *same, "0.0", *same]
     assert len({len(line) for line in lines[1:]}) == 1  # columns stand under their heads
     lines = eval.table(rows, shapes=True).split("\n")

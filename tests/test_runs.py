@@ -29,12 +29,14 @@ HEADS = ["--dim", "32", "--hidden", "16", "--lr", "0.01"]
 FEATURES = ["--features", "train.npz", "test.npz", *HEADS]
 FROZEN = ["--clip", "{folder}/frozen.pt", "--cache", "{folder}/cache", *HEADS]
 QUEUES = ["--dim", "16", "--momentum", "0.9", "--lr", "0.01", "--clip-lr", "0.001"]
+# an epoch of train_user.py and of train_adapter.py is one of 60 pairs, of the others one of 24 instances
 ADAPTER = ["--clip", "{folder}/frozen.pt", "--frames", "2", "--lr", "0.01", "--batch-size", "20",
-           "--dropout", "0.1"]  # an epoch of these two scripts is one of 60 pairs, of the others of 24 instances
+           "--dropout", "0.1"]
 # name -> (script, its arguments, those where several processes must do what one does: nothing is drawn in a
 # step, since each process would draw its own)
 RUNS = {
-    "mxm": ("train_mxm", [], ["--batch-size", "12", "--captions", "3", "--soft-warmup", "0"]),
+    "mxm": ("train_mxm", ["--crop", "0.5", "--captions", "2"],
+            ["--crop", "0.5", "--batch-size", "12", "--captions", "3", "--soft-warmup", "0"]),
     "clip4cmr": ("train_clip4cmr", HEADS[:4],
                  [*HEADS[:4], "--batch-size", "12", "--dropout", "0", "--text-fraction", "0.6",
                   "--prototypes", "learned", "--loss", "pcl+triplet:0.1+cross-entropy"]),
@@ -127,6 +129,7 @@ def pretend(patch, name, *values):
 
 def metrics_on_test(out, folder):
     """What eval.py finds on the test split with best.pt."""
+    shutil.rmtree(folder / "evaluated", ignore_errors=True)
     evaluated(out / "best.pt", "--root", folder, "--out", folder / "evaluated")
     return metrics(folder / "evaluated")["test"]
 
