@@ -1521,8 +1521,8 @@ def main(argv=None):
                    help="write a picture of what a model with attention between the modalities looks at")
     p.add_argument("--embeddings", metavar="NPZ",
                    help="write the split's features of unit norm: images (N, D), the means of their views or "
-                        "frames, texts (C, D), owners (C,), the number of each text's image, ids (N,), groups "
-                        "(N,), what counts as the same thing, and label_<task> (N,), names of classes")
+                        "frames, texts (C, D), owners (C,), the number of each text's image, ids (N,), "
+                        "groups (N,), what counts as the same thing, and label_<task> (N,), class names")
     p.add_argument("--query",
                    help="search the split's images with your own words (videos: the mean of their frames)")
     p.add_argument("--top", type=positive_int, default=5, help="results of --query")

@@ -23,7 +23,7 @@ reconstruction, and so is the relation `features`. Ours, not the paper's: the re
 
     python train_mxm.py                                               # built-in shapes, from scratch, minutes
     python train_mxm.py --data flickr8k --root path/to/flickr8k       # photos, five captions each
-    python train_mxm.py --data text2shape --download --clip ViT-B/32  # fine-tune a pretrained CLIP
+    python train_mxm.py --data text2shape --clip ViT-B/32             # fine-tune a pretrained CLIP
     python train_mxm.py --data mine.jsonl --loss clip --seed 1        # your own data, the baseline
     torchrun --nproc_per_node=2 train_mxm.py                          # the same batch over two processes
     python train_mxm.py --resume                                      # go on where it stopped; same bits

@@ -1,4 +1,4 @@
-"""For all tests: the project's files are importable, and one thread, so that sums have one order and results one set of bits."""
+"""For all tests: the project's files are importable; one thread, so that results have one set of bits."""
 import os
 import sys
 
