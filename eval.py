@@ -1403,6 +1403,11 @@ def embed_split(model, checkpoint, name, root, split, amp="auto", workers=0):
     return Embedded(instances, *embed(model, instances, tokenizer, amp, workers), tasks)
 
 
+def embed_by_script(model, checkpoint, *split_and_options):
+    """`embed_split` of the script that made a checkpoint, or the one above where it has none."""
+    return getattr(script(checkpoint), "embed_split", embed_split)(model, checkpoint, *split_and_options)
+
+
 def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gallery=None):
     """What a checkpoint's model reaches on a split -> ({row: metrics}, the text of a table).
 
@@ -1411,8 +1416,7 @@ def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gall
     """
     if hasattr(script(checkpoint), "evaluation"):
         return script(checkpoint).evaluation(model, checkpoint, name, root, split, amp, workers, gallery)
-    embed_own = getattr(script(checkpoint), "embed_split", embed_split)
-    embedded = embed_own(model, checkpoint, name, root, split, amp, workers)
+    embedded = embed_by_script(model, checkpoint, name, root, split, amp, workers)
     return retrieval_evaluation(embedded, name, split, gallery=gallery)
 
 
@@ -1486,9 +1490,8 @@ def embed_with_all(models, args):
     """-> `averaged` of the asked split by the models of all checkpoints, which are as of `restore`."""
     parts = []
     for model, _, checkpoint in models:
-        embed_own = getattr(script(checkpoint), "embed_split", embed_split)
         name, root = where(checkpoint, args)
-        parts.append(embed_own(model, checkpoint, name, root, args.split, args.amp, args.workers))
+        parts.append(embed_by_script(model, checkpoint, name, root, args.split, args.amp, args.workers))
     return averaged(parts)
 
 
