@@ -1,24 +1,31 @@
-"""The studies behind tests/results.md: runs of the five scripts, tables of their mean and spread over seeds.
+"""The studies behind tests/results.md: runs of the five scripts, and tables of what came out over seeds.
 
-    python tests/study.py losses                                 # run what is missing, then print the tables
-    python tests/study.py losses --write                         # put the tables into tests/results.md
-    python tests/study.py losses-photos --root flickr8k=path/to/flickr8k
-    python tests/study.py cmr-wikipedia cmr-imbalance --root wikipedia=path/to/wikipedia
-    python tests/study.py batch --jobs 2 --threads 1             # two runs at a time, one thread each
-    python tests/study.py --list                                 # the commands, without running them
+    python tests/study.py --list                                 # the commands of all studies
+    python tests/study.py mxm-relation                           # run what is missing, then print the tables
+    python tests/study.py mxm-relation --write                   # put the tables into tests/results.md
+    python tests/study.py user-photos --root flickr8k=path/to/flickr8k --root products=... --root hm=...
+    python tests/study.py cmr-wikipedia --root wikipedia=path/to/wikipedia --jobs 2 --threads 1
+    python tests/study.py pretrain --root flickr8k=... --root products=... --root hm=...   # the CLIPs
+
+Rates are tuned for each row. Where an option of a row has several values (`--lr 1e-3|3e-3`), each is run with
+seed 0, the one with the best score on validation is chosen, and only that is run with the other seeds.
 
 Runs are kept under runs/study. One that is finished (its metrics.json exists) is not repeated. One that was
 interrupted is resumed. --write runs nothing: where a run is missing, it says so and changes nothing.
 """
 import argparse
-import concurrent.futures
+import contextlib
+import importlib
+import itertools
 import json
+import math
+import multiprocessing.connection
 import os
 import platform
 import re
+import resource
 import shlex
 import statistics
-import subprocess
 import sys
 
 import torch
@@ -26,177 +33,192 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, "tests", "results.md")
 sys.path.insert(0, ROOT)
+import clip  # noqa: E402
 import data  # noqa: E402
+import eval  # noqa: E402
 
-# CLIPs that studies start from, trained on the same train split; {mixed}: Flickr8k and the products
+# Files that studies read in place of a data set: {name: (data sets, one of so many training instances,
+# whether captions that name a product's class are changed)}. `{name}` in the arguments is such a file.
+FILES = {
+    "everything": (("flickr8k", "products", "hm"), 1, False),
+    "no-products": (("flickr8k", "hm"), 1, False),
+    "no-photos": (("products", "hm"), 1, False),
+    "products-1": (("products",), 1, False),
+    "products-4": (("products",), 4, False),
+    "products-16": (("products",), 16, False),
+    "descriptions": (("products",), 1, True),
+}
+# CLIPs that studies start from. `{clip:name}` in the arguments is the best.pt of one.
+PRETRAIN = "--loss hard --captions 2 --batch-size 128 --vocab-size 4096"
 CLIPS = {
+    "everything": f"train_mxm.py --data {{everything}} {PRETRAIN} --epochs 40 --eval-every 8",
+    "no-products": f"train_mxm.py --data {{no-products}} {PRETRAIN} --epochs 60 --eval-every 12",
+    "no-photos": f"train_mxm.py --data {{no-photos}} {PRETRAIN} --epochs 30 --eval-every 6",
     "primitives": "train_mxm.py",
-    "products": "train_mxm.py --data products --loss clip --epochs 60",
     "source": "train_mxm.py --data primitives-source --loss clip --epochs 20",
-    "photos": "train_mxm.py --data {mixed} --loss clip --epochs 60",
 }
-STUDIES = {}  # study -> (script, {row: arguments}); {NAME} in the arguments is the best.pt of one of CLIPS
+STUDIES = {}  # study -> (script, {row: arguments})
+CLAIMS = {}  # study -> [(row, the row it is compared with)]: what a paper says is ahead of what
 
 
-# ---- MXM-CLR: losses, batch sizes, views
-# Every step shows as many images and captions, and every run as many in all, unless the name of the row says
-# otherwise. CLIP's loss takes one pair of an instance: it gets twice the instances and twice the epochs.
-
-def sampled(loss, instances, views, epochs):
-    """Arguments: so many instances in a step, with as many captions as views of each."""
-    return (f"{loss} --batch-size {instances} --views {views} --captions {views} "
-            f"--epochs {epochs} --eval-every {epochs}")
+def study(name, script, base, rows, claims=()):
+    """A study in which every row adds something to the same arguments."""
+    STUDIES[name] = script, {row: f"{base} {changed}".strip() for row, changed in rows.items()}
+    CLAIMS[name] = list(claims)
 
 
-def one_script(script, base, rows):
-    """A study of one script in which every row adds something to the same arguments."""
-    return script, {row: f"{base} {changed}".strip() for row, changed in rows.items()}
+# ---- MXM-CLR: observations of each instance, losses, the soft relation
+
+RATES = "--lr 3e-4|1e-3|3e-3"
 
 
-MULTIFOLD = {loss: f"--loss {loss}" for loss in ("mil-nce", "hard-uniform", "hard", "soft", "hybrid")}
-LOSSES = {
-    "clip": sampled("--loss clip", 128, 1, 16),
-    "clip, half the samples": sampled("--loss clip", 64, 1, 8),
-    "clip, 2 pairs of each": sampled("--loss clip", 64, 2, 8),
-}
-for row, loss in MULTIFOLD.items():
-    LOSSES[row] = sampled(loss, 64, 2, 8)
-LOSSES["hybrid, sharpness 1"] = sampled("--loss hybrid --soft-temperature 0.05", 64, 2, 8)
-LOSSES["hybrid, known groups"] = sampled("--loss hybrid --soft-relation oracle", 64, 2, 8)
-STUDIES["losses"] = "train_mxm.py", LOSSES
+def sampled(loss, instances, views, captions, epochs, more=""):
+    """Arguments: so many instances in a step, with so many views and captions of each."""
+    return (f"--loss {loss} --batch-size {instances} --views {views} --captions {captions} "
+            f"--epochs {epochs} --eval-every {max(1, epochs // 2)} {more}").strip()
 
-# A photo is one image: 64 images and 128 captions a step, or 96 pairs, which are as many observations.
-PHOTOS = {"clip": "--loss clip --batch-size 96 --epochs 60 --eval-every 6"}
-for row, loss in MULTIFOLD.items():
-    PHOTOS[row] = f"{loss} --batch-size 64 --views 1 --captions 2 --epochs 40 --eval-every 4"
-STUDIES["losses-photos"] = one_script("train_mxm.py", "--data flickr8k", PHOTOS)
 
-STUDIES["batch"] = "train_mxm.py", {
-    "clip, 64 images a step": sampled("--loss clip", 64, 1, 16),
-    "clip, 128 images a step": sampled("--loss clip", 128, 1, 16),
-    "clip, 256 images a step": sampled("--loss clip", 256, 1, 16),
-    "hybrid, 64 images a step": sampled("--loss hybrid", 32, 2, 8),
-    "hybrid, 128 images a step": sampled("--loss hybrid", 64, 2, 8),
-    "hybrid, 256 images a step": sampled("--loss hybrid", 128, 2, 8),
-}
-STUDIES["views"] = "train_mxm.py", {
-    "clip, 1 x 1": sampled("--loss clip", 128, 1, 16),
-    "hybrid, 2 x 2": sampled("--loss hybrid", 64, 2, 8),
-    "hybrid, 4 x 4": sampled("--loss hybrid", 32, 4, 4),
-}
+# 64 images in each of 378 steps, whatever the row; the last row has twice as many steps
+study("mxm-shapes", "train_mxm.py", RATES, {
+    "clip, 1 x 1": sampled("clip", 64, 1, 1, 6),
+    "hard, 1 x 4": sampled("hard", 64, 1, 4, 6),
+    "clip, 2 x 2": sampled("clip", 32, 2, 2, 3),
+    "mil-nce, 2 x 2": sampled("mil-nce", 32, 2, 2, 3),
+    "hard, 2 x 2": sampled("hard", 32, 2, 2, 3),
+    "hybrid, features, 2 x 2": sampled("hybrid", 32, 2, 2, 3),
+    "hybrid, words, 2 x 2": sampled("hybrid", 32, 2, 2, 3, "--soft-relation words"),
+    "hybrid, oracle, 2 x 2": sampled("hybrid", 32, 2, 2, 3, "--soft-relation oracle"),
+    "clip, 1 x 1, twice as long": sampled("clip", 64, 1, 1, 12),
+}, [("hard, 1 x 4", "clip, 1 x 1"), ("hard, 1 x 4", "clip, 1 x 1, twice as long"),
+    ("hard, 1 x 4", "hard, 2 x 2"), ("hard, 2 x 2", "clip, 2 x 2"), ("hard, 2 x 2", "clip, 1 x 1"),
+    ("hard, 2 x 2", "mil-nce, 2 x 2"), ("hybrid, features, 2 x 2", "hard, 2 x 2"),
+    ("hybrid, words, 2 x 2", "hard, 2 x 2"), ("hybrid, oracle, 2 x 2", "hard, 2 x 2")])
+
+# 128 photos in each of 470 steps, from random weights
+photos = "--data flickr8k --batch-size 128 --epochs 10 --eval-every 5"
+study("mxm-photos", "train_mxm.py", f"{photos} {RATES}", {
+    "clip, 1 x 1": "--loss clip",
+    "hard, 1 x 5": "--loss hard --captions 5",
+    "hybrid, words, 1 x 5": "--loss hybrid --captions 5 --soft-relation words",
+    "hybrid, features, 1 x 5": "--loss hybrid --captions 5",
+}, [("hard, 1 x 5", "clip, 1 x 1"), ("hybrid, words, 1 x 5", "hard, 1 x 5"),
+    ("hybrid, features, 1 x 5", "hard, 1 x 5")])
 
 
 # ---- CLIP4CMR: losses, imbalance, dimension
 
 CMR_LOSSES = ("contrastive", "modality-invariant", "triplet", "lifted-structure", "n-pairs",
-              "supervised-contrastive", "label-regression", "cross-entropy", "proxy-nca",
-              "proxy-anchor", "pcl")
+              "supervised-contrastive", "label-regression", "cross-entropy", "proxy-nca", "proxy-anchor",
+              "pcl")
 CMR = {loss: f"--loss {loss}" for loss in CMR_LOSSES} | {
-    "proxy-anchor, alpha 32": "--loss proxy-anchor --proxy-alpha 32",
-    "contrastive, as published": "--loss contrastive-published",
-    "supervised contrastive, as published": "--loss supervised-contrastive-published",
-    "pcl, not standardised": "--loss pcl --no-standardise",
-    "pcl, learned prototypes": "--loss pcl --prototypes learned",
     "pcl + 0.1 modality-invariant": "--loss pcl+modality-invariant:0.1",
-    "pcl + 0.01 modality-invariant": "--loss pcl+modality-invariant:0.01",
     "pcl + 0.1 triplet": "--loss pcl+triplet:0.1",
 }
+CMR_CLAIMS = [("pcl", loss) for loss in CMR_LOSSES[:-1]] + [
+    ("pcl + 0.1 modality-invariant", "pcl"), ("pcl + 0.1 triplet", "pcl")]
+SMALL = "--hidden 1024 --dim 256 --patience 100"  # a sixteenth of the authors' MLPs; no early stop
 WIKIPEDIA = "--data wikipedia --features features_train.npz features_test.npz"
-CMR_PRIMITIVES = "--clip {primitives} --task shape --epochs 30"
-CMR_PRODUCTS = "--data products --clip {products} --task subCategory"
-STUDIES["cmr-wikipedia"] = one_script("train_clip4cmr.py", WIKIPEDIA, CMR)
-STUDIES["cmr-primitives"] = one_script("train_clip4cmr.py", CMR_PRIMITIVES, CMR)
-STUDIES["cmr-products"] = one_script("train_clip4cmr.py", CMR_PRODUCTS, CMR)
+REAL = "--data clip-features --features products_{task}_train.npz products_{task}_test.npz"
+CMR_RATES = "--lr 1e-4|3e-4|1e-3"
+study("cmr-wikipedia", "train_clip4cmr.py", f"{WIKIPEDIA} {SMALL} --epochs 60 --eval-every 3 {CMR_RATES}", CMR, CMR_CLAIMS)
+for task in ("subCategory", "articleType"):
+    base = f"{REAL.replace('{task}', task)} {SMALL} --epochs 160 --eval-every 8 {CMR_RATES}"
+    study(f"cmr-real-{task}", "train_clip4cmr.py", base, CMR, CMR_CLAIMS)
+    base = f"--data products --task {task} --clip {{clip:everything}} {SMALL} --epochs 15 {CMR_RATES}"
+    study(f"cmr-products-{task}", "train_clip4cmr.py", base, CMR, CMR_CLAIMS)
 
-for study, kind in (("cmr-imbalance", "subset"), ("cmr-imbalance-batch", "batch")):
+for kind in ("batch", "subset"):
     imbalance = {}
+    claims = []
     for loss in ("pcl", "triplet"):
-        for modality in ("text", "image"):
-            imbalance[f"{loss}, 1 of the {modality}s"] = f"--loss {loss}"
-            for fraction in (0.7, 0.5, 0.3, 0.1):
+        imbalance[f"{loss}, balanced"] = f"--loss {loss}"
+        for modality in ("image", "text"):
+            for fraction in (0.3, 0.1):
                 row = f"{loss}, {fraction} of the {modality}s"
                 imbalance[row] = f"--loss {loss} --{modality}-fraction {fraction} --imbalance {kind}"
-    STUDIES[study] = one_script("train_clip4cmr.py", WIKIPEDIA, imbalance)
+                claims.append((row, f"{loss}, balanced"))
+    base = f"{WIKIPEDIA} {SMALL} --epochs 60 --eval-every 3 {CMR_RATES}"
+    study(f"cmr-imbalance-{kind}", "train_clip4cmr.py", base, imbalance, claims)
 
-# 1024 is the default: without the flag, the run is that of the studies above.
-DIMENSION = {"D 16": "--dim 16", "D 64": "--dim 64", "D 256": "--dim 256", "D 1024": "",
-             "D 2048": "--dim 2048"}
-STUDIES["cmr-dimension"] = one_script("train_clip4cmr.py", f"{WIKIPEDIA} --loss pcl", DIMENSION)
-
-
-# ---- CMA-CLIP: fusions, noise in training
-
-FUSIONS = {name: f"--fusion {name} --robustness"
-           for name in ("cma", "sequence", "modality", "concat", "image", "text")}
-TWO_MODALITIES = {name: FUSIONS[name] for name in ("cma", "sequence", "modality", "concat")}
-CMA_ON = {
-    "cma-primitives": "--epochs 3 --eval-every 3",
-    "cma-products": "--data products --clip {products} --epochs 15 --lr 1e-3 --clip-lr 2e-4",
-}
-for study, base in CMA_ON.items():
-    both_noisy = f"{base} --train-noise-image 0.3 --train-noise-text 0.3"
-    text_noisy = f"{base} --train-noise-text 0.5"
-    STUDIES[study] = one_script("train_cmaclip.py", base, FUSIONS)
-    STUDIES[f"{study}-noise"] = one_script("train_cmaclip.py", both_noisy, FUSIONS)
-    STUDIES[f"{study}-text-noise"] = one_script("train_cmaclip.py", text_noisy, TWO_MODALITIES)
-    foreign = f"{both_noisy} --noise-kind foreign"
-    STUDIES[f"{study}-foreign"] = one_script("train_cmaclip.py", foreign, TWO_MODALITIES)
+study("cmr-dimension", "train_clip4cmr.py",
+      f"{WIKIPEDIA} --hidden 1024 --patience 100 --epochs 60 --eval-every 3 {CMR_RATES} --loss pcl",
+      {f"D {dim}": f"--dim {dim}" for dim in (16, 64, 256, 1024)},
+      [(f"D {dim}", "D 256") for dim in (16, 64, 1024)])
 
 
-# ---- USER: each row changes one thing of `both`
-# Every run starts from a CLIP trained on the same data. Steps are few, so the momentum is 0.99. At the
-# paper's 0.999 the keys would hardly leave their start.
+# ---- USER: from a CLIP trained on the same photos, among others
 
-USER = {
-    "none": "--momentum 0.99 --enhance none",
-    "sge": "--momentum 0.99 --enhance sge",
-    "cge": "--momentum 0.99 --enhance cge",
-    "both": "--momentum 0.99",
-    "both, no queue": "--momentum 0.99 --queue 0",
-    "both, queue 256": "--momentum 0.99 --queue 256",
-    "both, texts too": "--momentum 0.99 --enhance-texts",
-    "both, frozen CLIP": "--momentum 0.99 --clip-lr 0",
-    "both, momentum 0.9": "--momentum 0.9",
+user = "--data flickr8k --clip {clip:everything} --dim 256 --epochs 1 --batch-weight 1"
+study("user-photos", "train_user.py", f"{user} --momentum 0.99 --lr 3e-4|1e-3|3e-3 --clip-lr 1e-4", {
+    "none": "--enhance none",
+    "sge": "--enhance sge",
+    "cge": "--enhance cge",
+    "both": "",
+    "both, no queue": "--queue 0",
+    "both, queue 512": "--queue 512",
     "both, momentum 0.999": "--momentum 0.999",
-    "both, InfoNCE": "--momentum 0.99 --loss infonce",
-    "both, triplet": "--momentum 0.99 --loss triplet",
-    "none, no queue, triplet": "--momentum 0.99 --enhance none --queue 0 --loss triplet",
-}
-USER_ON = {
-    "user-primitives": "--clip {primitives} --epochs 1 --batch-weight 1",
-    "user-flickr8k": "--data flickr8k --clip {photos} --epochs 4 --eval-every 4 --batch-size 64",
-}
-for study, base in USER_ON.items():
-    base += " --lr 1e-3 --clip-lr 1e-4 --dim 256"
-    STUDIES[study] = one_script("train_user.py", base, USER)
+    "both, InfoNCE": "--loss infonce",
+    "both, triplet": "--loss triplet",
+}, [("sge", "none"), ("cge", "none"), ("both", "none"), ("both", "both, no queue"),
+    ("both", "both, InfoNCE"), ("both", "both, triplet")])
 
 
-# ---- Cross-Modal Adapter: what is tuned, rank, sharing
+# ---- Cross-Modal Adapter: what is tuned, on how much data, sharing
 
-TUNE = {  # each with the best rate of several a factor of 3 apart, on the shapes' val with seed 0
-    "adapter": "--tune adapter --lr 0.01",
-    "adapter-unshared": "--tune adapter-unshared --lr 0.01",
-    "full": "--tune full --lr 0.0003",
-    "head": "--tune head --lr 0.003",
-    "bitfit": "--tune bitfit --lr 0.03",
-    "prompt": "--tune prompt --lr 0.03",
-    "lora": "--tune lora --lr 0.01",
-    "adapter, r 2": "--tune adapter --lr 0.01 --rank 2",
+TUNE = {  # each with rates around its default for a CLIP that was trained here
+    "adapter": "--tune adapter --lr 3e-3|1e-2|3e-2",
+    "adapter-unshared": "--tune adapter-unshared --lr 3e-3|1e-2|3e-2",
+    "lora": "--tune lora --lr 3e-3|1e-2|3e-2",
+    "prompt": "--tune prompt --lr 1e-2|3e-2|1e-1",
+    "bitfit": "--tune bitfit --lr 1e-2|3e-2|1e-1",
+    "head": "--tune head --lr 1e-3|3e-3|1e-2",
+    "full": "--tune full --lr 1e-4|3e-4|1e-3",
 }
-CURVES = {row: f"{TUNE[row]} --train-metrics" for row in ("adapter", "full")}
-RANK = {"r 2": "--rank 2", "r 4": "--rank 4", "r 8": "",  # the default
-        "r 16": "--rank 16", "r 32": "--rank 32"}
-SHARE = {"d_s 0": "--share 0", "d_s 8": "--share 8", "d_s 16": "",  # the default
-         "d_s 64": "--share 64", "d_s 128": "--share 128"}
-POOL = {"query, tau 5": "", "query, tau 1": "--tau 1", "mean": "--pool mean"}
-TO_SHAPES = "--data primitives-target --clip {source} --frames 4 --epochs 4 --batch-size 32"  # of 5 captions
-TO_PRODUCTS = "--data products --clip {photos} --epochs 20 --eval-every 4 --batch-size 64"
-STUDIES["adapter-shapes"] = one_script("train_adapter.py", TO_SHAPES, TUNE)
-STUDIES["adapter-products"] = one_script("train_adapter.py", TO_PRODUCTS, TUNE)
-STUDIES["adapter-curves"] = one_script("train_adapter.py", TO_PRODUCTS, CURVES)
-STUDIES["adapter-rank"] = one_script("train_adapter.py", f"{TO_SHAPES} {TUNE['adapter']}", RANK)
-STUDIES["adapter-share"] = one_script("train_adapter.py", f"{TO_SHAPES} {TUNE['adapter']}", SHARE)
-STUDIES["adapter-pool"] = one_script("train_adapter.py", f"{TO_SHAPES} {TUNE['adapter']}", POOL)
+TO_PRODUCTS = "--clip {clip:no-products} --batch-size 128 --frames 1"
+TO_PHOTOS = "--data flickr8k --clip {clip:no-photos} --batch-size 128 --frames 1"
+# 200 steps, whatever the share of the products
+SHARES = {"1": "--data {products-1} --epochs 1",
+          "4": "--data {products-4} --epochs 4",
+          "16": "--data {products-16} --epochs 16 --eval-every 4"}
+study("adapter-products", "train_adapter.py", f"{TO_PRODUCTS} {SHARES['4']}", TUNE,
+      [("adapter", other) for other in TUNE if other != "adapter"])
+study("adapter-photos", "train_adapter.py", f"{TO_PHOTOS} --epochs 1", TUNE,
+      [("adapter", other) for other in TUNE if other != "adapter"])
+amounts = {}
+for part, arguments in SHARES.items():
+    for tune in ("adapter", "full"):
+        amounts[f"{tune}, 1/{part} of the products"] = f"{arguments} {TUNE[tune]}"
+study("adapter-amount", "train_adapter.py", TO_PRODUCTS, amounts,
+      [(f"adapter, 1/{part} of the products", f"full, 1/{part} of the products") for part in SHARES])
+shapes = "--data primitives-target --clip {clip:source} --frames 4 --epochs 4 --batch-size 32 --lr 1e-2"
+study("adapter-share", "train_adapter.py", shapes,
+      {"d_s 0": "--share 0", "d_s 16": "", "d_s 128": "--share 128"},
+      [("d_s 16", "d_s 0"), ("d_s 128", "d_s 0")])
+study("adapter-pool", "train_adapter.py", shapes,
+      {"query, tau 5": "", "query, tau 1": "--tau 1", "mean": "--pool mean"},
+      [("query, tau 5", "mean"), ("query, tau 1", "mean")])
+
+
+# ---- CMA-CLIP: fusions, noise, texts that do not name the class
+
+FUSIONS = {name: f"--fusion {name}" for name in ("cma", "sequence", "modality", "concat", "image", "text")}
+CMA_CLAIMS = [("cma", other) for other in FUSIONS if other != "cma"]
+SEVEN_TASKS = "--clip {clip:everything} --epochs 2 --eval-every 1 --batch-size 128 --lr 3e-4|1e-3|3e-3"
+study("cma-titles", "train_cmaclip.py", f"--data products {SEVEN_TASKS} --clip-lr 1e-4", FUSIONS, CMA_CLAIMS)
+study("cma-descriptions", "train_cmaclip.py", f"--data {{descriptions}} {SEVEN_TASKS} --clip-lr 1e-4", FUSIONS,
+      CMA_CLAIMS)
+noise = "--robustness --noise-kind foreign --noise-data flickr8k"
+in_training = "--train-noise-image 0.3 --train-noise-text 0.3"
+study("cma-foreign", "train_cmaclip.py",
+      f"--data products {SEVEN_TASKS.replace('3e-4|1e-3|3e-3', '1e-3')} --clip-lr 1e-4 {noise}", {
+          "cma": "--fusion cma",
+          "modality": "--fusion modality",
+          "concat": "--fusion concat",
+          "cma, noise in training": f"--fusion cma {in_training}",
+          "modality, noise in training": f"--fusion modality {in_training}",
+          "concat, noise in training": f"--fusion concat {in_training}",
+      }, [("modality, noise in training", "concat, noise in training"),
+          ("cma, noise in training", "concat, noise in training")])
 
 
 # ---- the numbers of one run: {heading: number}
@@ -210,70 +232,66 @@ def both_ways(before, model, measures, order):
     return {f"{before}{way} {measure}": model[key][measure] for way, key in order for measure in measures}
 
 
-def mxm_columns(study, metrics):
-    if study == "losses-photos":
-        return both_ways("test ", metrics["test"]["model"], ("R@1", "R@10", "MRR"), TEXT_FIRST)
+def mxm_columns(metrics):
     columns = {}
     for split in ("test", "unseen"):
-        columns |= both_ways(f"{split} ", metrics[split]["model"], ("R@1", "NDCG@5"), TEXT_FIRST)
+        if split in metrics:
+            model = metrics[split]["model"]
+            columns |= both_ways(f"{split} ", model, ("R@1",), TEXT_FIRST)
+            columns[f"{split} rSum"] = model["rSum"]
     return columns
 
 
-def clip4cmr_columns(study, metrics):
+def clip4cmr_columns(metrics):
     columns = {}
-    for split, rows in metrics.items():
-        columns |= both_ways(f"{split} ", rows["model"], ("mAP",), IMAGE_FIRST)
-        columns[f"{split} average"] = rows["model"]["mAP"]
+    for split in ("test", "unseen"):
+        if split in metrics:
+            model = metrics[split]["model"]
+            columns[f"{split} mAP"] = model["mAP"]
+            columns |= both_ways(f"{split} ", model, ("mAP",), IMAGE_FIRST)
     return columns
 
 
-def user_columns(study, metrics):
-    columns = {}
-    for split, rows in metrics.items():
-        columns[f"{split} rSum"] = rows["model"]["rSum"]
-        columns |= both_ways(f"{split} ", rows["model"], ("R@1", "R@5", "R@10"), IMAGE_FIRST)
-    return columns
+def user_columns(metrics):
+    model = metrics["test"]["model"]
+    return {"rSum": model["rSum"]} | both_ways("", model, ("R@1", "R@5", "R@10"), IMAGE_FIRST)
 
 
-def adapter_columns(study, metrics):
-    if study == "adapter-curves":
-        evaluated = [record for record in metrics["log"] if "val" in record]
-        return {f"epoch {record['epoch']}, {split}": record[split]["rSum"]
-                for record in evaluated for split in ("train", "val")}
+def adapter_columns(metrics):
     model = metrics["test"]["model"]
     costs = metrics["costs"]
-    return both_ways("", model, ("R@1", "R@5"), TEXT_FIRST) | {
-        "rSum": model["rSum"],
+    return {"rSum": model["rSum"]} | both_ways("", model, ("R@1", "R@5"), TEXT_FIRST) | {
         "trained, thousands": costs["trained_parameters"] / 1000,
         "share, %": 100 * costs["share"],
-        "ms per step": 1000 * costs["seconds_per_step"],
         "GiB": costs["peak_memory_gib"],
     }
 
 
-def cmaclip_columns(study, metrics):
+def cmaclip_columns(metrics):
     mean = metrics["test"]["model"]["mean"]
     noise = metrics["test"]["noise"]
     columns = {
         "accuracy": mean["accuracy"],
-        "macro F1": mean["macro_f1"],
         "R@P90": mean["recall_at_precision"],
+        "macro F1": mean["macro_f1"],
     }
     for modality, fractions in noise.items():
         for fraction, noisy in fractions.items():
             if fraction != "0.0":
                 columns[f"{100 * float(fraction):.0f}% {modality} noise"] = noisy["mean"]["accuracy"]
+    if not noise:
+        return columns
     for heading, scores in (("clean", noise["image"]["0.0"]), ("all images noisy", noise["image"]["1.0"]),
                             ("all texts noisy", noise["text"]["1.0"])):
-        for task, values in scores.items():
-            if "image_weight" in values:
-                columns[f"image weight, {task}, {heading}"] = values["image_weight"]
+        weights = [values["image_weight"] for values in scores.values() if "image_weight" in values]
+        if weights:
+            columns[f"mean image weight, {heading}"] = statistics.mean(weights)
     return columns
 
 
 def task_columns(measure):
     """The function that takes one measure of every task by itself, and its mean."""
-    def columns(study, metrics):
+    def columns(metrics):
         return {task: values[measure] for task, values in metrics["test"]["model"].items()}
     return columns
 
@@ -284,65 +302,175 @@ TABLES = {  # script -> {caption: the function that takes a table's numbers from
     "train_user.py": {"": user_columns},
     "train_adapter.py": {"": adapter_columns},
     "train_cmaclip.py": {
-        "Mean of all tasks, clean and with noise": cmaclip_columns,
+        "Mean of all tasks": cmaclip_columns,
         "Accuracy of each task": task_columns("accuracy"),
-        "Macro F1 of each task": task_columns("macro_f1"),
         "R@P90 of each task": task_columns("recall_at_precision"),
     },
 }
+CLAIMED = {  # script -> the headings of the first table that claims are judged by
+    "train_mxm.py": ("test T2I R@1", "test I2T R@1"),
+    "train_clip4cmr.py": ("test mAP",),
+    "train_user.py": ("rSum",),
+    "train_adapter.py": ("rSum",),
+    "train_cmaclip.py": ("accuracy", "R@P90"),
+}
 
 
-# ---- tables and tests/results.md
+# ---- tables
 
-def read_run(out):
-    """metrics.json of a run's folder; of an adapter also its costs and its log."""
-    with open(os.path.join(out, "metrics.json")) as f:
-        metrics = json.load(f)
-    costs = os.path.join(out, "costs.json")
-    if os.path.exists(costs):
-        with open(costs) as f, open(os.path.join(out, "log.jsonl")) as lines:
-            metrics |= {"costs": json.load(f), "log": [json.loads(line) for line in lines]}
-    return metrics
+# Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom; further on the last one will do.
+STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12,
+             2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05, 2.04)
 
 
-def spread(values, sign=""):
+def half_interval(deviation, seeds):
+    """Half the 95% confidence interval of a mean over so many seeds."""
+    t = STUDENT_T[min(seeds - 1, len(STUDENT_T)) - 1]
+    return t * deviation / math.sqrt(seeds)
+
+
+def seeds_to_resolve(mean, deviation, most=1000):
+    """How many seeds would show a difference of this size and deviation; `most` where that is not enough."""
+    for seeds in range(2, most):
+        if half_interval(deviation, seeds) < abs(mean):
+            return seeds
+    return most
+
+
+def compared(differences):
+    """Cells of a comparison: the mean of the differences with its 95% interval, how many are positive, what
+    follows."""
+    n = len(differences)
+    mean = statistics.mean(differences)
+    ahead = f"{sum(d > 0 for d in differences)} of {n}"
+    if n < 2:
+        return f"{mean:+.1f}", ahead, "one seed"
+    deviation = statistics.stdev(differences)
+    half = half_interval(deviation, n)
+    if abs(mean) > half:
+        verdict = "ahead" if mean > 0 else "behind"
+    else:
+        needed = seeds_to_resolve(mean, deviation)
+        verdict = f"not resolved; {'1,000 or more' if needed == 1000 else needed} seeds would be needed"
+    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})", ahead, verdict
+
+
+def spread(values):
     """Mean and standard deviation over seeds."""
-    return f"{statistics.mean(values):{sign}.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
 
 
-def table(rows):
-    """A Markdown table of {row: {heading: [a number for each seed]}}.
-
-    Where a row is called `hard` or `both`, a last column has the first column's differences from that row.
-    Runs of one seed start alike and see the data in one order, so these vary less than the values themselves.
-    """
-    headings = list(dict.fromkeys(heading for values in rows.values() for heading in values))
-    first = headings[0]
-    reference = next((row for row in ("hard", "both") if row in rows), None)
-    titles = headings + [f"{first} against {reference}, paired"] * bool(reference)
-    lines = ["| | " + " | ".join(titles) + " |", "|" + " --- |" * (1 + len(titles))]
-    for row, values in rows.items():
-        cells = [spread(values[heading]) if heading in values else "" for heading in headings]
-        if row == reference:
-            cells.append("")
-        elif reference:
-            cells.append(spread([a - b for a, b in zip(values[first], rows[reference][first])], "+"))
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+def markdown(headings, rows):
+    """A Markdown table of {row: [cells]}."""
+    lines = ["| | " + " | ".join(headings) + " |", "|" + " --- |" * (1 + len(headings))]
+    lines += [f"| {row} | " + " | ".join(cells) + " |" for row, cells in rows.items()]
     return "\n".join(lines)
 
 
-def tables(study, folders):
-    """{caption: table} of a study; folders: {row: [the folder of each seed's finished run]}."""
+def table(rows):
+    """A Markdown table of {row: {heading: [a number for each seed]}}."""
+    headings = list(dict.fromkeys(heading for values in rows.values() for heading in values))
+    cells = {}
+    for row, values in rows.items():
+        cells[row] = [spread(values[heading]) if heading in values else "" for heading in headings]
+    return markdown(headings, cells)
+
+
+def claims_table(rows, claims, headings):
+    """What is ahead of what: {row: {heading: numbers}} as of `table`, the pairs of rows, seed by seed."""
+    cells = {}
+    for row, other in claims:
+        for heading in headings:
+            differences = [a - b for a, b in zip(rows[row][heading], rows[other][heading])]
+            cells[f"{row} against {other}, {heading}"] = list(compared(differences))
+    return markdown(["difference (95% interval)", "seeds ahead", "verdict"], cells)
+
+
+def read_run(out):
+    """metrics.json of a run's folder, of an adapter also its costs, and what `execute` noted."""
+    with open(os.path.join(out, "metrics.json")) as f:
+        metrics = json.load(f)
+    for name in ("costs", "made"):
+        path = os.path.join(out, f"{name}.json")
+        if os.path.exists(path):
+            with open(path) as f:
+                metrics[name] = json.load(f)
+    return metrics
+
+
+def tables(name, folders, options):
+    """{caption: table} of a study.
+
+    folders: {row: [the folder of each seed's finished run]}; options: {row: the options that were chosen}.
+    """
+    script = STUDIES[name][0]
     runs = {row: [read_run(out) for out in seeds] for row, seeds in folders.items()}
     made = {}
-    for caption, columns in TABLES[STUDIES[study][0]].items():
+    for caption, columns in TABLES[script].items():
         rows = {}
         for row, seeds in runs.items():
-            numbers = [columns(study, metrics) for metrics in seeds]
+            numbers = [columns(metrics) for metrics in seeds]
             rows[row] = {heading: [run[heading] for run in numbers] for heading in numbers[0]}
-        made[caption] = table(rows)
+        if not made:  # the first table also has costs, and claims are judged by it
+            for row, seeds in runs.items():
+                if all("made" in run for run in seeds):
+                    rows[row]["CPU seconds"] = [run["made"]["cpu_seconds"] for run in seeds]
+            first = rows
+        labelled = {}
+        for row, values in rows.items():
+            labelled[f"{row}, `{options[row]}`" if options[row] else row] = values
+        made[caption] = table(labelled)
+    if CLAIMS[name]:
+        made["Differences, seed by seed"] = claims_table(first, CLAIMS[name], CLAIMED[script])
     return made
 
+
+# ---- zero-shot: what the CLIPs that studies start from can do without further training
+
+TEMPLATES = ("a photo of {}", "{}", "men {}", "women {}")
+
+
+@torch.no_grad()
+def prompt_scores(model, instances, classes):
+    """Cosines (instances, classes) of pictures and the mean embeddings of each class's prompts."""
+    tokenizer = model.tokenizer
+    names = [[template.format(name.lower()) for template in TEMPLATES] for name in classes]
+    prompts = [prompt for several in names for prompt in several]
+    tokens = tokenizer(prompts, model.context_length, truncate=True)
+    texts = torch.nn.functional.normalize(model.encode_text(tokens), dim=-1)
+    texts = torch.nn.functional.normalize(texts.view(len(classes), len(TEMPLATES), -1).mean(1), dim=-1)
+    images, _ = eval.embed(model, instances, tokenizer)
+    return images @ texts.t()
+
+
+def zero_shot(args):
+    """The table of the CLIPs that were trained on real data: retrieval on each test part, products by
+    prompts."""
+    cells = {}
+    for name in ("everything", "no-products", "no-photos"):
+        model, _ = clip.load(clip_weights(name, args))
+        model.eval()
+        cells[name] = []
+        for source in ("flickr8k", "products", "hm"):
+            instances, classes = data.load(*located(source, args.roots), "test")
+            metrics = eval.evaluate(model, instances, model.tokenizer)
+            cells[name] += [f"{metrics['rSum']:.1f}", f"{metrics['text_to_image']['R@1']:.1f}",
+                            f"{metrics['image_to_text']['R@1']:.1f}"]
+            if source == "products":
+                for task in ("subCategory", "articleType"):
+                    labelled = [x for x in instances if x.labels[task] >= 0]
+                    scores = prompt_scores(model, labelled, classes[task])
+                    label = torch.tensor([x.labels[task] for x in labelled])
+                    cells[name].append(f"{100 * (scores.argmax(1) == label).float().mean():.1f}")
+    headings = []
+    for source in ("photos", "products", "garments"):
+        headings += [f"{source}: rSum", "T2I R@1", "I2T R@1"]
+        if source == "products":
+            headings += ["subCategory by prompts, accuracy", "articleType by prompts"]
+    return markdown(headings, cells)
+
+
+# ---- tests/results.md
 
 def machine():
     """torch's version and the processor, in one line."""
@@ -355,46 +483,54 @@ def machine():
 
 
 def machine_of(out):
-    """What execute() noted beside a run."""
-    path = os.path.join(out, "machine.txt")
-    if not os.path.exists(path):
-        return f"not recorded (tables written with {machine()})"
-    with open(path) as f:
-        return f.read()
+    """What `execute` noted beside a run."""
+    made = read_run(out).get("made")
+    return made["machine"] if made else f"not recorded (tables written with {machine()})"
 
 
-def data_folders(study):
-    """The --root options of the data sets that a study reads."""
-    rows = " ".join(STUDIES[study][1].values())
-    commands = rows + "".join(f" {command}" for name, command in CLIPS.items() if f"{{{name}}}" in rows)
-    names = set(re.findall(r"--data ([a-z]\S+)", commands))
-    if "{mixed}" in commands:
-        names |= {"flickr8k", "products"}
-    return "".join(f" --root {name}=path/to/{name}" for name in sorted(names) if "primitives" not in name)
+def sources(name):
+    """The data sets that a study reads, also through the CLIPs that it starts from."""
+    rows = " ".join(STUDIES[name][1].values()) if name in STUDIES else " ".join(CLIPS.values())
+    commands = rows + "".join(f" {command}" for clip_name, command in CLIPS.items()
+                              if f"{{clip:{clip_name}}}" in rows)
+    found = set(re.findall(r"data ([a-z]\S+)", commands))
+    for file, (names, _, _) in FILES.items():
+        if f"{{{file}}}" in commands:
+            found |= set(names)
+    return sorted(source for source in found if "primitives" not in source)
 
 
-def section(study, folders, seeds):
+def section(name, made, machines, seeds):
     """What stands between a study's markers: how its tables were made, and the tables."""
-    machines = " and ".join(sorted({machine_of(out) for row in folders.values() for out in row}))
-    used = ", ".join(map(str, range(seeds)))
-    lines = [
-        f"<!-- study: {study} -->",
-        f"`python tests/study.py {study} --seeds {seeds}{data_folders(study)}`\\",
-        f"{seeds} runs in each row, seeds {used}: mean ± standard deviation.\\",
-        f"Machine: {machines}.",
-    ]
-    for caption, made in tables(study, folders).items():
+    roots = "".join(f" --root {source}=path/to/{source}" for source in sources(name))
+    lines = [f"<!-- study: {name} -->"]
+    if name in STUDIES:
+        used = ", ".join(map(str, range(seeds)))
+        lines += [f"`python tests/study.py {name} --seeds {seeds}{roots}`, which runs, in each row with the "
+                  "arguments of its name,\\", f"`{STUDIES[name][0]} {common_arguments(name)}`.\\",
+                  f"{seeds} runs in each row, seeds {used}: mean ± standard deviation.\\"]
+    else:
+        lines += [f"`python tests/study.py {name}{roots}`\\"]
+    lines += [f"Machine: {' and '.join(sorted(machines))}."]
+    for caption, text in made.items():
         lines += ["", f"{caption}:", ""] if caption else [""]
-        lines += [made]
+        lines += [text]
     return "\n".join([*lines, "<!-- end -->"])
 
 
-def with_section(text, study, made):
+def common_arguments(name):
+    """The arguments with which all rows of a study begin."""
+    rows = [arguments.split() for arguments in STUDIES[name][1].values()]
+    first = os.path.commonprefix(rows)
+    return " ".join(first)
+
+
+def with_section(text, name, made):
     """results.md with a study's section replaced, or added at the end where there is none."""
-    begin = f"<!-- study: {study} -->"
+    begin = f"<!-- study: {name} -->"
     before, found, after = text.partition(f"{begin}\n")
     if not found:
-        return f"{text.rstrip()}\n\n## {study}\n\n{made}\n"
+        return f"{text.rstrip()}\n\n## {name}\n\n{made}\n"
     old, end, rest = after.partition("<!-- end -->\n")
     if not end or "<!-- study:" in old:
         refuse(f"{RESULTS}: {begin} has no line <!-- end --> after it; add one below its tables")
@@ -406,25 +542,60 @@ def refuse(message):
     raise SystemExit(2)
 
 
-def write_results(folders, seeds):
-    """Put the tables of finished runs into results.md, all of them or none."""
-    needed = [out for rows in folders.values() for row in rows.values() for out in row]
-    missing = [out for out in needed if not finished(out)]
-    if missing:
-        refuse(f"{len(missing)} runs are missing, first {missing[0]}; run the same command without --write")
+def write_results(sections):
+    """Put the sections {study: text} into results.md."""
     with open(RESULTS) as f:
         text = f.read()
-    for study, rows in folders.items():
-        text = with_section(text, study, section(study, rows, seeds))
+    for name, made in sections.items():
+        text = with_section(text, name, made)
     with open(RESULTS, "w") as f:
         f.write(text)
+
+
+# ---- files that are made of data sets
+
+def located(source, roots):
+    """(name or path, root) of a data set, as data.load takes them."""
+    root = roots.get(source, os.path.join(ROOT, "data", source))
+    own = {"hm": "hm.jsonl", "products": "products.jsonl"}.get(source)
+    if own and os.path.exists(os.path.join(root, own)):
+        return os.path.join(root, own), None
+    return source, root
+
+
+def write_file(name, path, roots):
+    """Write one of FILES: the parts of the data sets stay what they are."""
+    names, every, without_classes = FILES[name]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.part", "w") as f:
+        for source in names:
+            for split in ("train", "val", "test"):
+                instances, classes = data.load(*located(source, roots), split)
+                for x in instances[::every if split == "train" else 1]:
+                    labels = {task: classes[task][n] for task, n in x.labels.items() if n >= 0}
+                    captions = [description(x, labels)] if without_classes else x.captions
+                    row = {"id": f"{source}-{x.id}", "images": [os.path.abspath(i) for i in x.images],
+                           "captions": captions, "split": split}
+                    if len(names) == 1:  # data sets have no tasks in common
+                        row["labels"] = labels
+                    f.write(json.dumps(row) + "\n")
+    os.replace(f"{path}.part", path)
+
+
+def description(x, labels):
+    """An instance's last caption without the words of its own classes, in singular or plural."""
+    words = {word.rstrip("s") for name in labels.values() for word in re.findall(r"[a-z]+", name.lower())}
+    left = [word for word in x.captions[-1].split()
+            if not words & {part.rstrip("s") for part in re.findall(r"[a-z]+", word.lower())}]
+    return " ".join(left) or "a product"
 
 
 # ---- runs
 
 def settings(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("study", nargs="*", choices=[*STUDIES, []], help=", ".join(STUDIES))
+    p.add_argument("study", nargs="*", choices=["pretrain", *STUDIES, []], metavar="study",
+                   help=", ".join(["pretrain", *STUDIES]) + " (default: all)")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--root", action="append", default=[], metavar="NAME=FOLDER",
                    help="where the data set NAME lies; may be repeated")
@@ -434,9 +605,8 @@ def settings(argv=None):
     p.add_argument("--list", action="store_true", help="print the commands only")
     p.add_argument("--write", action="store_true", help="put the tables into tests/results.md; runs nothing")
     args = p.parse_args(argv)
-    args.study = args.study or list(STUDIES)
+    args.study = args.study or ["pretrain", *STUDIES]
     args.roots = dict(root.split("=", 1) for root in args.root)
-    args.mixed = os.path.abspath(os.path.join(args.out, "mixed.jsonl"))
     return args
 
 
@@ -444,96 +614,221 @@ def clip_folder(name, args):
     return os.path.join(args.out, f"clip-{name}")
 
 
+def clip_weights(name, args):
+    return os.path.join(clip_folder(name, args), "best.pt")
+
+
 def run_folder(script, arguments, seed, args):
-    prefix = "" if script == "train_mxm.py" else script[len("train_"):-len(".py")] + "-"
-    name = re.sub(r"[^\w.+:=-]+", "-", arguments.replace("--", "")).replace("eval-every", "e")
-    return os.path.join(args.out, f"{prefix}{name}-seed-{seed}")
+    prefix = script[len("train_"):-len(".py")]
+    name = re.sub(r"[^\w.+=-]+", "-", arguments.replace("--", "")).replace("eval-every", "e")
+    return os.path.join(args.out, f"{prefix}-{name}-seed-{seed}")
 
 
-def complete(command, out, args):
-    """The command with the folder of its data set and its own."""
-    words = shlex.split(command)
-    name = words[words.index("--data") + 1] if "--data" in words else None
-    root = f" --root {shlex.quote(args.roots[name])}" if name in args.roots else ""
-    return f"{command}{root} --out {out}"
+def alternatives(arguments):
+    """The arguments with each choice of their values: `--lr 1|3` -> [`--lr 1`, `--lr 3`]."""
+    return [" ".join(words) for words in itertools.product(*(word.split("|") for word in arguments.split()))]
 
 
-def planned(args):
-    """What the studies need: the CLIPs and the runs as [(command, folder)], and {study: {row: [folder]}}."""
-    weights = {name: os.path.join(clip_folder(name, args), "best.pt") for name in CLIPS}
-    clips, runs, folders = {}, [], {}
-    for study in args.study:
-        script, rows = STUDIES[study]
-        folders[study] = {row: [] for row in rows}
-        for row, arguments in rows.items():
-            for name, command in CLIPS.items():
-                if f"{{{name}}}" in arguments:
-                    out = clip_folder(name, args)
-                    clips[name] = complete(command.format(mixed=args.mixed), out, args), out
-            for seed in range(args.seeds):
-                out = run_folder(script, arguments, seed, args)
-                command = f"{script} {arguments.format(**weights)} --seed {seed}"
-                runs.append((complete(command, out, args), out))
-                folders[study][row].append(out)
-    return list(clips.values()), runs, folders
+def tuned_options(arguments):
+    """The options of the arguments that have several values."""
+    words = arguments.split()
+    return [option for option, value in zip(words, words[1:]) if "|" in value]
+
+
+def command_of(script, arguments, args):
+    """The whole command but --out: files, CLIPs and data sets' folders put in, and the list of these files."""
+    files = {name: os.path.abspath(os.path.join(args.out, f"{name}.jsonl")) for name in FILES}
+    weights = {f"clip:{name}": clip_weights(name, args) for name in CLIPS}
+    words = shlex.split(f"{script} {arguments}")
+    words = [(files | weights).get(word[1:-1], word) if word[0] == "{" else word for word in words]
+    for option, root in (("--data", "--root"), ("--noise-data", "--noise-root")):
+        name = words[words.index(option) + 1] if option in words else None
+        if name in args.roots:
+            words += [root, args.roots[name]]
+    return shlex.join(words)
+
+
+def of_clips(names, args):
+    """The runs [(command, folder)] that make these CLIPs."""
+    runs = []
+    for name in names:
+        out = clip_folder(name, args)
+        script, _, arguments = CLIPS[name].partition(" ")
+        runs.append((f"{command_of(script, arguments, args)} --out {shlex.quote(out)}", out))
+    return runs
+
+
+def seeded(script, arguments, seed, args):
+    """The run (command, folder) of these arguments."""
+    out = run_folder(script, arguments, seed, args)
+    return f"{command_of(script, arguments, args)} --seed {seed} --out {shlex.quote(out)}", out
+
+
+def needed_clips(args):
+    """The CLIPs that the studies start from, by name."""
+    names = []
+    for name in args.study:
+        rows = " ".join(STUDIES[name][1].values()) if name in STUDIES else ""
+        for clip_name in CLIPS:
+            trained_on_files = "{" in CLIPS[clip_name]
+            if f"{{clip:{clip_name}}}" in rows or (name == "pretrain" and trained_on_files):
+                names.append(clip_name)
+    return list(dict.fromkeys(names))
+
+
+def tuning(args):
+    """The runs that choose the values of the rows' options: each choice with seed 0."""
+    runs = []
+    for name in args.study:
+        for arguments in STUDIES[name][1].values() if name in STUDIES else ():
+            choices = alternatives(arguments)
+            if len(choices) > 1:
+                runs += [seeded(STUDIES[name][0], choice, 0, args) for choice in choices]
+    return list(dict.fromkeys(runs))
+
+
+def chosen(script, arguments, args):
+    """Of the choices that the arguments leave, the one that was best on validation with seed 0."""
+    choices = alternatives(arguments)
+    if len(choices) == 1:
+        return choices[0]
+    folders = [run_folder(script, choice, 0, args) for choice in choices]
+    missing = [out for out in folders if not finished(out)]
+    if missing:
+        refuse(f"{len(missing)} runs are missing, first {missing[0]}; run the same command without --write")
+    scores = [clip.load_checkpoint(os.path.join(out, "best.pt"))["state"]["best"] for out in folders]
+    return choices[scores.index(max(scores))]
+
+
+def planned(name, args):
+    """A study's runs over all seeds: [(command, folder)], {row: [folder]} and {row: chosen options}."""
+    script, rows = STUDIES[name]
+    runs = []
+    folders = {}
+    options = {}
+    for row, arguments in rows.items():
+        choice = chosen(script, arguments, args)
+        words = choice.split()
+        options[row] = " ".join(f"{o} {words[words.index(o) + 1]}" for o in tuned_options(arguments))
+        of_row = [seeded(script, choice, seed, args) for seed in range(args.seeds)]
+        folders[row] = [out for _, out in of_row]
+        runs += of_row
+    return list(dict.fromkeys(runs)), folders, options
 
 
 def finished(out):
     return os.path.exists(os.path.join(out, "metrics.json"))
 
 
-def execute(command, out, threads):
-    """Run a command, or go on with it; nothing where it is finished."""
-    if finished(out):
-        return
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    resume = ["--resume"] if os.path.exists(os.path.join(out, "last.pt")) else []
+def run_script(words, output, made, threads):
+    """In a process of its own: a script with its arguments, what it prints to a file, and what it took."""
+    if threads:
+        torch.set_num_threads(threads)
+    with open(output, "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+        script = importlib.import_module(words[0].removesuffix(".py"))
+        with eval.one_line_errors():
+            script.main(words[1:])
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in used)
+    eval.write_json(made, {"machine": machine(), "cpu_seconds": seconds})
+
+
+def start(run, context, args):
+    """A process that makes a run (command, folder), or goes on with it."""
+    command, out = run
+    words = shlex.split(command)
+    if os.path.exists(os.path.join(out, "last.pt")):
+        words.append("--resume")
     os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, "machine.txt"), "w") as f:
-        f.write(machine())
-    with open(os.path.join(out, "output.txt"), "a") as f:
-        subprocess.run([sys.executable, *shlex.split(command), *resume],
-                       cwd=ROOT, env=environment, stdout=f, stderr=f, check=True)
+    files = (os.path.join(out, "output.txt"), os.path.join(out, "made.json"))
+    process = context.Process(target=run_script, args=(words, *files, args.threads))
+    process.start()
+    return process
 
 
-def execute_all(clips, runs, args):
-    """First the CLIPs, then the runs that start from them, --jobs at a time."""
-    missing = [command for command, out in clips if not finished(out)]
-    if any(args.mixed in command for command in missing) and not os.path.exists(args.mixed):
-        os.makedirs(args.out, exist_ok=True)
-        write_mixed(args.mixed, args.roots)
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for commands in (clips, list(dict.fromkeys(runs))):  # studies share rows: each command once
-            futures = [pool.submit(execute, command, out, args.threads) for command, out in commands]
-            for done, future in enumerate(futures, 1):
-                future.result()
-                print(f"\r{done} of {len(futures)} runs", end="", file=sys.stderr, flush=True)
+def execute_all(runs, context, args):
+    """Make what is missing of some runs, --jobs at a time."""
+    waiting = [run for run in runs if not finished(run[1])]
+    done = len(runs) - len(waiting)
+    active = {}
+    while waiting or active:
+        while waiting and len(active) < args.jobs:
+            run = waiting.pop(0)
+            process = start(run, context, args)
+            active[process.sentinel] = process, run
+        for sentinel in multiprocessing.connection.wait(active):
+            process, (command, out) = active.pop(sentinel)
+            process.join()
+            if process.exitcode:
+                refuse(f"exit code {process.exitcode}, see {out}/output.txt: python {command}")
+            done += 1
+            print(f"\r{done} of {len(runs)} runs", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
 
 
-def write_mixed(path, roots):
-    """Photos and products as one file: what a CLIP sees before it is carried over to products alone."""
-    with open(path, "w") as f:
-        for name in ("flickr8k", "products"):
-            for split in ("train", "val", "test"):
-                for x in data.load(name, roots.get(name), split)[0]:
-                    images = [os.path.abspath(image) for image in x.images]
-                    row = {"id": f"{name}-{x.id}", "images": images, "captions": x.captions, "split": split}
-                    f.write(json.dumps(row) + "\n")
+def processes():
+    """Where runs start: from a server that has imported everything once, where the system can fork."""
+    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(kind)
+    if kind == "forkserver":
+        context.set_forkserver_preload([*eval.METHODS, "torchvision"])
+    return context
+
+
+def needed_files(args):
+    """The names of FILES that the studies read, also through their CLIPs."""
+    commands = " ".join(CLIPS[name] for name in needed_clips(args))
+    for name in args.study:
+        commands += " ".join(STUDIES[name][1].values()) if name in STUDIES else ""
+    return [name for name in FILES if f"{{{name}}}" in commands]
+
+
+def run_all(args):
+    """Everything that the studies need and that is missing: files, CLIPs, choices of options, runs."""
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read when the server imports torch
+    context = processes()
+    for name in needed_files(args):
+        path = os.path.join(args.out, f"{name}.jsonl")
+        if not os.path.exists(path):
+            write_file(name, path, args.roots)
+    execute_all(of_clips(needed_clips(args), args), context, args)
+    execute_all(tuning(args), context, args)
+    for name in args.study:
+        if name in STUDIES:
+            execute_all(planned(name, args)[0], context, args)
 
 
 def main(argv=None):
     args = settings(argv)
-    clips, runs, folders = planned(args)
     if args.list:
-        print("\n".join(f"python {command}" for command, _ in [*clips, *runs]))
-    elif args.write:
-        write_results(folders, args.seeds)
+        runs = of_clips(needed_clips(args), args) + tuning(args)
+        for name in args.study:
+            script, rows = STUDIES.get(name, (None, {}))
+            fixed = [arguments for arguments in rows.values() if len(alternatives(arguments)) == 1]
+            runs += [seeded(script, arguments, seed, args) for arguments in fixed
+                     for seed in range(args.seeds)]
+        print("\n".join(f"python {command}" for command, _ in dict.fromkeys(runs)))
+        return
+    if not args.write:
+        run_all(args)
+    sections = {}
+    for name in args.study:
+        if name == "pretrain":
+            outs = [out for _, out in of_clips(needed_clips(args), args)]
+        else:
+            _, folders, options = planned(name, args)
+            outs = [out for row in folders.values() for out in row]
+        missing = [out for out in outs if not finished(out)]
+        if missing:
+            refuse(f"{len(missing)} runs are missing, first {missing[0]}; run the same command without --write")
+        made = {"": zero_shot(args)} if name == "pretrain" else tables(name, folders, options)
+        machines = {machine_of(out) for out in outs}
+        sections[name] = section(name, made, machines, args.seeds)
+    if args.write:
+        write_results(sections)
     else:
-        execute_all(clips, runs, args)
-        for study, rows in folders.items():
-            for caption, made in tables(study, rows).items():
-                print(f"\n{study}{': ' if caption else ''}{caption}\n{made}")
+        print("\n\n".join(sections.values()))
 
 
 if __name__ == "__main__":
