@@ -223,7 +223,7 @@ def log():
     write("run/metrics.json", {"test": {"model": {"rSum": 1.0}}})
     return [Sample("run/log.jsonl", lambda: eval.draw_curves("curves.png", ["run"])),
             Sample("run/log.jsonl", lambda: eval.open_run("run", {"lr": 1.0}, True)),
-            ]
+            Sample("run/metrics.json", lambda: eval.add_metrics("run/metrics.json", "test", {"a": {}}))]
 
 
 @kind
@@ -776,6 +776,7 @@ def forget():
     """Nothing that an earlier input or kind left in memory is taken for what a file holds."""
     data._h5_images.cache_clear()
     data._regions.cache_clear()
+    data._voxels.cache_clear()
     data._noted.clear()
 
 
