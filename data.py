@@ -1332,6 +1332,7 @@ def word_terms(instances):
 # ---------------------------------------------------------------- features in place of pictures and texts
 
 FEATURE_KEYS = ("label", "image", "text", "ids")  # the label first: the others must have as many rows
+UNPACKED = 1 << 30  # bytes that any .npz may take
 
 
 @dataclass
@@ -1362,7 +1363,7 @@ def read_features(path):
         else:
             with np.load(path, allow_pickle=False) as content:
                 unpacked = sum(info.file_size for info in content.zip.infolist())
-                expect(unpacked <= max(1 << 30, 100 * os.path.getsize(path)), path,
+                expect(unpacked <= max(UNPACKED, 100 * os.path.getsize(path)), path,
                        f"its arrays take {unpacked >> 20} MiB, over 100 times as much as the file; refused")
                 arrays = {key: np.asarray(content[key]) for key in FEATURE_KEYS if key in content.files}
     except DataError:

@@ -15,6 +15,7 @@ import copy
 import csv
 import gc
 import gzip
+import importlib
 import io
 import itertools
 import json
@@ -49,6 +50,7 @@ if __name__ == "__main__":
 import clip
 import data
 import eval
+from runs import kept_signals
 
 SECONDS = 2  # of processor time, for one input
 BYTES = 1 << 30  # above what the process held before
@@ -118,11 +120,17 @@ def read_clip(path):
 
 @kind
 def checkpoint():
-    """best.pt of a run of each script."""
-    model = small_clip()
-    clip.save_checkpoint("clip.pt", {"clip": clip.describe(model), "method": "train_mxm",
+    """A checkpoint with little in it but a CLIP and its tokenizer."""
+    clip.save_checkpoint("clip.pt", {"clip": clip.describe(small_clip()), "method": "train_mxm",
                                      "settings": {"data": "x", "root": None}, "state": {"step": 3}})
-    samples = [Sample("clip.pt", lambda: eval.restore("clip.pt", "cpu"))]
+    return [Sample("clip.pt", lambda: eval.restore("clip.pt", "cpu"))]
+
+
+@kind
+def methods():
+    """best.pt and last.pt of a run of each script."""
+    checkpoint()
+    samples = []
     for i in range(12):
         picture(f"{i}.png")
     rows = [{"images": [f"{i}.png"], "captions": [caption(i)], "labels": {"kind": "ab"[i // 2 % 2]},
@@ -134,7 +142,8 @@ def checkpoint():
                           ("mxm", []), ("adapter", ["--rank", "2", "--share", "2"]),
                           ("cmaclip", ["--layers", "1", "--width", "8", "--heads", "2"])):
         out = f"run-{method}"
-        __import__(f"train_{method}").main([*common, *words, "--out", out])
+        with kept_signals():
+            importlib.import_module(f"train_{method}").main([*common, *words, "--out", out])
         for file in ("best.pt", "last.pt"):
             path = os.path.join(out, file)
             samples.append(Sample(path, lambda path=path: eval.restore(path, "cpu")))
@@ -582,13 +591,16 @@ def odd_tensor(value, rng):
                        lambda: value.new_empty(value.shape, device="meta")])()
 
 
-def containers(value, found, depth=0):
-    """All dicts and lists in a value, and in them."""
-    if depth < 20 and isinstance(value, (dict, list)) and value:
-        found.append(value)
-        for part in value.values() if isinstance(value, dict) else value[:200]:
-            containers(part, found, depth + 1)
-    return found
+def containers(value):
+    """All dicts and lists in a value, each once."""
+    found = {}
+    waiting = [value]
+    while waiting and len(found) < 2000:
+        part = waiting.pop()
+        if isinstance(part, (dict, list)) and part and id(part) not in found:
+            found[id(part)] = part
+            waiting += part.values() if isinstance(part, dict) else part[:200]
+    return list(found.values())
 
 
 def change(value, rng, shared=False):
@@ -596,7 +608,7 @@ def change(value, rng, shared=False):
     in which a value can stand in several places, and is written once."""
     value = [copy.deepcopy(value)]
     for _ in range(rng.choice((1, 1, 2, 5))):
-        parts = containers(value, [])
+        parts = containers(value)
         part = rng.choice(parts)
         key = rng.choice(list(part)) if isinstance(part, dict) else rng.randrange(len(part))
         action = rng.randrange(6)
@@ -616,16 +628,28 @@ def change(value, rng, shared=False):
     return value[0]
 
 
+def as_json(value, ascii=True):
+    """The bytes of a value as JSON, which end where they get too long: a value can hold another many times."""
+    parts = []
+    size = 0
+    for part in json.JSONEncoder(ensure_ascii=ascii, default=str).iterencode(value):
+        parts.append(part)
+        size += len(part)
+        if size > LARGEST:
+            break
+    return "".join(parts).encode("utf-8", "surrogatepass")
+
+
 def new_json(content, rng):
     lines = content.decode().splitlines() if b"}\n{" in content else [content.decode()]
     at = rng.randrange(len(lines))
-    lines[at] = json.dumps(change(json.loads(lines[at]), rng), ensure_ascii=rng.random() < 0.8, default=str)
-    return "\n".join(lines).encode("utf-8", "surrogatepass") + b"\n"
+    new = as_json(change(json.loads(lines[at]), rng), rng.random() < 0.8)
+    return b"\n".join([*map(str.encode, lines[:at]), new, *map(str.encode, lines[at + 1:])]) + b"\n"
 
 
 def new_safetensors(content, rng):
     length, = struct.unpack("<Q", content[:8])
-    text = json.dumps(change(json.loads(content[8:8 + length]), rng), default=str).encode()
+    text = as_json(change(json.loads(content[8:8 + length]), rng))
     return struct.pack("<Q", len(text)) + text + content[8 + length:]
 
 
@@ -729,7 +753,7 @@ def new_png(content, rng):
 def new_meaning(content, other, rng, kind):
     """Damage to what the bytes mean, where they are of a format that is known; else to the bytes."""
     if content[:4] == b"PK\x03\x04":
-        if kind in ("checkpoint", "weights") and rng.random() < 0.6:
+        if kind in ("checkpoint", "methods", "weights") and rng.random() < 0.6:
             return new_checkpoint(content, rng)
         return new_zip(content, other, rng)
     if kind == "weights":
