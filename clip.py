@@ -26,6 +26,7 @@ import json
 import math
 import os
 import pickle
+import struct
 import sys
 import tempfile
 import urllib.error
@@ -51,6 +52,14 @@ except ImportError:  # Windows
 
 class CheckpointError(ValueError):
     """A model name, download, weight file or checkpoint that cannot be used; one line says what to do."""
+
+    def __init__(self, message):
+        super().__init__(printable(message))
+
+
+def printable(message):
+    """A message may quote a file: what would break the line or drive the terminal becomes "?"."""
+    return "".join(c if c.isprintable() else "?" for c in message[:1500])
 
 
 def expect(condition, where, problem):
@@ -822,6 +831,10 @@ def from_state_dict(state, hints=None, image_size=None, quick_gelu=None, where="
     kind = "a ViT" if config.vision_patch_size else "a ResNet"
     expect(not parts, where, f"does not fit {kind} CLIP: {', '.join(parts)}; give a file of CLIP weights")
     for key, value in state.items():
+        # A tensor whose stride is 0 repeats its numbers: a copy of it could fill the memory.
+        held = 0 if value.is_meta else value.untyped_storage().nbytes()
+        expect(value.numel() * value.element_size() <= held, where,
+               f"{key!r} holds fewer numbers than its shape needs; the file is damaged")
         state[key] = value.detach().to(expected[key].dtype, copy=True, memory_format=torch.contiguous_format)
     model.load_state_dict(state, assign=True)
 
@@ -965,6 +978,86 @@ def read_safetensors(path):
     return tensors
 
 
+def _plain(values):
+    """The values, which are about to be hashed: as keys, or as members of a set.
+
+    Raises ValueError for long tuples and for tuples of tuples: a pair of twice the same pair, and so on for n
+    levels, takes a few bytes each, and 2^n steps to hash.
+    """
+    for value in values:
+        if isinstance(value, tuple) and (len(value) > 16 or any(isinstance(x, tuple) for x in value)):
+            raise ValueError("a key that is a long or a nested tuple")
+    return values
+
+
+class Unpickler(pickle._Unpickler):
+    """Python's reader of pickles, for bytes that are not trusted: a subclass says in `find_class` what they
+    may name. The time and the memory that it takes are bounded by their number.
+
+    It is the one that is written in Python, which keeps the values that a pickle numbers in a dict. The one
+    in C keeps them in an array as long as the largest number, which a pickle of ten bytes can state as 2^32.
+    """
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, content, **options):
+        super().__init__(io.BytesIO(content), **options)
+        self.room = 4 * len(content)  # what is passed to functions came from the file, and mostly only once
+
+    def spend(self, values):
+        """Raise ValueError where more is passed to functions, which copy it, than the bytes could hold."""
+        copied = (str, bytes, bytearray, list, tuple, dict)
+        self.room -= sum(len(value) for value in values if isinstance(value, copied))
+        if self.room < 0:
+            raise ValueError("it repeats its content too often")
+
+    def load_reduce(self):
+        self.spend((self.stack[-1], *self.stack[-1]))
+        super().load_reduce()
+
+    def load_build(self):
+        state = self.stack[-1]
+        self.spend((state, *state) if isinstance(state, tuple) else (state,))
+        super().load_build()
+
+    def _instantiate(self, function, arguments):
+        self.spend(arguments)
+        super()._instantiate(function, arguments)
+
+    def load_bytearray8(self):
+        length, = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))  # Python's own makes room for what the number says
+
+    dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build,
+                 pickle.BYTEARRAY8[0]: load_bytearray8}
+
+
+def _checked(load, keys):
+    """The method of an opcode that hashes these values on the stack, after a look at them."""
+    def checked_load(self):
+        _plain(self.stack[keys])
+        load(self)
+    return checked_load
+
+
+for opcode, keys in ((pickle.SETITEM, slice(-2, -1)), (pickle.SETITEMS, slice(0, None, 2)),
+                     (pickle.DICT, slice(0, None, 2)), (pickle.ADDITEMS, slice(None)),
+                     (pickle.FROZENSET, slice(None))):
+    Unpickler.dispatch[opcode[0]] = _checked(Unpickler.dispatch[opcode[0]], keys)
+
+
+def plain_set(items=()):
+    """`set`, for pickles: of a list, see `_plain`."""
+    if not isinstance(items, (list, tuple)):
+        raise TypeError("a set of what is no list")
+    return set(_plain(items))
+
+
+def plain_ordered_dict(pairs=()):
+    """`OrderedDict`, for pickles: Python 2's pass the pairs."""
+    _plain([key for key, _ in pairs])
+    return OrderedDict(pairs)
+
+
 class _Bag:
     """Stands in for every module class of a TorchScript archive: attributes, no code."""
 
@@ -1001,13 +1094,13 @@ def read_torchscript(archive, path):
     known = {("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
              ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
              ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value,
-             ("collections", "OrderedDict"): OrderedDict}
+             ("collections", "OrderedDict"): plain_ordered_dict}
     lists = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
     known |= {("torch.jit._pickle", name): list for name in lists}
     known |= {("torch", f"{name}Storage"): dtype for dtype, (_, name) in DTYPES.items()}
     storages = {}
 
-    class Unpickler(pickle.Unpickler):
+    class ArchiveUnpickler(Unpickler):
         def find_class(self, module, name):
             if module.startswith("__torch__"):
                 return _Bag
@@ -1034,7 +1127,7 @@ def read_torchscript(archive, path):
 
     little_endian = root + "byteorder" not in names or read("byteorder") == b"little"
     expect(little_endian, path, "written on a big-endian machine; save it again on a little-endian one")
-    return dict(tensors(Unpickler(io.BytesIO(read("data.pkl"))).load()))
+    return dict(tensors(ArchiveUnpickler(read("data.pkl")).load()))
 
 
 # ---------------------------------------------------------------- writing weights and checkpoints

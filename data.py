@@ -46,8 +46,7 @@ class DataError(ValueError):
     """Input that cannot be used; the message is one line: what is wrong, where (file, row), what to do."""
 
     def __init__(self, message):
-        # It may quote the input, so what would break the line or drive the terminal becomes "?".
-        super().__init__("".join(c if c.isprintable() else "?" for c in message))
+        super().__init__(clip.printable(message))
 
 
 def expect(condition, where, problem):
@@ -528,6 +527,8 @@ def _published_split(root):
         if os.path.isfile(path):
             try:
                 for caption in read_pickle(path)["caption_tuples"]:  # (token ids, category, modelId)
+                    if not isinstance(caption[2], str):
+                        raise TypeError("a model's id is no string")
                     published[caption[2]] = split
             except (KeyError, IndexError, TypeError):
                 raise DataError(f"{path}: no 'caption_tuples' of (tokens, category, modelId); "
@@ -603,10 +604,20 @@ def wikipedia(root, split):
 
     def read(file):
         xml = read_text(file)
-        texts = re.findall(r"(?s)<text[^>]*>(.*?)</text>", xml) or [xml]
-        return [" ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split()) for text in texts]
+        texts = []
+        for part in xml.split("</text>")[:-1]:
+            start = part.find("<text")
+            end = part.find(">", start)
+            if 0 <= start < end:
+                texts.append(part[end + 1:])
+        return [" ".join(html.unescape(_without_tags(text)).split()) for text in texts or [xml]]
 
     return _labelled(root, split, rows, ["category"], read)
+
+
+def _without_tags(text):
+    end = text.rfind(">") + 1  # past it, every "<" would be followed to the end of the text in vain
+    return re.sub(r"<[^>]*>", " ", text[:end]) + text[end:]
 
 
 def pascal_sentence(root, split):
@@ -672,11 +683,14 @@ def fashiongen(root, split):
                 texts = {}
                 for key in ("name", "description", "category"):
                     texts[key] = [text.decode("latin1") for text in f[f"input_{key}"][:].ravel()]
-                pictures = len(f["input_image"])
-        except (OSError, KeyError, AttributeError) as e:
+                pictures, *shape = f["input_image"].shape
+                kind = f["input_image"].dtype
+        except Exception as e:  # a damaged file raises nearly any kind
             raise DataError(f"{path}: cannot be read as Fashion-Gen ({str(e)[:100]}); "
                             "put the published file there") from None
         expect(pictures == len(ids), path, f"{pictures} pictures of {len(ids)} products; get it again")
+        expect(len(shape) == 3 and shape[2] == 3 and max(shape) <= 4096 and kind == np.uint8, path,
+               f"pictures of {kind} of shape {shape}; expected uint8 of (height, width, 3)")
         products = {}
         for k, id in enumerate(ids):
             category = texts["category"][k]
@@ -700,7 +714,10 @@ class H5View:
     row: int
 
     def __call__(self, size):
-        image = _h5_images(self.file, os.getpid())[self.row]
+        try:
+            image = _h5_images(self.file, os.getpid())[self.row]
+        except Exception as e:  # what is damaged may only show here
+            raise DataError(f"{self.file}: picture {self.row} cannot be read ({str(e)[:100]})") from None
         return Image.fromarray(square(Image.fromarray(image), size))
 
 
@@ -757,9 +774,18 @@ def msvd(root, split):
     path = os.path.join(root, "raw-captions.pkl")
     captions = read_pickle(path)
     expect(fits(captions, {str: (list, tuple)}), path, "not a dict of lists of captions; get it again")
+    size = os.path.getsize(path)  # a pickle can hold a list of words many times over, for a byte or two each
+    fitting = sum(map(len, captions.values())) <= size
+    if fitting:
+        every = [x for video in captions.values() for x in video]
+        fitting = sum(len(x) for x in every if isinstance(x, (list, tuple))) <= size
+    expect(fitting, path, "it repeats its captions too often; get it again")
 
     def sentence(caption):
-        return " ".join(map(str, caption)) if isinstance(caption, (list, tuple)) else str(caption)
+        words = caption if isinstance(caption, (list, tuple)) else [caption]
+        expect(all(isinstance(word, (str, int, float)) for word in words), path,
+               "a caption that is no list of words; get it again")
+        return " ".join(map(str, words))
 
     rows = []
     for part in ("train", "val", "test"):
@@ -826,7 +852,7 @@ class _Type:
     """A type while it is read: its code and byte order are taken from the pickle, its flags are not."""
 
     def __init__(self, code):
-        if not re.fullmatch(r"[?biufcSU]\d{0,6}|O8?", code):
+        if not re.fullmatch(r"[?biufcSU]\d{0,6}|O8?", code) or not np.dtype(code).itemsize:
             raise ValueError(f"an array of type {code[:20]!r}")
         self.code = code
         self.dtype = np.dtype(code)
@@ -835,7 +861,7 @@ class _Type:
         self.dtype = np.dtype(self.code).newbyteorder(state[1])
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(clip.Unpickler):
     """Admits numpy arrays and plain containers. Nothing outside this table is imported or called, and what is
     in it can only build a value. The functions are made anew each time, so that a pickle that sets attributes
     on one changes nothing."""
@@ -857,10 +883,14 @@ class _Unpickler(pickle.Unpickler):
             ("numpy", "scalar"): lambda kind, content: np.frombuffer(_bytes(content), kind.dtype)[0],
             ("_codecs", "encode"): lambda text, encoding: _bytes(text),
             ("builtins", "bytes"): lambda: b"",  # protocol 2 has no bytes
-            ("collections", "OrderedDict"): OrderedDict,
-            ("collections", "defaultdict"): defaultdict,
+            ("collections", "OrderedDict"): clip.plain_ordered_dict,
+            ("collections", "defaultdict"): lambda factory=None: defaultdict(factory),
+            ("builtins", "set"): clip.plain_set,
+            ("builtins", "list"): lambda: [],  # what a defaultdict holds where it has nothing
+            ("builtins", "dict"): lambda: {},
+            ("builtins", "int"): lambda: 0,
+            ("builtins", "float"): lambda: 0.0,
         }
-        admitted |= {("builtins", plain.__name__): plain for plain in (list, dict, set, int, float)}
         if (module, name) not in admitted:
             raise DataError(f"asks for {module}.{name}")
         return admitted[module, name]
@@ -870,7 +900,7 @@ def read_pickle(path):
     """A pickle of numpy arrays and plain containers (Python 2's too). Anything else is refused, not run."""
     try:
         with open(path, "rb") as f:
-            return _Unpickler(f, encoding="latin1").load()
+            return _Unpickler(f.read(), encoding="latin1").load()
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror})") from None
     except Exception as e:  # a damaged pickle raises nearly any kind
@@ -1302,6 +1332,7 @@ def word_terms(instances):
 # ---------------------------------------------------------------- features in place of pictures and texts
 
 FEATURE_KEYS = ("label", "image", "text", "ids")  # the label first: the others must have as many rows
+UNPACKED = 1 << 30  # bytes that any .npz may take
 
 
 @dataclass
@@ -1327,9 +1358,13 @@ def read_features(path):
     try:
         if path.endswith((".pkl", ".p", ".pickle")):
             content = read_pickle(path)
-            arrays = {key: np.asarray(content[key]) for key in FEATURE_KEYS if key in content}
+            size = os.path.getsize(path)
+            arrays = {key: _array(content[key], size) for key in FEATURE_KEYS if key in content}
         else:
             with np.load(path, allow_pickle=False) as content:
+                unpacked = sum(info.file_size for info in content.zip.infolist())
+                expect(unpacked <= max(UNPACKED, 100 * os.path.getsize(path)), path,
+                       f"its arrays take {unpacked >> 20} MiB, over 100 times as much as the file; refused")
                 arrays = {key: np.asarray(content[key]) for key in FEATURE_KEYS if key in content.files}
     except DataError:
         raise
@@ -1352,6 +1387,27 @@ def read_features(path):
     return arrays
 
 
+CONTAINERS = (list, tuple, dict, set, frozenset, np.ndarray)
+
+
+def _array(value, size):
+    """np.asarray of what stands in a pickle of `size` bytes: an array, a list, or a list of rows.
+
+    A list can hold the same row, or the same text, many times over, for a byte or two each. Raises ValueError
+    for more values than bytes, and for more than rows of values.
+    """
+    if not isinstance(value, (list, tuple)):
+        return np.asarray(value)
+    rows = [row if isinstance(row, CONTAINERS) else [row] for row in value]
+    if sum(row.size if isinstance(row, np.ndarray) else len(row) for row in rows) > size:
+        raise ValueError("more values than bytes")
+    values = [x for row in rows if not isinstance(row, np.ndarray) for x in row]
+    if any(isinstance(x, CONTAINERS) for x in values):
+        raise ValueError("lists in lists of lists")
+    texts = any(isinstance(x, (str, bytes)) for x in values)
+    return np.array(value, object) if texts else np.asarray(value)
+
+
 def _numbers(path, key, array):
     expect(array.ndim == 2 and array.dtype.kind in "fiu" and array.size, path,
            f"{key} is {array.dtype} of shape {array.shape}; expected numbers (N, width)")
@@ -1364,11 +1420,15 @@ def _numbers(path, key, array):
 
 
 def _names(path, key, array):
-    expect(array.ndim == 1 and array.dtype.kind in "iuUSO" and array.size, path,
+    expect(array.ndim == 1 and array.dtype.kind in "iuUSO" and array.nbytes, path,
            f"{key} is {array.dtype} of shape {array.shape}; expected one class or id a row (N,)")
     if array.dtype.kind in "SO":  # Python 2's strings are bytes
         values = array.tolist()
-        array = np.array([str(x, "utf-8", "replace") if isinstance(x, bytes) else str(x) for x in values])
+        expect(not any(isinstance(x, CONTAINERS) for x in values), path, f"{key} holds lists, not names")
+        names = [str(x, "utf-8", "replace") if isinstance(x, bytes) else str(x) for x in values]
+        longest = max(map(len, names))  # all take as much room as the longest
+        expect(longest <= 1000, path, f"{key} holds a name of {longest} characters; expected up to 1,000")
+        array = np.array(names)
     return array
 
 
@@ -1494,7 +1554,7 @@ def _regions(path, content="region features", axes=("images", "regions", "width"
     shape = ", ".join(axes)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
+    except Exception as e:  # a damaged header raises nearly any kind
         raise DataError(f"{path}: no {content} ({str(e)[:100]}); expected a .npy file ({shape})") from None
     expect(array.ndim == len(axes) and array.dtype.kind == "f" and array.size, path,
            f"{array.dtype} of shape {array.shape}; {content} are floats ({shape})")

@@ -531,7 +531,7 @@ def frozen_features(model, instances, classes, tokenizer, cache, amp="auto", wor
             clip.write_file(path, lambda f: write(f, kind, rows))
         try:
             arrays.append(np.load(path, mmap_mode="r" if os.path.getsize(path) > LARGE else None))
-        except (OSError, ValueError, EOFError) as problem:
+        except Exception as problem:  # a damaged header raises nearly any kind
             raise data.DataError(f"{path}: damaged ({str(problem)[:100]}); "
                                  "remove it, and it is computed again") from None
     return data.Features(*arrays, views, captions, labels, query)
@@ -776,10 +776,13 @@ def attention_picture(path, rows):
 LINES = (BLUE, ORANGE, GREEN, RED, (130, 80, 170), (40, 180, 200), (230, 110, 170), (110, 110, 110))
 
 
-def log_lines(path):
-    """The complete lines of a log.jsonl: a kill can cut the last one."""
-    with open(path) as f:
-        return [line for line in f if line.endswith("\n")]
+def read_log(path):
+    """-> [(line, what it holds)] of the complete lines of a log.jsonl: a kill can cut the last one."""
+    lines = data.read_text(path).split("\n")[:-1]
+    expected = "a line of log.jsonl, with a step; remove the line"
+    rows = [data.parse_json(line, f"{path} line {number}", {"step": int}, expected)
+            for number, line in enumerate(lines, 1)]
+    return list(zip(lines, rows))
 
 
 def read_curves(run):
@@ -788,18 +791,26 @@ def read_curves(run):
     metric: the name of what best.pt is chosen by, whose values on val these are.
     """
     path = os.path.join(run, "log.jsonl")
-    rows = [json.loads(line) for line in log_lines(path)] if os.path.exists(path) else []
+    rows = [row for _, row in read_log(path)] if os.path.exists(path) else []
     evaluated = [row for row in rows if "val" in row]
     if not evaluated:
         raise clip.CheckpointError(f"--curves: {path} is missing or has no evaluation yet; "
                                    "give the folders of runs")
-    if "mean" in evaluated[0]["val"]:  # over the tasks of train_cmaclip.py
-        metric = "accuracy"
-        values = [(row["step"], row["val"]["mean"]["accuracy"]) for row in evaluated]
-    else:
-        metric = "rSum" if "rSum" in evaluated[0]["val"] else "mAP"
-        values = [(row["step"], row["val"][metric]) for row in evaluated]
-    return metric, [(row["step"], row["loss"]) for row in rows], values
+    try:
+        if "mean" in evaluated[0]["val"]:  # over the tasks of train_cmaclip.py
+            metric = "accuracy"
+            values = [(row["step"], row["val"]["mean"]["accuracy"]) for row in evaluated]
+        else:
+            metric = "rSum" if "rSum" in evaluated[0]["val"] else "mAP"
+            values = [(row["step"], row["val"][metric]) for row in evaluated]
+        losses = [(row["step"], row["loss"]) for row in rows]
+        finite = all(0 < step < 1e12 and abs(number) < 1e12 for step, number in losses + values)
+    except (KeyError, TypeError):
+        finite = False
+    if not finite:
+        raise clip.CheckpointError(f"--curves: {path} has a line without a step, a loss or a metric that is a "
+                                   "finite number; remove the line")
+    return metric, losses, values
 
 
 def ticks(low, high, most):
@@ -1323,7 +1334,7 @@ def open_run(out, settings, resume, first=True):
             os.unlink(os.path.join(out, name))
     log = os.path.join(out, "log.jsonl")
     if resume and os.path.exists(log):  # what was logged after the checkpoint will be logged again
-        kept = [line for line in log_lines(log) if json.loads(line)["step"] <= checkpoint["step"]]
+        kept = [line + "\n" for line, row in read_log(log) if row["step"] <= checkpoint["step"]]
         clip.write_file(log, lambda f: f.write("".join(kept).encode()))
     return checkpoint
 
@@ -1341,6 +1352,25 @@ def log_line(out, **values):
 
 def write_json(path, value):
     clip.write_file(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def add_metrics(path, key, rows):
+    """Add rows to those that a metrics.json holds under a key; what is damaged is written anew."""
+    results = {}
+    if os.path.exists(path):
+        with contextlib.suppress(data.DataError):
+            results = data.read_json(path, {str: dict}, "rows of metrics")
+    results[key] = results.get(key, {}) | rows  # the mean of several models stands beside each one's row
+    write_json(path, results)
+
+
+def check_writable(path):
+    """Raise CheckpointError where a file could not be written later, before there is anything to lose."""
+    folder = os.path.dirname(os.path.abspath(path or ""))
+    while not os.path.lexists(folder):  # it will be made
+        folder = os.path.dirname(folder)
+    if path and (os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK)):
+        raise clip.CheckpointError(f"{path}: cannot be written; choose a file in a folder that can be")
 
 
 def report(args, device):
@@ -1378,7 +1408,11 @@ def restore(path, device=None, clip_path=None):
                                    f"which is none of {', '.join(METHODS)}")
     if clip_path:
         checkpoint["settings"]["clip"] = clip_path
-    model = script(checkpoint).restore(checkpoint, path)
+    try:
+        model = script(checkpoint).restore(checkpoint, path)
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ZeroDivisionError) as e:
+        raise clip.CheckpointError(f"{path}: a damaged checkpoint, or one of another version "
+                                   f"({type(e).__name__}: {str(e)[:100]})") from None
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     tokenizer = model.tokenizer
     if tokenizer is None and model.config:  # without a config it reads features, not words
@@ -1538,11 +1572,15 @@ def main(argv=None):
         p.error("give either --checkpoint or --curves")
     if args.curves:
         path = args.out or "curves.png"
+        check_writable(path)
         draw_curves(path, args.curves)
         print(f"written to {path}")
         return
 
-    models = [restore(path, args.device, args.clip) for path in args.checkpoint]
+    path = os.path.join(args.out or os.path.dirname(args.checkpoint[0]) or ".", "metrics.json")
+    for file in (path, args.gallery, args.attention, args.embeddings):
+        check_writable(file)
+    models = [restore(file, args.device, args.clip) for file in args.checkpoint]
     model, _, checkpoint = models[0]
     method = script(checkpoint)
     if next(model.parameters()).device.type == "cpu":
@@ -1566,14 +1604,8 @@ def main(argv=None):
             title = "mean of " + " + ".join(run_names(args.checkpoint))
         rows, text = retrieval_evaluation(embedded, name, args.split, title, args.gallery)
     print(text)
-    path = os.path.join(args.out or os.path.dirname(args.checkpoint[0]) or ".", "metrics.json")
-    results = {}
-    if os.path.exists(path):
-        with contextlib.suppress(ValueError), open(path) as f:
-            results = json.load(f)
     key = args.split if name == checkpoint["settings"]["data"] else f"{name} {args.split}"
-    results[key] = results.get(key, {}) | rows  # the mean of several models stands beside each one's row
-    write_json(path, results)
+    add_metrics(path, key, rows)
     print(f"written to {path}")
     if args.embeddings:
         write_embeddings(args.embeddings, embedded)
