@@ -1238,8 +1238,8 @@ class Run:
             self.save("last.pt")  # so that there is always one; and a full disk is found before any work
         any_process(False, self.device)  # the others wait for it
         if not os.path.exists(os.path.join(args.out, "last.pt")):
-            raise clip.CheckpointError(f"--out {args.out}: another machine's process has made this folder, and "
-                                       "it is not here; choose one on a disk that all machines share")
+            raise clip.CheckpointError(f"--out {args.out}: another machine has made this folder, and it is not "
+                                       "here; choose one on a disk that all machines share")
         self.progress = Progress(steps, self.state["step"], quiet=not self.first)
         self.say = self.progress.line
         self.saved = time.time()
