@@ -1084,6 +1084,11 @@ def watch(rank, world, device):
     else:
         connections = [socket.create_connection((os.environ["MASTER_ADDR"], port.item()))]
 
+    def close():
+        for connection in connections:
+            connection.close()
+    os.register_at_fork(after_in_child=close)  # a loader's worker outlives a killed process by seconds
+
     def wait():
         multiprocessing.connection.wait(connections)  # until one of them is closed
         time.sleep(GRACE)
@@ -1276,6 +1281,7 @@ class Run:
                 return
             if stopping:
                 self.say(f"stopped at step {self.state['step']}; the same command with --resume goes on")
+                any_process(False, self.device)  # the others stay until the first has saved: see `watch`
                 raise SystemExit(130)
 
     def check(self, loss, norm):

@@ -58,8 +58,13 @@ CHOSEN = {"train_clip4cmr": ["mAP"], "train_cmaclip": ["mean", "accuracy"]}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The data: pictures, features, and a CLIP with its tokenizer."""
     folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return folder
+
+
+def make_data(folder):
+    """Pictures, features, and a CLIP with its tokenizer."""
     make_squares(folder)
     make_many(folder)
     make_features(folder)
@@ -68,7 +73,6 @@ def folder(tmp_path_factory):
         texts = [f"the frame is {colour} and the middle a {colour} square on around" for colour in COLOURS]
         model = clip.build("tiny", clip.Tokenizer.train(texts, 600))
     clip.save_checkpoint(folder / "frozen.pt", {"clip": clip.describe(model)})
-    return folder
 
 
 def make_many(folder):
