@@ -42,13 +42,13 @@ def family(pid):
 
 
 def sample(pid):
-    """-> (MB of memory, open files) of a process and of all that it has started."""
+    """-> (MiB of memory, open files) of a process and of all that it has started."""
     kilobytes = files = 0
     for member in family(pid):
         with open(f"/proc/{member}/smaps_rollup") as f:
             kilobytes += next(int(line.split()[1]) for line in f if line.startswith("Pss:"))
         files += len(os.listdir(f"/proc/{member}/fd"))
-    return kilobytes / 1000, files
+    return kilobytes / 1024, files
 
 
 def epochs(out):
@@ -108,8 +108,8 @@ def main():
     p.add_argument("--root")
     p.add_argument("--script", nargs="+", choices=eval.METHODS, default=eval.METHODS)
     args = p.parse_args()
-    print("| script | epochs | samples | MB, second third | MB, last third | MB at most | files, second third | "
-          "files, last third | |\n| --- " + "| ---: " * 7 + "| --- |")
+    print("| script | epochs | samples | MiB, second third | last third | at most | "
+          "files, second third | last third | |\n| --- " + "| ---: " * 7 + "| --- |")
     well = []
     with tempfile.TemporaryDirectory() as folder:
         instances, _ = data.load(args.data, args.root, "train")
