@@ -16,12 +16,16 @@ import contextlib
 import datetime
 import hashlib
 import importlib
+import io
 import json
 import math
+import multiprocessing.connection
 import os
 import signal
+import socket
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import dataclass
 
@@ -39,6 +43,7 @@ TIE = 1e-6  # scores closer than this are equal: rounding differs between the ro
 LARGE = 1 << 28  # bytes: features larger than this stay on disk
 BLOCK = 1 << 22  # scores held at a time: larger is slower, because memory is mapped anew for every block
 SAVE_SECONDS = 300  # last.pt is written after every epoch, and at least this often
+GRACE = 1.0  # seconds that a process has to end by itself, with its own words, after another one has ended
 WAYS = ("text_to_image", "image_to_text")
 ALL = slice(None)
 
@@ -388,28 +393,50 @@ def precision_thresholds(probabilities, labels, precision):
 
 # ---------------------------------------------------------------- a model on a data set
 
+def in_turns(encode, batches, device):
+    """Yield encode(batch) of all batches, in order. batches: a data.Loader or a sequence.
+
+    Of several processes each makes and encodes every so many-th batch, and all of them get all results. The
+    batches are those of a single process, and so are the bits of what comes out. All processes must call
+    this, and take all that it yields. What encode returns holds tensors, which come to `device`.
+    """
+    rank, world = processes()
+    if isinstance(batches, data.Loader):
+        own_batches = batches.batches(start=rank, every=world)
+    else:
+        own_batches = batches[rank::world]
+    results = map(encode, own_batches)
+    for _ in range(0, len(batches), world):
+        for result in gathered(next(results, None), device):
+            if result is not None:  # in the last turn there may be fewer batches than processes
+                yield result
+
+
 @torch.no_grad()
 def encode_images(model, loader, amp):
-    """Yield (features, image_mask) of a loader's batches.
+    """Yield (features, image_mask) of a loader's batches, which several processes encode `in_turns`.
 
     features (A, D): of all views of the batch, as the model gives them; image_mask (B, V): where they belong.
     """
     device = next(model.parameters()).device
-    for batch in loader.batches():
+
+    def encode(batch):
         batch = data.to_device(batch, device)
         with clip.autocast(amp, model):
             features = model.encode_image(batch["images"][batch["image_mask"]])
-        yield features.float(), batch["image_mask"]
+        return features.float(), batch["image_mask"]
+    yield from in_turns(encode, loader, device)
 
 
 @torch.no_grad()
 def encode_texts(model, loader, amp):
-    """Yield the features of a loader's captions, (256, D) at a time."""
+    """Yield the features of a loader's captions, (256, D) at a time, as `encode_images`."""
     device = next(model.parameters()).device
-    for tokens in loader.tokens.split(256):
+
+    def encode(tokens):
         with clip.autocast(amp, model):
-            features = model.encode_text(tokens.to(device))
-        yield features.float()
+            return model.encode_text(tokens.to(device)).float()
+    yield from in_turns(encode, loader.tokens.split(256), device)
 
 
 @torch.no_grad()
@@ -498,8 +525,8 @@ def frozen_features(model, instances, classes, tokenizer, cache, amp="auto", wor
     """data.Features of a frozen CLIP, computed once, every view and every caption by itself.
 
     They are kept under the folder `cache` by a hash of the weights and of what is embedded. They are streamed
-    to disk, and memory-mapped where they are large, so memory does not grow with the data. instances,
-    classes: of data.load_split.
+    to disk, and memory-mapped where they are large, so memory does not grow with the data. Several processes
+    encode them `in_turns`; the first of each machine writes. instances, classes: of data.load_split.
     """
     def identity_of(image):  # a path, or a view that may have a file
         file = image if isinstance(image, str) else getattr(image, "file", None)
@@ -511,24 +538,33 @@ def frozen_features(model, instances, classes, tokenizer, cache, amp="auto", wor
     labels, captions, query = data.class_layout(instances, classes)
     views = np.array([len(x.images) for x in instances])
     model.eval()
+    device = next(model.parameters()).device
+    first_of_machine = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0
+
+    def encode(kind):
+        loader = evaluation_loader(model, instances, tokenizer, workers, cache_bytes=0)  # each is read once
+        if kind == "text":
+            return encode_texts(model, loader, amp)
+        return (features for features, _ in encode_images(model, loader, amp))
 
     def write(f, kind, rows):
-        loader = evaluation_loader(model, instances, tokenizer, workers, cache_bytes=0)  # each is read once
         header = {"descr": "<f4", "fortran_order": False, "shape": (int(rows), model.config.embed_dim)}
         np.lib.format.write_array_header_1_0(f, header)
-        if kind == "image":
-            parts = (features for features, _ in encode_images(model, loader, amp))
-        else:
-            parts = encode_texts(model, loader, amp)
-        for part in parts:
+        for part in encode(kind):
             f.write(part.cpu().numpy().tobytes())
 
     arrays = []
     for kind, rows in (("image", views.sum()), ("text", captions.sum())):
         path = os.path.join(cache, f"{key}-{kind}.npy")
-        if not os.path.exists(path):
+        missing = not os.path.exists(path)
+        if any_process(missing, device):
             data.note(f"features of {rows:,} {kind}s are computed once and kept in {path}")
-            clip.write_file(path, lambda f: write(f, kind, rows))
+            if missing and first_of_machine:
+                clip.write_file(path, lambda f: write(f, kind, rows))
+            else:  # it helps to encode
+                for _ in encode(kind):
+                    pass
+            any_process(False, device)  # all wait until the file is there
         try:
             arrays.append(np.load(path, mmap_mode="r" if os.path.getsize(path) > LARGE else None))
         except Exception as problem:  # a damaged header raises nearly any kind
@@ -1001,8 +1037,14 @@ def one_line_errors():
     except KeyboardInterrupt:
         print(f"{clear}stopped", file=sys.stderr)
         code = 130
+    except RuntimeError:
+        if dist.is_initialized():  # where another process has ended, `watch` says so and stops this one
+            time.sleep(5 * GRACE)
+        raise
     else:
         return
+    finally:
+        main_has_ended.set()
     sys.stdout.flush()
     sys.exit(code)
 
@@ -1024,10 +1066,64 @@ def join(args):
     else:
         clip.fast_float32()
     if world > 1:
-        forever = datetime.timedelta(days=1)  # the others wait while the first downloads and evaluates
+        forever = datetime.timedelta(days=1)  # the others wait while the first downloads or pretrains
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=forever)
+        watch(rank, world, device)
     data.seed_everything(args.seed)
     return rank, world, device
+
+
+main_has_ended = threading.Event()  # set by `one_line_errors`: what this process had to say has been said
+
+
+def watch(rank, world, device):
+    """Stop this process with one line where another one ends too early, whatever has ended it.
+
+    Otherwise nccl would wait for it for ever, and gloo fail with a traceback. Every process keeps a
+    connection to the first one, over which nothing is sent: the end of a process closes it. The first process
+    then stops, and with it all others.
+    """
+    port = torch.zeros(1, dtype=torch.int64, device=device)
+    if rank == 0:
+        both = socket.has_dualstack_ipv6()
+        server = socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET,
+                                      backlog=world, dualstack_ipv6=both)
+        port += server.getsockname()[1]
+    dist.broadcast(port, 0)
+    if rank == 0:
+        connections = [server.accept()[0] for _ in range(world - 1)]
+    else:
+        connections = [socket.create_connection((os.environ["MASTER_ADDR"], port.item()))]
+
+    def close():
+        for connection in connections:
+            connection.close()
+    os.register_at_fork(after_in_child=close)  # a loader's worker outlives a killed process by seconds
+
+    def wait():
+        multiprocessing.connection.wait(connections)  # until one of them is closed
+        time.sleep(GRACE)
+        if not main_has_ended.is_set():
+            print("error: another process of this run has ended, so this one stops; the same command with "
+                  "--resume goes on, with any number of processes", file=sys.stderr, flush=True)
+            os._exit(1)  # the main thread may wait for the other process, and cannot be woken
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def processes():
+    """-> (the number of this process, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gathered(x, device):
+    """-> [x of each process, in order], their tensors on `device`; of a single process [x]. All must ask."""
+    if not dist.is_initialized():
+        return [x]
+    packed = io.BytesIO()
+    torch.save(x, packed)
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, packed.getvalue())
+    return [torch.load(io.BytesIO(part), map_location=device) for part in parts]
 
 
 def any_process(flag, device):
@@ -1128,7 +1224,7 @@ class Run:
     the model, and unpack(checkpoint) is its inverse. modules: {name: module} that going on needs and
     evaluation does not; only last.pt holds their weights.
 
-    Only the first process writes and evaluates, and all processes stop at the same step.
+    All processes evaluate and stop at the same steps; only the first one writes.
     """
 
     def __init__(self, args, method, optimizer, steps, steps_per_epoch, pack, unpack, modules=None):
@@ -1156,6 +1252,10 @@ class Run:
             self.state |= checkpoint["state"]
         elif self.first:
             self.save("last.pt")  # so that there is always one; and a full disk is found before any work
+        any_process(False, self.device)  # the others wait for it
+        if not os.path.exists(os.path.join(args.out, "last.pt")):
+            raise clip.CheckpointError(f"--out {args.out}: another machine has made this folder, and it is not "
+                                       "here; choose one on a disk that all machines share")
         self.progress = Progress(steps, self.state["step"], quiet=not self.first)
         self.say = self.progress.line
         self.saved = time.time()
@@ -1192,6 +1292,7 @@ class Run:
                 return
             if stopping:
                 self.say(f"stopped at step {self.state['step']}; the same command with --resume goes on")
+                any_process(False, self.device)  # the others stay until the first has saved: see `watch`
                 raise SystemExit(130)
 
     def check(self, loss, norm):
@@ -1203,8 +1304,7 @@ class Run:
                              f"{self.args.out}/last.pt holds an earlier step")
 
     def log(self, loss, samples, **values):
-        """Count a step of so many samples. Returns True where an epoch has ended after which this process
-        evaluates.
+        """Count a step of so many samples. Returns True where an epoch has ended that is to be evaluated.
 
         values: further numbers for the progress line and the log.
         """
@@ -1218,7 +1318,7 @@ class Run:
         mean_loss = state["loss_sum"] / self.steps_per_epoch
         state["loss_sum"] = 0.0
         self.record = {"step": state["step"], "epoch": epoch, "loss": mean_loss, **values}
-        return self.first and (epoch % self.args.eval_every == 0 or epoch == self.args.epochs)
+        return epoch % self.args.eval_every == 0 or epoch == self.args.epochs
 
     def keep_best(self, score, message, **evaluations):
         """Log `evaluations`, say `message` if there is one, and write best.pt where `score` is the highest
@@ -1233,7 +1333,8 @@ class Run:
         if score > self.state["best"]:
             self.state["best"] = score
             self.state["waited"] = 0
-            self.save("best.pt")
+            if self.first:
+                self.save("best.pt")
 
     def finish(self, message):
         """End the run after this step, before its last one."""
@@ -1374,19 +1475,23 @@ def check_writable(path):
 
 
 def report(args, device):
-    """Evaluate best.pt on the test split, print its table and write metrics.json.
+    """Evaluate best.pt on the test split; the first process prints its table and writes metrics.json.
 
     The built-in shapes have a second test split, `unseen`: configurations that training never shows.
     """
+    rank, _ = processes()
     model, _, checkpoint = restore(os.path.join(args.out, "best.pt"), device)
     results = {}
     for split in ("test", "unseen") if args.data == "primitives" else ("test",):
         rows, text = evaluation(model, checkpoint, args.data, args.root, split, args.amp, args.workers)
         results[split] = rows
-        print(text)
-    path = os.path.join(args.out, "metrics.json")
-    write_json(path, results)
-    print(f"written to {path}")
+        if rank == 0:
+            print(text)
+    if rank == 0:
+        path = os.path.join(args.out, "metrics.json")
+        write_json(path, results)
+        print(f"written to {path}")
+    any_process(False, device)  # the others stay until the first is done: they would be taken for lost
 
 
 # ---------------------------------------------------------------- checkpoints: restore, evaluate, search

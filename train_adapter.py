@@ -554,12 +554,21 @@ def reset_peak_memory(device):
 
 
 def report(args, costs, device):
-    """Evaluate best.pt on the test split, and the CLIP before tuning; print and write them and the costs."""
+    """Evaluate best.pt on the test split, and the CLIP before tuning; the first process prints and writes
+    them and the costs."""
+    rank, _ = eval.processes()
     test = (args.data, args.root, "test", args.amp, args.workers)
     model, _, checkpoint = eval.restore(os.path.join(args.out, "best.pt"), device)
     tuned, _ = eval.evaluation(model, checkpoint, *test)
     clip_model, _ = clip.load(clip_of(vars(args), args.out), device, image_size=args.image_size)
     before, _ = eval.evaluation(clip_model, checkpoint, *test)
+    if rank == 0:
+        write_report(args, costs, tuned, before)
+    eval.any_process(False, device)  # the others stay until the first is done
+
+
+def write_report(args, costs, tuned, before):
+    """Print and write the metrics on test after and before tuning, and the costs."""
     path = os.path.join(args.out, "metrics.json")
     eval.write_json(path, {"test": tuned, "test, not tuned": before})
     eval.write_json(os.path.join(args.out, "costs.json"), costs)
@@ -685,11 +694,10 @@ def main(argv=None):
                 metrics[split] = video_metrics(*embed(model, watched, args.amp), layout, tau)
             run.keep_best(metrics["val"]["rSum"], eval.recalls(metrics["val"]), **metrics)
             reset_peak_memory(device)
-    if run.first:
-        costs = {"trained_parameters": count, "share": count / total,
-                 "seconds_per_step": run.seconds_per_step(),
-                 "peak_memory_gib": peak if run.seconds else None}
-        report(args, costs, device)
+    costs = {"trained_parameters": count, "share": count / total,
+             "seconds_per_step": run.seconds_per_step(),
+             "peak_memory_gib": peak if run.seconds else None}
+    report(args, costs, device)
 
 
 if __name__ == "__main__":

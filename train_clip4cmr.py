@@ -299,14 +299,15 @@ def embed_features(model, features):
     """As `eval.embed`: images (N, D), the renormalised mean over an instance's views, and texts (C, D)."""
     device = model.prototypes.device
 
-    def blocks(array):
-        for begin in range(0, len(array), BLOCK):
-            yield torch.from_numpy(np.array(array[begin:begin + BLOCK])).to(device)
+    def embed(encode, array):
+        def encode_block(begin):
+            return encode(torch.from_numpy(np.array(array[begin:begin + BLOCK])).to(device))
+        return torch.cat(list(eval.in_turns(encode_block, range(0, len(array), BLOCK), device)))
 
     was_training = model.training
     model.eval()
-    images = torch.cat([model.embed_image(block) for block in blocks(features.images)])
-    texts = torch.cat([model.embed_text(block) for block in blocks(features.texts)])
+    images = embed(model.embed_image, features.images)
+    texts = embed(model.embed_text, features.texts)
     model.train(was_training)
     views = torch.from_numpy(features.views).to(device)
     owner = torch.arange(len(views), device=device).repeat_interleave(views)
@@ -433,10 +434,9 @@ def prepare_frozen(args, rank, world, device):
         args.crop = None  # a frozen CLIP sees each picture once
         clip_model, tokenizer = eval.build_or_load(args, train, device)
         clip_model.requires_grad_(False)
-        with eval.first_process_first(device):  # the others read what the first has kept
-            common = (classes, tokenizer, args.cache, args.amp, args.workers)
-            train = eval.frozen_features(clip_model, train, *common)
-            val = eval.frozen_features(clip_model, val, *common)
+        common = (classes, tokenizer, args.cache, args.amp, args.workers)
+        train = eval.frozen_features(clip_model, train, *common)
+        val = eval.frozen_features(clip_model, val, *common)
     widths = (train.images.shape[1], train.texts.shape[1])
     model = build(args, clip_model, widths, classes).to(device)
     if args.standardise:
@@ -547,8 +547,7 @@ def main(argv=None):
             if run.state["waited"] >= patience:
                 run.finish(f"no better val mAP than {run.state['best']:.1f} in {patience} evaluations; "
                            "stopped")
-    if run.first:
-        eval.report(args, device)
+    eval.report(args, device)
 
 
 if __name__ == "__main__":

@@ -397,14 +397,18 @@ def predict(model, loader, amp="auto", present=None):
     logits = {task: [] for task in model.tasks}
     labels = {task: [] for task in model.tasks}
     weights = []
-    for batch in loader.batches():
+
+    def encode(batch):
         there = None if present is None else present[batch["index"]].to(device)
         batch = data.to_device(batch, device)
         with clip.autocast(amp, model.clip):
             batch_logits, batch_weights = model(batch["images"][:, 0], batch["tokens"][:, 0], there)
+        return batch_logits, batch["labels"], batch_weights
+
+    for batch_logits, batch_labels, batch_weights in eval.in_turns(encode, loader, device):
         for task in model.tasks:
             logits[task].append(batch_logits[task].float())
-            labels[task].append(batch["labels"][task])
+            labels[task].append(batch_labels[task])
         weights.append(batch_weights)
     model.train(was_training)
     probabilities = {task: torch.cat(parts).softmax(-1).cpu() for task, parts in logits.items()}
@@ -663,8 +667,7 @@ def main(argv=None):
             accuracy = metrics["mean"]["accuracy"]
             run.keep_best(accuracy, f"val accuracy {accuracy:.1f}, the mean of {len(metrics) - 1} tasks",
                           val=metrics)
-    if run.first:
-        eval.report(args, device)
+    eval.report(args, device)
 
 
 if __name__ == "__main__":

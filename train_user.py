@@ -514,8 +514,7 @@ def main(argv=None):
         if run.log(loss, args.batch_size):
             metrics = eval.evaluate(model, val, tokenizer, args.amp, args.workers, val_loader)
             run.keep_best(metrics["rSum"], eval.recalls(metrics), val=metrics)
-    if run.first:
-        eval.report(args, device)
+    eval.report(args, device)
 
 
 if __name__ == "__main__":

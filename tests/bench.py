@@ -2,6 +2,7 @@
 
     python tests/bench.py            # needs open_clip_torch and transformers for the peers' lines; minutes
     python tests/bench.py --quick    # fewer repetitions, smaller galleries
+    python tests/bench.py --scale    # another thing: a model of what a step costs on many GPUs
 
 "of bare products" divides by the time of the model's matrix products alone, on the same operands' shapes and
 with the same library. Peers run as they come; this project's lines are given with `clip.fast_float32()`,
@@ -11,6 +12,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -402,11 +404,81 @@ def adapters(repeat):
          f"of --tune full's {peak['full']:,.0f} MB")
 
 
+# ---------------------------------------------------------------- many GPUs: a model, no measurement
+
+# assumed: an H100, about a third of its peak in bfloat16, half in float32; a network of 400 Gb/s for each GPU
+FLOPS = 300e12  # of the encoders, per second
+LOSS_FLOPS = 30e12  # of the similarities, in float32 as all losses are
+BANDWIDTH = 50e9  # bytes per second, sent by each GPU
+LATENCY = 10e-6  # seconds of a message between two GPUs
+MESSAGES = 12  # of all GPUs in a step: features, owners, their gradients, the weights' gradients, stop?
+WORDS = 20  # tokens of a caption
+
+
+def pair_flops(config):
+    """FLOPs of an image and a caption, forward and backward (twice the forward)."""
+    def transformer(width, layers, tokens):
+        return layers * (24 * tokens * width ** 2 + 4 * tokens ** 2 * width)  # weights, attention
+    patches = (config.image_resolution // config.vision_patch_size) ** 2
+    embedding = 2 * patches * 3 * config.vision_patch_size ** 2 * config.vision_width
+    return 3 * (embedding + transformer(config.vision_width, config.vision_layers, patches + 1)
+                + transformer(config.transformer_width, config.transformer_layers, WORDS))
+
+
+def loss_memory(batch):
+    """Bytes that CLIP's loss holds at most, measured on this machine. Run in a process of its own."""
+    images, texts = torch.randn(2, batch, 64).requires_grad_()
+    before = megabytes("VmRSS")
+    losses.clip_loss(images, texts, torch.tensor(10.0)).backward()
+    return 1e6 * (megabytes("VmHWM") - before)
+
+
+def scale(batch=4096):
+    """A table of what a step of `train_mxm.py --loss clip --clip ViT-B/32` takes on N GPUs.
+
+    With B pairs in all every GPU computes the loss of all of them: a similarity matrix B x B.
+
+        encoders     (B / N) pair_flops / FLOPS
+        loss         6 B^2 D / LOSS_FLOPS: one product forward, two backward
+        features     each GPU gets 2 B D numbers, and sends twice as many for their gradient
+        gradients    twice the weights
+    """
+    config = clip.MODELS["ViT-B/32"][0]
+    weights = sum(p.numel() for p in clip.build("ViT-B/32").parameters())
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        copies = pool.apply(loss_memory, (batch,)) / (4 * batch ** 2)
+    D = config.embed_dim
+    print(f"A model, no measurement. Assumed: {FLOPS / 1e12:.0f} TFLOP/s in the encoders, "
+          f"{LOSS_FLOPS / 1e12:.0f} in the loss, {BANDWIDTH / 1e9:.0f} GB/s and {1e6 * LATENCY:.0f} us "
+          f"between GPUs, captions of {WORDS} tokens, and that nothing overlaps. Computed: "
+          f"{pair_flops(config) / 1e9:.1f} GFLOP a pair, {weights / 1e6:.0f} M weights. Measured here: the "
+          f"loss holds {copies:.1f} matrices of B x B float32 at most.\n\n"
+          "| GPUs | pairs on each | batch | encoders, ms | loss, ms | features, ms (MB) | "
+          "gradients, ms (MB) | step, ms | pairs/s | memory of the loss, GB |\n|" + " ---: |" * 10)
+    for N, b in ((1, 512), (8, 512), (64, 512), (1024, 32), (1024, 128)):
+        B = N * b
+        encoders = b * pair_flops(config) / FLOPS
+        loss = 6 * B ** 2 * D / LOSS_FLOPS
+        features = 3 * 2 * B * D * 4 * (N - 1) / N
+        gradients = 2 * weights * 4 * (N - 1) / N
+        waiting = MESSAGES * 2 * math.log2(N) * LATENCY
+        step = encoders + loss + (features + gradients) / BANDWIDTH + waiting
+        times = [f"{1000 * seconds:,.0f}" for seconds in (encoders, loss)]
+        sent = [f"{1000 * size / BANDWIDTH:,.0f} ({size / 1e6:,.0f})" for size in (features, gradients)]
+        print(f"| {N:,} | {b} | {B:,} | {' | '.join(times + sent)} | {1000 * step:,.0f} | {B / step:,.0f} | "
+              f"{copies * 4 * B ** 2 / 1e9:,.1f} |")
+
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true",
                    help="three repetitions instead of five, galleries of 200 and 1,000 images")
-    quick = p.parse_args().quick
+    p.add_argument("--scale", action="store_true", help="only the model of a step on 1 to 1,024 GPUs")
+    args = p.parse_args()
+    if args.scale:
+        scale()
+        sys.exit()
+    quick = args.quick
     repeat = 3 if quick else 5
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     retrieval_by_class(repeat)

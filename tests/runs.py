@@ -245,8 +245,8 @@ def from_outside(number):
     os.waitpid(pid, 0)
 
 
-def of_second(number):
-    if os.environ["RANK"] == "1":
+def of_process(rank, number):
+    if os.environ["RANK"] == str(rank):
         die(number)
 
 
@@ -281,13 +281,17 @@ STOPPED = {
     "SIGTERM": (5, STEP, 5, before(lambda a: die(signal.SIGTERM))),
     "Ctrl-C while logging": (3, LOG, 1, after(lambda a: die(signal.SIGINT))),
     "SIGTERM to its workers too": (5, STEP, 5, before(lambda a: from_outside(signal.SIGTERM))),
-    "SIGTERM to the second process": (5, STEP, 5, before(lambda a: of_second(signal.SIGTERM))),
+    "SIGTERM to the second process": (5, STEP, 5, before(lambda a: of_process(1, signal.SIGTERM))),
+}
+LOST = {  # one of two processes is killed, and the other one stops
+    "the first process": (4, STEP, 5, before(lambda a: of_process(0, signal.SIGKILL))),
+    "the second process": (4, STEP, 5, before(lambda a: of_process(1, signal.SIGKILL))),
 }
 FULL = {
     "a disk that fills up": (4, STEP, 5, before(lambda a: full_at(1 << 13))),
     "a disk full for the log": (5, LOG, 2, before(log_full)),
 }
-CASES = KILLED | STOPPED | FULL
+CASES = KILLED | STOPPED | FULL | LOST
 # in these cases last.pt is written as seldom as in a real run, in all others after every step
 SELDOM = ("at the first step", "in the middle of an epoch without a save", *STOPPED)
 
@@ -304,6 +308,7 @@ def interrupt(case, script):
         return act(function, a, k) if len(calls) == count else function(*a, **k)
     setattr(module, name, changed)
     eval.SAVE_SECONDS = 300 if case in SELDOM else 0
+    eval.GRACE = 0.2
 
 
 def become(script, argv, case):

@@ -580,10 +580,17 @@ def work(rank, folder):
                             timeout=datetime.timedelta(seconds=120))
     x, owner, _, _ = own_rows(rank)
     some = slice(0, 3 * (1 - rank))  # rank 1 has nothing
+    encoded = []
+
+    def encode(k):
+        encoded.append(k)
+        return {"features": torch.full((k, 2), k / 3), "weights": None}
     found = {"rows": losses.gather_rows(x, owner),
              "none": losses.gather_rows(x[some], owner[some]),
              "gather": losses.gather(torch.full((2, 1, 3), float(rank))),
              "any": [eval.any_process(flag, "cpu") for flag in (rank == 1, False, True)],
+             "in turns": list(eval.in_turns(encode, range(5), "cpu")),
+             "encoded": encoded,
              "batch norm": batch_norm(losses.BatchNorm(3), rank)}
     for name in (*MULTIFOLD, "clip"):
         found[name] = train_step(rank, name)
@@ -600,6 +607,10 @@ def test_two_processes_equal_one(tmp_path):
         assert torch.equal(found["none"][0], x[:3]) and torch.equal(found["none"][1], owner[:3])
         assert found["gather"].tolist() == [[[0.0] * 3]] * 2 + [[[1.0] * 3]] * 2
         assert found["any"] == [True, False, True]
+        assert found["encoded"] == [[0, 2, 4], [1, 3]][rank]
+        for k, result in enumerate(found["in turns"]):
+            assert torch.equal(result["features"], torch.full((k, 2), k / 3)) and result["weights"] is None
+        assert len(found["in turns"]) == 5
         own_gradient, *norm_found = found["batch norm"]
         own_gradient = own_gradient / 2  # gathering gives `world` times the gradient of the loss
         for f, e in zip((own_gradient, *norm_found), (norm_gradient[PARTS[rank][1]], *norm_expected)):

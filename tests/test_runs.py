@@ -21,9 +21,9 @@ import torch
 
 import clip
 import eval
-from runs import (CASES, COLOURS, ENV, FILES, KILLED, ROOT, SMALL, STOPPED, TINY, arguments,  # noqa: F401
-                  assert_same_run, command, evaluated, forked, in_process, kept_signals, log, make_features,
-                  make_squares, metrics, refused, wait_for)
+from runs import (CASES, COLOURS, ENV, FILES, KILLED, LOST, ROOT, SMALL, STOPPED, TINY,  # noqa: F401
+                  arguments, assert_same_run, command, evaluated, forked, in_process, kept_signals, log,
+                  make_features, make_squares, metrics, refused, wait_for)
 
 HEADS = ["--dim", "32", "--hidden", "16", "--lr", "0.01"]
 FEATURES = ["--features", "train.npz", "test.npz", *HEADS]
@@ -58,16 +58,30 @@ CHOSEN = {"train_clip4cmr": ["mAP"], "train_cmaclip": ["mean", "accuracy"]}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The data: pictures, features, and a CLIP with its tokenizer."""
     folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return folder
+
+
+def make_data(folder):
+    """Pictures, features, and a CLIP with its tokenizer."""
     make_squares(folder)
+    make_many(folder)
     make_features(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(clip.MODELS, "tiny", SMALL)
         texts = [f"the frame is {colour} and the middle a {colour} square on around" for colour in COLOURS]
         model = clip.build("tiny", clip.Tokenizer.train(texts, 600))
     clip.save_checkpoint(folder / "frozen.pt", {"clip": clip.describe(model)})
-    return folder
+
+
+def make_many(folder):
+    """many.jsonl: the squares with a test split of 320, which is evaluated in several batches."""
+    rows = [json.loads(line) for line in open(folder / "squares.jsonl")]
+    many = [row for row in rows if row["split"] != "test"]
+    for k in range(40):
+        many += [row | {"id": f"{row['id']}-{k}"} for row in rows if row["split"] == "test"]
+    (folder / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -232,7 +246,7 @@ def test_best_is_the_best_on_val_and_is_what_the_report_is_about(name, folder, t
 # ---------------------------------------------------------------- killed, stopped, full
 
 @pytest.mark.parametrize("name, case", [
-    *(("mxm", case) for case in CASES if "second process" not in case),
+    *(("mxm", case) for case in CASES if not case.endswith("process")),
     *((name, case) for name in RUNS if name != "mxm" for case in ("in the middle of an epoch", "SIGTERM"))],
     indirect=["name"])
 def test_interrupted_then_resumed_equals_never_interrupted(name, case, folder, whole, forked, tmp_path):
@@ -429,10 +443,10 @@ def test_two_processes_stop_early_together(name, folder, forked, tmp_path):
 
 # ---------------------------------------------------------------- several processes
 
-def assert_equal_runs(a, b):
+def assert_equal_runs(a, b, steps=2):
     """Gradients (Adam's first moment holds a share of each step's) and weights are the same to 1e-5."""
     one, two = clip.load_checkpoint(a / "last.pt"), clip.load_checkpoint(b / "last.pt")
-    assert set(os.listdir(b)) - {"costs.json"} == set(FILES) and one["step"] == two["step"] == 2
+    assert set(os.listdir(b)) - {"costs.json"} == set(FILES) and one["step"] == two["step"] == steps
     for x, y in zip(log(a), log(b)):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
     for i, x in one["optimizer"]["state"].items():
@@ -446,30 +460,60 @@ def assert_equal_runs(a, b):
         assert difference.max() <= 1e-5 * max(1, x.abs().max()), key
 
 
+def assert_reported_by_one_process(name, argv, out):
+    """What one process finds with the checkpoint of several is, to the bit, what they have found together."""
+    together = (out / "metrics.json").read_text()
+    os.unlink(out / "metrics.json")
+    script(name).main([*argv, "--out", str(out), "--resume"])
+    assert (out / "metrics.json").read_text() == together
+
+
 def test_torchrun_equals_one_process(folder, tmp_path, monkeypatch):
     """The command as a user types it: one set of files, one table."""
     monkeypatch.setitem(clip.MODELS, "tiny", TINY)
-    argv = words("cmaclip", folder, "--epochs", 1, still=True)
+    argv = words("cmaclip", folder, "--epochs", 1, "--data", folder / "many.jsonl", still=True)
     script("cmaclip").main([*argv, "--out", str(tmp_path / "1")])
     done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_cmaclip.py",
                    *argv, "--out", tmp_path / "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("macro F1") == 1 and done.stderr.count("M trained parameters") == 1
     assert_equal_runs(tmp_path / "1", tmp_path / "2")
+    assert_reported_by_one_process("cmaclip", argv, tmp_path / "2")
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "cmaclip"], indirect=True)
 def test_two_processes_equal_one(name, folder, forked, tmp_path):
     """With half the batch each. MXM-CLR's instances have two and three captions, some of CLIP4CMR's no
     text."""
-    argv = words(name, folder, "--epochs", 1, still=True)
+    argv = words(name, folder, "--epochs", 1, "--data", folder / "many.jsonl", still=True)
     out = [*argv, "--out", str(tmp_path / "2")]
     ended = forked(RUNS[name][0], out, processes=2)  # first, so that they make the frozen features
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert ended[1][1:] == ("", "")  # the second says nothing
     assert ended[0][1].count("written to") == 1
+    assert_reported_by_one_process(name, argv, tmp_path / "2")
     script(name).main([*argv, "--out", str(tmp_path / "1")])
     assert_equal_runs(tmp_path / "1", tmp_path / "2")
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_one_of_two_processes_killed_then_one_resumes(lost, folder, forked, tmp_path):
+    """The other one says so in one line. Another number of processes changes the order of sums only."""
+    argv = words("mxm", folder, still=True)
+    ended = forked("train_mxm", [*argv, "--out", str(tmp_path / "2")], lost, processes=2)
+    (killed, _, _), (stopped, out, said) = ended if lost == "the first process" else ended[::-1]
+    assert (killed, stopped, out) == (-signal.SIGKILL, 1, "") and "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: another process of this run has ended")
+    assert clip.load_checkpoint(tmp_path / "2" / "last.pt")["step"] == CASES[lost][0]
+    script("mxm").main([*argv, "--out", str(tmp_path / "2"), "--resume"])
+    script("mxm").main([*argv, "--out", str(tmp_path / "1")])
+    assert_equal_runs(tmp_path / "1", tmp_path / "2", steps=6)
+
+
+def test_a_folder_that_another_machine_does_not_see(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    line = refused(capsys, words("mxm", folder, "--out", tmp_path / "run"), script("mxm").main)
+    assert "is not here; choose one on a disk that all machines share" in line  # before training
 
 
 @pytest.mark.parametrize("name", PICTURES, indirect=True)
