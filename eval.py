@@ -1063,8 +1063,10 @@ def load_splits(args, device, load=None):
     if args.download:
         with first_process_first(device):
             data.fetch_missing(args.data, args.root)
-    load = load or data.load
-    splits = [load(args.data, args.root, split) for split in ("train", "val", "test")]
+    if load:
+        splits = [load(args.data, args.root, split) for split in ("train", "val", "test")]
+    else:
+        splits = data.load_splits(args.data, args.root)
     if args.crop is None:
         train, _ = splits[0]
         args.crop = data.default_crop(args.data, train, args.clip not in clip.SCRATCH)
