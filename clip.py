@@ -38,6 +38,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 
 import ftfy
+import numpy as np
 import regex
 import torch
 import torch.nn.functional as F
@@ -1230,6 +1231,8 @@ PATTERN = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll
 
 def clean(text):
     """Repair mis-decoded Unicode, undo HTML escapes (some are doubled), fold white space, lower case."""
+    if text.isascii() and text.isprintable() and "&" not in text:  # most are: there is nothing to repair
+        return " ".join(text.split()).lower()
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return regex.sub(r"\s+", " ", text).strip().lower()
 
@@ -1284,17 +1287,22 @@ class Tokenizer:
             count(i)
         merges = {}  # an ordered set: a pair that other merges spell anew is joined again, but listed once
         while len(merges) < vocab_size - 514 and counts:
-            best = min(counts, key=lambda pair: (-counts[pair], pair))
-            if counts[best] < 2:
+            most = max(counts.values())
+            if most < 2:
                 break
+            best = min(pair for pair, n in counts.items() if n == most)
             merges[best] = None
+            changed = set()
             for i in places.pop(best):
                 symbols, n = words[i]
                 for pair in zip(symbols, symbols[1:]):
                     counts[pair] -= n
+                    changed.add(pair)
                 words[i] = _join(symbols, best), n
                 count(i)
-            counts = Counter({pair: n for pair, n in counts.items() if n > 0})
+            for pair in changed:
+                if not counts[pair]:
+                    del counts[pair]
         return cls(list(merges))
 
     def _split(self, word):
@@ -1356,15 +1364,15 @@ class Tokenizer:
 
     def rows(self, texts, context_length):
         """-> (int32 (len(texts), context_length): start, ids, end, zeros; how many texts were cut to fit)."""
-        out = torch.zeros(len(texts), context_length, dtype=torch.int32)
+        out = np.zeros((len(texts), context_length), np.int32)
         cut = 0
         for row, text in zip(out, texts):
             ids = [self.start, *self.encode(text), self.end]
             if len(ids) > context_length:
                 ids = ids[:context_length - 1] + [self.end]
                 cut += 1
-            row[:len(ids)] = torch.tensor(ids, dtype=torch.int32)
-        return out, cut
+            row[:len(ids)] = ids
+        return torch.from_numpy(out), cut
 
     def __call__(self, texts, context_length=77, truncate=False):
         """texts: a string or a list of strings -> int32 (N, context_length), as OpenAI's `tokenize`.

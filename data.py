@@ -14,9 +14,9 @@ Knows nothing of models or losses.
 import atexit
 import csv
 import difflib
+import gc
 import hashlib
 import html
-import io
 import json
 import math
 import mmap
@@ -55,7 +55,7 @@ def expect(condition, where, problem):
         raise DataError(f"{where}: {problem}")
 
 
-@dataclass
+@dataclass(slots=True)  # of a million instances, 50 MB less than with a dict each
 class Instance:
     """One thing in the world."""
     id: str
@@ -101,11 +101,25 @@ def load(name_or_path, root=None, split="train", download=False):
     own. root: the data set's folder (default data/<name>). split: train, val, test (primitives also has
     unseen). download: call `fetch_missing` first. Raises DataError for anything missing or malformed.
     """
-    name = os.fspath(name_or_path)
+    return load_splits(name_or_path, root, [split], download)[0]
+
+
+def load_splits(name_or_path, root=None, splits=("train", "val", "test"), download=False):
+    """[what `load` returns of each split]. One file of all splits is read once."""
+    collects = gc.isenabled()
+    gc.disable()  # looking for cycles among millions of new objects takes longer than reading them
+    try:
+        return _load_splits(os.fspath(name_or_path), root, splits, download)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _load_splits(name, root, splits, download):
     if name.endswith(".jsonl"):
-        return read_jsonl(name, split)
+        return read_jsonl(name, splits)
     if name.endswith(".csv"):
-        return read_csv(name, split)
+        return read_csv(name, splits)
     if name not in DATA_SETS:
         near = difflib.get_close_matches(name.lower(), DATA_SETS, n=1, cutoff=0.3)
         question = f" did you mean {near[0]!r}?" if near else ""
@@ -117,10 +131,12 @@ def load(name_or_path, root=None, split="train", download=False):
     if not name.startswith(("primitives", "text2shape")):
         expect(os.path.isdir(root), root, f"no such folder, and {name} cannot be fetched automatically; "
                "give --root its folder (README.md shows the layout)")
-    return DATA_SETS[name](root, split)
+    if DATA_SETS[name] is karpathy:
+        return karpathy(root, splits, name)
+    return [DATA_SETS[name](root, split) for split in splits]
 
 
-@dataclass
+@dataclass(slots=True)
 class Row:
     """An instance as a data set's files state it: before its split is known and its classes are numbered."""
     id: str
@@ -162,9 +178,15 @@ def is_remark(distinct, rows):
 
 def read_text(path):
     """The content of a UTF-8 text file."""
+    return "".join(read_lines(path))
+
+
+def read_lines(path):
+    """Yield the lines of a UTF-8 text file. Only a line feed ends one: str.splitlines would split at U+2028
+    too."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            return f.read()
+        with open(path, encoding="utf-8-sig", newline="\n") as f:
+            yield from f
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or e
         raise DataError(f"{path}: cannot be read ({reason}); expected a UTF-8 text file") from None
@@ -198,7 +220,7 @@ def read_json(path, shape, expected):
 
 def read_cells(path, strict=False):
     """Yield ("file line n", cells) of the rows of a CSV file. strict: misplaced quotes are an error."""
-    reader = csv.reader(io.StringIO(read_text(path)), strict=strict)
+    reader = csv.reader(read_lines(path), strict=strict)
     try:
         for cells in reader:
             if cells:
@@ -240,19 +262,19 @@ def list_folder(folder, endings=("",)):
 JSON_KEYS = ("id", "images", "captions", "labels", "split", "group")
 
 
-def read_jsonl(path, split):
+def read_jsonl(path, splits):
     """One instance a line: {"id", "images": [...], "captions": [...], "labels": {task: name}, "split",
     "group"}. Paths are relative to the file. All but images and captions is optional, and null is the same as
     absent. The default id is the line's number."""
     rows = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would split at U+2028 too
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
-            row = _json_row(line, number, f"{path} line {number}")
+            row = _json_row(line.rstrip("\n"), number, f"{path} line {number}")
             first = rows.setdefault(row.id, row)
             expect(first is row, row.where,
                    f"id {row.id!r} was already used at {first.where}; put all of an instance into one line")
             _check_row(path, row)
-    return _own_instances(path, list(rows.values()), split)
+    return _own_instances(path, list(rows.values()), splits)
 
 
 def _json_row(line, number, where):
@@ -274,7 +296,7 @@ def _json_row(line, number, where):
     return Row(id, row.get("split"), row["images"], row["captions"], labels, group, where)
 
 
-def read_csv(path, split):
+def read_csv(path, splits):
     """One image-caption pair a row. Columns: image, caption; optional id (rows of one id are one instance;
     default the image) and split; every further column is a task. An empty optional cell is none."""
     header, lines = read_table(path, ("image", "caption"), strict=True)
@@ -299,7 +321,7 @@ def read_csv(path, split):
             first.images.append(image)
         if caption not in first.captions:
             first.captions.append(caption)
-    return _own_instances(path, list(rows.values()), split)
+    return _own_instances(path, list(rows.values()), splits)
 
 
 def _check_row(path, row):
@@ -320,8 +342,8 @@ def _check_row(path, row):
             raise DataError(f"{row.where}: picture {file} {problem} (paths are relative to the file)")
 
 
-def _own_instances(path, rows, split):
-    """-> (instances of the split, classes) of checked rows."""
+def _own_instances(path, rows, splits):
+    """-> [(instances, classes) of each split] of checked rows."""
     expect(rows, path, "no rows; it needs at least one for each of train, val and test")
     stated = assign_splits(rows)
     for row in rows:
@@ -337,20 +359,23 @@ def _own_instances(path, rows, split):
             classes[task] = distinct
     advice = "" if stated else ", or give every row a split"
     present = ", ".join(sorted({row.split for row in rows}))
-    rows = [row for row in rows if row.split == split]
-    expect(rows, path, f"no rows in split {split!r}; it has {present}; add some{advice}")
-    for task, names in classes.items():
-        labelled = [row for row in rows if task in row.labels]
-        if labelled and not any(row.labels[task] in names for row in labelled):
-            raise DataError(f"{labelled[0].where}: {task} = {labelled[0].labels[task]!r} never occurs in the "
-                            f"train split, nor does any other {task} of split {split}; "
-                            f"add training examples, correct the labels{advice}")
-    instances = []
-    for row in rows:
-        images = [os.path.join(os.path.dirname(path), image) for image in row.images]
-        instances.append(Instance(row.id, images, row.captions, row.labels, row.group))
-    number_labels(instances, classes, path, split)
-    return instances, classes
+    loaded = []
+    for split in splits:
+        chosen = [row for row in rows if row.split == split]
+        expect(chosen, path, f"no rows in split {split!r}; it has {present}; add some{advice}")
+        for task, names in classes.items():
+            labelled = [row for row in chosen if task in row.labels]
+            if labelled and not any(row.labels[task] in names for row in labelled):
+                raise DataError(f"{labelled[0].where}: {task} = {labelled[0].labels[task]!r} never occurs in "
+                                f"the train split, nor does any other {task} of split {split}; "
+                                f"add training examples, correct the labels{advice}")
+        instances = []
+        for row in chosen:
+            images = [os.path.join(os.path.dirname(path), image) for image in row.images]
+            instances.append(Instance(row.id, images, row.captions, row.labels, row.group))
+        number_labels(instances, classes, path, split)
+        loaded.append((instances, classes))
+    return loaded
 
 
 # ---------------------------------------------------------------- tasks and their classes
@@ -436,15 +461,18 @@ def class_layout(instances, classes):
 
 # ---------------------------------------------------------------- published sets: pictures and captions
 
-def karpathy(root, split, name, folder):
+KARPATHY = {"flickr30k": "flickr30k-images", "flickr8k": "Images", "coco": ""}  # the folder of the pictures
+
+
+def karpathy(root, splits, name):
     """Karpathy's dataset_<name>.json: images[] of filename, split, sentences[].raw and, for coco, filepath.
-    The split restval counts as train."""
+    The split restval counts as train. -> [(instances, {}) of each split]."""
     path = os.path.join(root, f"dataset_{name}.json")
     rows = []
     empty = 0
     for number, image in enumerate(read_json(path, {"images": list}, "Karpathy's {images: [...]}")["images"]):
         try:
-            file = os.path.join(image.get("filepath", folder), image["filename"])
+            file = os.path.join(image.get("filepath", KARPATHY[name]), image["filename"])
             captions = [sentence["raw"].strip() for sentence in image["sentences"]]
             part = {"restval": "train"}.get(image["split"], image["split"])
         except (KeyError, TypeError, AttributeError) as e:
@@ -455,15 +483,18 @@ def karpathy(root, split, name, folder):
     if empty:
         note(f"{path}: {empty} empty captions were left out")
     stated = assign_splits(rows)
-    rows = [row for row in rows if row.split == split and row.captions]
-    instances = [Instance(row.id, row.images, row.captions) for row in rows]
     present = ", ".join(sorted(map(str, stated))) or "none"
-    expect(instances, path, f"no captioned images in split {split!r}; it has {present}")
-    missing = [x.images[0] for x in instances if not os.path.isfile(x.images[0])]
-    if missing:
-        raise DataError(f"{missing[0]}: no such picture ({len(missing)} of {len(instances)} in split "
-                        f"{split}); put the photos under {root}")
-    return instances, {}
+    loaded = []
+    for split in splits:
+        captioned = [row for row in rows if row.split == split and row.captions]
+        instances = [Instance(row.id, row.images, row.captions) for row in captioned]
+        expect(instances, path, f"no captioned images in split {split!r}; it has {present}")
+        missing = [x.images[0] for x in instances if not os.path.isfile(x.images[0])]
+        if missing:
+            raise DataError(f"{missing[0]}: no such picture ({len(missing)} of {len(instances)} in split "
+                            f"{split}); put the photos under {root}")
+        loaded.append((instances, {}))
+    return loaded
 
 
 # ---------------------------------------------------------------- published sets: shapes
@@ -1787,8 +1818,15 @@ class Loader:
                 note(f"{few} of {n} instances have fewer than {asked} {kind}; all they have is used")
         self.first_image = np.cumsum([0] + images)
         self.first_caption = np.cumsum([0] + captions)
-        self.tasks = sorted({task for x in self.instances for task in x.labels})
+        self.labels = {}  # task -> int64 (N,)
+        for task in sorted({task for x in self.instances for task in x.labels}):
+            self.labels[task] = torch.tensor([x.labels.get(task, -1) for x in self.instances])
         self.regions = n > 0 and isinstance(self.instances[0].images[0], RegionView)  # floats, not pixels
+        self.paths = None  # of all images, end to end: of Python's strings every worker would make copies
+        if all(isinstance(image, str) for x in self.instances for image in x.images):
+            paths = [os.fsencode(image) for x in self.instances for image in x.images]
+            self.first_letter = np.cumsum([0] + [len(path) for path in paths])
+            self.paths = b"".join(paths)
         self.crop = self.crop if self.train and self.crop and self.crop < 1 else None
         expect(not self.regions or not self.crop, "--crop", "region features have no pictures to crop")
         self.area = self.image_size ** 2  # pixels that are kept of a picture
@@ -1829,7 +1867,10 @@ class Loader:
         if self.cached and self.filled[at]:
             h, w = self.sides[at]
             return self.cache[at, :h * w * 3].reshape(h, w, 3)
-        image = self.instances[i].images[k]
+        if self.paths is None:
+            image = self.instances[i].images[k]
+        else:
+            image = os.fsdecode(self.paths[self.first_letter[at]:self.first_letter[at + 1]])
         picture = crop_source(image, self.area) if self.crop else pixels(image, self.image_size)
         if self.cached:
             self.cache[at, :picture.size] = picture.ravel()
@@ -1860,8 +1901,8 @@ class Loader:
         """-> (instance, numbers of its images, numbers of its captions) that an epoch shows of a sample."""
         rng = np.random.default_rng([self.seed, epoch, sample])
         i = self.caption_owner[sample] if self.pairs else sample
-        images = np.arange(len(self.instances[i].images))
-        captions = np.arange(len(self.instances[i].captions))
+        images = np.arange(self.first_image[i + 1] - self.first_image[i])
+        captions = np.arange(self.first_caption[i + 1] - self.first_caption[i])
         if self.frames:
             images = np.linspace(0, len(images) - 1, min(self.frames, len(images))).round().astype(int)
         elif self.views:
@@ -1899,13 +1940,10 @@ class Loader:
         images = torch.from_numpy(images)
         if not self.regions:
             images = images.permute(0, 1, 4, 2, 3)
-        labels = {}
-        for task in self.tasks:
-            classes = [self.instances[i].labels.get(task, -1) for i in index]
-            labels[task] = torch.tensor(classes, dtype=torch.int64)
+        index = torch.from_numpy(np.asarray(index, dtype=np.int64))
+        labels = {task: classes[index] for task, classes in self.labels.items()}
         batch = {"images": images, "image_mask": image_mask, "tokens": tokens, "caption_mask": caption_mask,
-                 "caption": caption, "labels": labels,
-                 "index": torch.from_numpy(np.asarray(index, dtype=np.int64))}
+                 "caption": caption, "labels": labels, "index": index}
         if self.regions and self.instances[0].images[0].has_clip_input():  # regions are one view of an image
             rows = [self.instances[i].images[0].clip_input(self.image_size) for i in index]
             batch["clip_input"] = torch.from_numpy(np.stack(rows)[:, None])
@@ -1955,6 +1993,7 @@ def _ignore_signals(worker):
     """Ctrl-C and SIGTERM reach every process of a run; the main one acts on them and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gc.freeze()  # looking for cycles would write to every object that a forked worker shares, and so copy it
 
 
 def _kill(workers):
@@ -1986,14 +2025,14 @@ def to_device(batch, device):
 
 SHAPES_AND_VIDEOS = ("text2shape", "msrvtt", "msvd", "didemo", "activitynet")  # whose files are no photos
 
-DATA_SETS = {  # each a function of (root, split)
+DATA_SETS = {  # each a function of (root, split); karpathy of (root, splits, name): one file holds all splits
     "primitives": lambda root, split: primitives(split),
     "primitives-source": lambda root, split: primitives(split, "primitives-source"),
     "primitives-target": lambda root, split: primitives(split, "primitives-target"),
     "text2shape": text2shape,
-    "flickr30k": partial(karpathy, name="flickr30k", folder="flickr30k-images"),
-    "flickr8k": partial(karpathy, name="flickr8k", folder="Images"),
-    "coco": partial(karpathy, name="coco", folder=""),
+    "flickr30k": karpathy,
+    "flickr8k": karpathy,
+    "coco": karpathy,
     "products": products,
     "wikipedia": wikipedia,
     "pascal-sentence": pascal_sentence,

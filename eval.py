@@ -61,20 +61,28 @@ def positions(scores, relevant, k=None):
     Raises CheckpointError (a ValueError: the model is at fault) for a NaN score, ValueError for a query
     without a relevant item.
     """
-    if torch.isnan(scores).any():
+    if scores.numel() and torch.isnan(scores.amax()):  # the greatest of numbers among which one is NaN is NaN
         raise clip.CheckpointError("NaN in the scores; a model that gives NaN cannot be ranked")
-    count = relevant.sum(1)
+    query, item = relevant.nonzero(as_tuple=True)
+    count = torch.bincount(query, minlength=len(scores))
     if len(count) and count.min() == 0:
         raise ValueError(f"query {int(count.argmin())} of the block has no relevant item in the gallery")
     most = int(count.max()) if len(count) else 0
     K = most if k is None else min(k, most)
     out = torch.full((len(scores), K), math.inf, dtype=torch.float64)
-    if K <= 16:  # few: count what beats each of them
-        best = scores.masked_fill(~relevant, -math.inf).topk(K, dim=1).values
-        others = scores.masked_fill(relevant, -math.inf)
+    if K <= 16:  # few: count what beats each of them, and take off what of this is relevant too
+        theirs = scores[query, item]
+        column = torch.arange(len(query), device=query.device) - (count.cumsum(0) - count)[query]
+        best = scores.new_full((len(scores), most), -math.inf)
+        best[query, column] = theirs
+        best = best.topk(K, dim=1).values
+        rows = scores.cpu().numpy()
         for j in range(K):
-            place = (j + 1 + (others >= best[:, j:j + 1] - TIE).sum(1)).double()
-            out[:, j] = place.masked_fill(count <= j, math.inf).cpu()
+            least = best[:, j] - TIE
+            above = [np.count_nonzero(row >= bound) for row, bound in zip(rows, least.cpu().numpy())]
+            relevant_above = torch.bincount(query[theirs >= least[query]], minlength=len(scores))
+            place = j + 1 + torch.tensor(above) - relevant_above.cpu()
+            out[:, j] = place.double().masked_fill(count.cpu() <= j, math.inf)
         return out
     scores, relevant = scores.cpu().numpy(), relevant.cpu().numpy()
     for row in range(len(scores)):  # many: sort once and look each of them up
@@ -1170,8 +1178,10 @@ def load_splits(args, device, load=None):
     if args.download:
         with first_process_first(device):
             data.fetch_missing(args.data, args.root)
-    load = load or data.load
-    splits = [load(args.data, args.root, split) for split in ("train", "val", "test")]
+    if load:
+        splits = [load(args.data, args.root, split) for split in ("train", "val", "test")]
+    else:
+        splits = data.load_splits(args.data, args.root)
     if args.crop is None:
         train, _ = splits[0]
         args.crop = data.default_crop(args.data, train, args.clip not in clip.SCRATCH)
