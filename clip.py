@@ -151,9 +151,9 @@ class Attention(nn.Module):
             B, L = x.shape[:2]
         else:
             rows, B, L = packed
-            qkv = qkv.new_zeros(B * L, qkv.shape[-1]).index_copy(0, rows, qkv)
+            qkv = qkv.new_zeros(B * L, qkv.shape[-1]).index_copy_(0, rows, qkv)
         qkv = qkv.view(B, L, 3, self.heads, x.shape[-1] // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, width / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # each (B, heads, L, width / heads)
         if self.keep_weights:
             scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
             if self.causal:
