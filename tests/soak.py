@@ -7,7 +7,8 @@ Each script trains a tiny CLIP with one worker, evaluates after every epoch, and
 (PSS: pages that several processes share count once) and open files of all its processes are sampled every few
 seconds. Nothing is said of the first epoch, in which pictures are decoded and kept. The samples after it are
 cut into three parts: "grew" is a median of the last part that exceeds that of the second part by more than 2%
-of the memory or by more than 2 files.
+of the memory or by more than 2 files. A run of a few minutes can still grow on a CPU: oneDNN keeps the
+products of the last 1,024 shapes ready, and packed captions have a new shape in almost every step.
 """
 import argparse
 import contextlib
