@@ -1354,7 +1354,10 @@ def word_terms(instances):
     of_captions = []
     of_instances = []
     for x in instances:
-        words = [set(re.findall(r"\w+", caption.lower())) or {caption} for caption in x.captions]
+        words = []
+        for caption in x.captions:
+            of_caption = re.findall(r"\w+", caption.lower())
+            words.append(set(map(sys.intern, of_caption)) or {caption})  # one string for all captions' "the"
         of_captions += [sorted(of_caption) for of_caption in words]
         of_instances.append(sorted(set.union(*words)))
     return of_captions, of_instances
@@ -1369,8 +1372,8 @@ UNPACKED = 1 << 30  # bytes that any .npz may take
 @dataclass
 class Features:
     """What frozen encoders make of a split."""
-    images: np.ndarray  # float32 (A, Di): all views of all instances, in order
-    texts: np.ndarray  # float32 (C, Dt): all captions of all instances
+    images: np.ndarray  # float32 (A, Di): all views of all instances, in order; or MappedRows
+    texts: np.ndarray  # float32 (C, Dt): all captions of all instances; or MappedRows
     views: np.ndarray  # (N,): how many rows of images each instance has
     captions: np.ndarray  # (N,)
     labels: np.ndarray  # int64 (N,)
@@ -1382,15 +1385,36 @@ class Features:
         return self.labels, self.captions, self.query
 
 
+class MappedRows:
+    """Some rows of a memory-mapped array (N, D): those of the numbers `rows`. They are read from disk when
+    they are asked for."""
+
+    def __init__(self, array, rows):
+        self.array = array
+        self.rows = rows
+        self.shape = (len(rows), array.shape[1])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.array[self.rows[index]]
+
+
 def read_features(path):
     """Features in place of pictures and texts: a .npz, or a pickle as CLIP4CMR's, of a dict with image (N,
-    Di), text (N, Dt), label (N,) and optional ids (N,; default: row numbers). -> the same dict, features
-    float32. Raises DataError where they do not fit together."""
+    Di), text (N, Dt), label (N,) and optional ids (N,; default: row numbers); or a folder of image.npy,
+    text.npy, ..., which are memory-mapped. -> the same dict, features float32. Raises DataError where they do
+    not fit together."""
     try:
         if path.endswith((".pkl", ".p", ".pickle")):
             content = read_pickle(path)
             size = os.path.getsize(path)
             arrays = {key: _array(content[key], size) for key in FEATURE_KEYS if key in content}
+        elif os.path.isdir(path):
+            files = {key: os.path.join(path, key + ".npy") for key in FEATURE_KEYS}
+            files = {key: file for key, file in files.items() if os.path.exists(file)}
+            arrays = {key: np.load(file, mmap_mode="r", allow_pickle=False) for key, file in files.items()}
         else:
             with np.load(path, allow_pickle=False) as content:
                 unpacked = sum(info.file_size for info in content.zip.infolist())
@@ -1443,8 +1467,9 @@ def _numbers(path, key, array):
     expect(array.ndim == 2 and array.dtype.kind in "fiu" and array.size, path,
            f"{key} is {array.dtype} of shape {array.shape}; expected numbers (N, width)")
     with np.errstate(over="ignore"):  # what is too large becomes infinite
-        array = array.astype(np.float32)
-    bad = ~np.isfinite(array).all(1)
+        array = array.astype(np.float32, copy=False)
+    blocks = np.array_split(array, range(1 << 16, len(array), 1 << 16))  # few rows of a large file at a time
+    bad = np.concatenate([~np.isfinite(block).all(1) for block in blocks])
     expect(not bad.any(), path,
            f"{key} row {bad.argmax()} holds a NaN or an infinite number ({bad.sum()} such rows); remove them")
     return array
@@ -1489,7 +1514,11 @@ def feature_splits(paths, root):
         expect(known.any(), path, f"no row of split {split!r} has a label that train has")
         ones = np.ones(known.sum(), dtype=np.int64)
         labels = np.searchsorted(names, arrays["label"][known])
-        splits[split] = Features(arrays["image"][known], arrays["text"][known], ones, ones, labels, ones > 0)
+        features = []
+        for array in (arrays["image"], arrays["text"]):
+            mapped = isinstance(array, np.memmap)
+            features.append(MappedRows(array, known.nonzero()[0]) if mapped else array[known])
+        splits[split] = Features(*features, ones, ones, labels, ones > 0)
     return splits, [str(name) for name in names]
 
 

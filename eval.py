@@ -227,6 +227,20 @@ def chance(query_group, gallery_group, ks=(1, 5, 10)):
     return out | {"MedR": 1.0 + (first.cumsum(0) < 0.5).sum().item(), "MeanR": (first * place).sum().item()}
 
 
+def _greatest(scores, n):
+    """As scores.topk(n, dim=1), in less time: the n greatest are all in those n chunks of 64 columns whose
+    maxima are the greatest, or in the last columns, which fill no chunk."""
+    Q, G = scores.shape
+    chunks = G // 64
+    if n > chunks // 8:
+        return scores.topk(n, dim=1)
+    chunk = scores[:, :64 * chunks].unflatten(1, (chunks, 64)).amax(2).topk(n, dim=1).indices  # (Q, n)
+    column = (64 * chunk[:, :, None] + torch.arange(64, device=scores.device)).flatten(1)
+    column = torch.cat([column, torch.arange(64 * chunks, G, device=scores.device).expand(Q, -1)], 1)
+    greatest, at = scores.gather(1, column).topk(n, dim=1)
+    return greatest, column.gather(1, at)
+
+
 def search(queries, gallery, k):
     """The k best gallery rows of each query by dot product, streamed.
 
@@ -241,7 +255,7 @@ def search(queries, gallery, k):
     for part in parts:
         scores = queries.float() @ part.to(queries.device).float().t()
         n = min(k, scores.shape[1])
-        s, i = scores.topk(min(n + 1, scores.shape[1]), dim=1)
+        s, i = _greatest(scores, min(n + 1, scores.shape[1]))
         if torch.isnan(s[:, :1]).any():  # topk takes NaN for the greatest
             raise clip.CheckpointError("NaN in the scores; a model that gives NaN cannot be searched")
         last, i = s[:, n - 1:n], i[:, :n]
@@ -540,9 +554,13 @@ def frozen_features(model, instances, classes, tokenizer, cache, amp="auto", wor
         file = image if isinstance(image, str) else getattr(image, "file", None)
         return (image, os.path.getsize(file), os.path.getmtime(file)) if file else image
 
-    embedded = [(x.id, [identity_of(image) for image in x.images], x.captions) for x in instances]
-    inputs = [clip.identity(model), model.config, amp, tokenizer.merges, embedded]
-    key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
+    # the repr of one list of all this, a part at a time: of a million instances it would take a gigabyte
+    inputs = hashlib.sha256(repr([clip.identity(model), model.config, amp, tokenizer.merges])[:-1].encode())
+    for number, x in enumerate(instances):
+        row = (x.id, [identity_of(image) for image in x.images], x.captions)
+        inputs.update(((", " if number else ", [") + repr(row)).encode())
+    inputs.update(b"]]")
+    key = inputs.hexdigest()[:16]
     labels, captions, query = data.class_layout(instances, classes)
     views = np.array([len(x.images) for x in instances])
     model.eval()

@@ -100,7 +100,8 @@ def settings(argv=None):
                    help="weighted sum of " + ", ".join(LOSSES))
     p.add_argument("--task", help="which of the data's labels are the classes (default: its first task)")
     p.add_argument("--features", nargs=2, metavar=("TRAIN", "TEST"),
-                   help=".npz or .pkl files of features under --root, in place of pictures and texts")
+                   help=".npz or .pkl files of features under --root, in place of pictures and texts; or "
+                        "folders of image.npy, text.npy, label.npy, ids.npy, which may be larger than memory")
     p.add_argument("--finetune", action="store_true", help="train CLIP too (always so from scratch)")
     p.add_argument("--clip-lr", type=eval.positive, help="peak learning rate of CLIP's own weights")
     p.add_argument("--dim", type=eval.positive_int, default=1024, help="D, dimension of the common space")

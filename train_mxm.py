@@ -30,10 +30,10 @@ reconstruction, and so is the relation `features`. Ours, not the paper's: the re
 """
 import collections
 import math
+import time
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 import clip
 import data
@@ -115,19 +115,21 @@ class SharedTerms:
         number = {term: k for k, term in enumerate(count)}
 
         def padded(rows):
-            numbers = [torch.tensor([number[term] for term in terms]) for terms in rows]
-            return pad_sequence(numbers, batch_first=True, padding_value=len(number)).to(device)
+            out = torch.full((len(rows), max(map(len, rows))), len(number), dtype=torch.int32)
+            for numbers, terms in zip(out.numpy(), rows):
+                numbers[:len(terms)] = [number[term] for term in terms]
+            return out.to(device)
         self.captions = padded(of_captions)
         self.instances = padded(of_instances)
         idf = [math.log((len(of_instances) + 1) / count[term]) for term in number]
         self.idf = torch.tensor([*idf, 0.0], device=device)  # the last one pads
 
     def __call__(self, captions, instances):
-        terms = self.captions[captions]  # (C, most terms)
+        terms = self.captions[captions].long()  # (C, most terms)
         weight = self.idf[terms]
         weight = weight / weight.sum(1, keepdim=True)
         has = torch.zeros(len(self.idf), len(instances), device=terms.device)  # (terms, N)
-        has[self.instances[instances].t(), torch.arange(len(instances), device=terms.device)] = 1
+        has[self.instances[instances].long().t(), torch.arange(len(instances), device=terms.device)] = 1
         return F.embedding_bag(terms, has, per_sample_weights=weight, mode="sum")
 
 
@@ -137,18 +139,24 @@ class KnownRelation:
 
         P(i | c) = e^(k score(c, i)) / (sum over j of e^(k score(c, j)))
 
-    scores: a function like SharedTerms; sharpness: k. The sums are taken once, over captions x instances.
+    scores: a function like SharedTerms; sharpness: k. The sums are taken once, over captions x instances, in
+    blocks: of a million of each they need little memory, but hours.
     """
 
     def __init__(self, scores, sharpness, captions, instances, device):
         self.scores = scores
         self.sharpness = sharpness
         log_total = []
+        began = time.perf_counter()
         for some in torch.arange(captions, device=device).split(4096):
             parts = [(sharpness * scores(some, part)).logsumexp(1)
                      for part in torch.arange(instances, device=device).split(1024)]
-            log_total.append(torch.stack(parts).logsumexp(0))
-        self.log_total = torch.cat(log_total)  # (all captions,)
+            log_total.append(torch.stack(parts).logsumexp(0).cpu())
+            hours = (time.perf_counter() - began) / 3600 * captions / len(some)
+            if len(log_total) == 1 and hours > 0.1:
+                data.note(f"the relation is summed over {captions:,} captions x {instances:,} instances, "
+                          f"which takes about {hours:.1f} hours; --soft-relation features needs no such sums")
+        self.log_total = torch.cat(log_total).to(device)  # (all captions,)
 
     def __call__(self, instances, captions):
         return (self.sharpness * self.scores(captions, instances) - self.log_total[captions, None]).t()

@@ -19,6 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 import zlib
 
@@ -1100,6 +1101,32 @@ def test_jsonl(mine, tmp_path):
     assert train[0].images == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
     test, classes = mine(text, "test", "mine.jsonl")
     assert [(x.id, x.labels) for x in test] == [("t", {"color": 1})] and classes["color"] == ["blue", "red"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_bytes_per_pair_and_one_reading(ending, tmp_path, monkeypatch):
+    """A million pairs take what 5,000 here do, 200 times: what reading leaves, its peak, and the Loader."""
+    picture(tmp_path / "0.png", 0, (4, 3))
+    n = 5000
+    caption = "a dog that is number {} runs over the grass of a field and looks back at somebody"
+    rows = [{"id": str(i), "image": "0.png", "caption": caption.format(i), "split": "train"} for i in range(n)]
+    rows[-1]["split"], rows[-2]["split"] = "val", "test"
+    if ending == "csv":
+        text = "".join(",".join(row.values()) + "\n" for row in [dict(zip(rows[0], rows[0])), *rows])
+    else:
+        text = lines(*({"images": [row.pop("image")], "captions": [row.pop("caption")]} | row for row in rows))
+    (tmp_path / f"mine.{ending}").write_text(text)
+    read = []
+    read_lines = data.read_lines
+    monkeypatch.setattr(data, "read_lines", lambda path: read.append(path) or read_lines(path))
+    tracemalloc.start()
+    splits = data.load_splits(str(tmp_path / f"mine.{ending}"))
+    left, peak = tracemalloc.get_traced_memory()
+    loader = data.Loader(splits[0][0], clip.Tokenizer([]), 32, 8, 4, 1, 1, train=True, cache_bytes=0)
+    with_loader, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(read) == 1 and [len(instances) for instances, _ in splits] == [n - 2, 1, 1] and len(loader) > 0
+    assert left < 700 * n and peak < 1250 * n and with_loader - left < 300 * n
 
 
 @pytest.mark.parametrize("row, said", [

@@ -282,6 +282,17 @@ def test_search_equals_a_full_sort(high, monkeypatch):
                 assert torch.equal(index, order[:, :k]) and torch.equal(best, scores.gather(1, order[:, :k]))
 
 
+@pytest.mark.parametrize("high", [1000, 3])  # few ties, many
+def test_search_of_a_gallery_that_is_many_chunks(high):
+    queries = integers(high, 6, 4).float()
+    gallery = integers(high, 64 * 40 + 17, 4, seed=1).float()
+    for rows in (gallery, gallery.flip(0)):
+        best, index = (queries @ rows.t()).sort(dim=1, descending=True, stable=True)
+        for k in (1, 4):
+            found = eval.search(queries, rows, k)
+            assert torch.equal(found[0], best[:, :k]) and torch.equal(found[1], index[:, :k])
+
+
 MEMORY = '''
 import torch
 import eval

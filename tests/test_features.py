@@ -238,6 +238,27 @@ def test_feature_splits(tmp_path, said):
     assert splits["val"].images[:, 0].tolist() == [i for i in range(200) if data.hash_tenth(i) == 9]
 
 
+def test_a_folder_of_arrays_is_mapped_and_gives_the_same_bits(tmp_path):
+    for name, rows in (("train", 200), ("test", 30)):
+        npz(tmp_path / f"{name}.npz", **content(rows))
+        (tmp_path / name).mkdir()
+        for key, array in content(rows).items():
+            np.save(tmp_path / name / f"{key}.npy", array)
+    whole, names = data.feature_splits(("train.npz", "test.npz"), str(tmp_path))
+    mapped, same_names = data.feature_splits(("train", "test"), str(tmp_path))
+    assert names == same_names
+    for split, found in mapped.items():
+        assert isinstance(found.images.array, np.memmap) and isinstance(found.texts.array, np.memmap)
+        assert found.images.shape == whole[split].images.shape
+        assert np.array_equal(found.images[3:7], whole[split].images[3:7])
+        pairs = zip(data.FeatureLoader(found, 7).batches(), data.FeatureLoader(whole[split], 7).batches())
+        assert all(equal(a, b) for a, b in pairs)
+    (tmp_path / "train" / "text.npy").unlink()
+    refused("train: no text in it", data.feature_splits, ("train", "test"), str(tmp_path))
+    (tmp_path / "train" / "text.npy").write_bytes(b"\x93NUMPY")
+    refused("train: no features", data.feature_splits, ("train", "test"), str(tmp_path))
+
+
 @pytest.mark.parametrize("kind", [str, "S", object, np.uint8])
 def test_labels_that_train_lacks_are_left_out(kind, tmp_path, said):
     """Names sort as strings; of val and test, rows of another class go. One class is in val alone."""
