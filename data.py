@@ -2036,9 +2036,12 @@ def _kill(workers):
 def to_device(batch, device):
     """The batch on a device, pixels as normalised float32: bytes travel, a quarter of the size.
 
-    Regions with pictures or with CLIP's embeddings become one `Regions`, as "images".
+    Tokens and their mask stay on the CPU, where `encode_text` finds out what to compute. Regions with
+    pictures or with CLIP's embeddings become one `Regions`, as "images".
     """
-    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items() if key != "labels"}
+    moved = dict(batch)
+    for key in batch.keys() - {"tokens", "caption_mask", "labels"}:
+        moved[key] = batch[key].to(device, non_blocking=True)
     moved["labels"] = {task: labels.to(device, non_blocking=True) for task, labels in batch["labels"].items()}
     for key in ("images", "clip_input"):
         if key in moved and moved[key].dtype == torch.uint8:

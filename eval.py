@@ -453,12 +453,10 @@ def encode_images(model, loader, amp):
 @torch.no_grad()
 def encode_texts(model, loader, amp):
     """Yield the features of a loader's captions, (256, D) at a time, as `encode_images`."""
-    device = next(model.parameters()).device
-
     def encode(tokens):
         with clip.autocast(amp, model):
-            return model.encode_text(tokens.to(device)).float()
-    yield from in_turns(encode, loader.tokens.split(256), device)
+            return model.encode_text(tokens).float()
+    yield from in_turns(encode, loader.tokens.split(256), next(model.parameters()).device)
 
 
 @torch.no_grad()
@@ -1026,7 +1024,9 @@ def common_arguments(description, **defaults):
     p.add_argument("--seed", type=non_negative_int, default=0)
     p.add_argument("--device", type=usable_device,
                    help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    p.add_argument("--workers", type=non_negative_int, default=1, help="processes that prepare batches")
+    p.add_argument("--workers", type=non_negative_int,
+                   help="processes that prepare batches (default 1; 0 where a CPU computes on all of its "
+                        "cores, since all would wait for the one that a worker takes its turn on)")
     p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto",
                    help="bfloat16 autocast in the encoders")
     p.add_argument("--compile", action="store_true", help="torch.compile the encoders' blocks")
@@ -1042,6 +1042,9 @@ def complete(args, method, defaults):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.workers is None:
+        on_cpu = args.device == "cpu" or not torch.cuda.is_available()
+        args.workers = 0 if on_cpu and torch.get_num_threads() >= os.cpu_count() else 1
     args.eval_every = args.eval_every or max(1, args.epochs // 5)
     data_name, _ = os.path.splitext(os.path.basename(args.data))
     args.out = args.out or os.path.join("runs", f"{method}-{data_name}")
@@ -1091,6 +1094,7 @@ def join(args):
         torch.cuda.set_device(device)  # which asks for a number
     else:
         clip.fast_float32()
+        clip.keep_memory()
     if world > 1:
         forever = datetime.timedelta(days=1)  # the others wait while the first downloads or pretrains
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=forever)
@@ -1632,7 +1636,7 @@ def answer(models, args):
         parts.append(embed_split(model, checkpoint, name, root, args.split, args.amp, args.workers))
         words = tokenizer([args.query], model.config.context_length, truncate=True)
         with torch.no_grad():
-            query = model.encode_text(words.to(parts[0].images.device)).float()
+            query = model.encode_text(words).float()
         queries.append(F.normalize(query, dim=-1))
     instances = parts[0].instances
     images = averaged(parts).images
@@ -1718,6 +1722,7 @@ def main(argv=None):
     method = script(checkpoint)
     if next(model.parameters()).device.type == "cpu":
         clip.fast_float32()
+        clip.keep_memory()
     name, root = where(checkpoint, args)
     if args.attention and not hasattr(method, "attention_picture"):
         raise clip.CheckpointError(f"--attention: {checkpoint['method']} has no attention between the "

@@ -216,7 +216,7 @@ class Prompts(nn.Module):
         """Insert the prompts into a CLIP. Returns functions that take them out again."""
         def replace_embeddings(module, inputs, x):
             texts = len(self.at) // len(self.text)
-            return x.index_copy(0, self.at, self.text.to(x.dtype).repeat(texts, 1))
+            return x.index_copy(0, self.at.to(x.device), self.text.to(x.dtype).repeat(texts, 1))
 
         def append_tokens(module, inputs, x):
             return torch.cat([x, self.image.to(x.dtype).expand(len(x), -1, -1)], dim=1)

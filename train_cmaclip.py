@@ -325,16 +325,16 @@ def corrupt_batch(images, tokens, noise, missing):
     images (B, 3, S, S), tokens (B, columns) -> images, tokens, present bool (B, 2).
     """
     B = len(images)
-    image_noise, text_noise, image_missing, text_missing = torch.rand(4, B).to(images.device)
+    image_noise, text_noise, image_missing, text_missing = torch.rand(4, B)
     if B > 1:
-        rows = torch.arange(B, device=images.device)
-        shift = torch.randint(1, B, (2, B)).to(images.device)  # less than B: never to the row itself
+        rows = torch.arange(B)
+        shift = torch.randint(1, B, (2, B))  # less than B: never to the row itself
         image_source, text_source = (rows + shift) % B
         images = images[torch.where(image_noise < noise[0], image_source, rows)]
         tokens = tokens[torch.where(text_noise < noise[1], text_source, rows)]
     image_there = image_missing >= missing[0]
     text_there = (text_missing >= missing[1]) | ~image_there
-    return images, tokens, torch.stack([image_there, text_there], dim=1)
+    return images, tokens, torch.stack([image_there, text_there], dim=1).to(images.device)
 
 
 def foreign_pool(name, root, split, tokenizer, config):

@@ -251,11 +251,11 @@ def main(argv=None):
             part["lr"] = eval.warmup_cosine(step, steps, WARMUP, args.lr)
         batch = data.to_device(batch, device)
         image_mask, caption_mask = batch["image_mask"], batch["caption_mask"]  # (B, V), (B, L)
+        owner = batch["index"][:, None].expand_as(image_mask)  # (B, V): the instance of each view
+        captions = batch["caption"][caption_mask]  # (C,): their numbers among all captions
         with clip.autocast(args.amp, model):
             images = model.encode_image(batch["images"][image_mask])  # (A, D): all views of all instances
             texts = model.encode_text(batch["tokens"][caption_mask])  # (C, D)
-        owner = batch["index"][:, None].expand_as(image_mask)  # (B, V): the instance of each view
-        captions = batch["caption"][caption_mask]  # (C,): their numbers among all captions
         images, image_owner = losses.gather_rows(F.normalize(images.float(), dim=-1), owner[image_mask])
         texts, captions = losses.gather_rows(F.normalize(texts.float(), dim=-1), captions)
         text_owner = caption_owner[captions]

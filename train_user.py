@@ -486,7 +486,7 @@ def main(argv=None):
         for part in optimizer.param_groups:
             part["lr"] = part["peak"] * (0.1 if step >= args.lr_drop * steps else 1.0)
         data.seed_step(args.seed, step, rank)  # augmentation and dropout
-        tokens = augmented(batch["tokens"][:, 0], tokenizer, word_ends, args.augment).to(device)
+        tokens = augmented(batch["tokens"][:, 0], tokenizer, word_ends, args.augment)
         batch = data.to_device(batch, device)
         pictures = batch["images"][:, 0]
         with clip.autocast(args.amp, clip_model):

@@ -4,6 +4,7 @@ Peers (open_clip_torch, transformers, safetensors) and ../shared are used where 
 """
 import copy
 import csv
+import ctypes
 import hashlib
 import http.server
 import io
@@ -12,6 +13,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import socket
 import struct
@@ -318,6 +320,15 @@ def test_gradients_have_the_same_bits_every_time_on_several_threads():
     assert len(gradients) == 1
 
 
+def test_text_on_the_cpu_asks_the_device_for_nothing(vit):
+    """A GPU would have to finish all that it was given before. The meta device has no number to tell."""
+    _, text = a_batch(SMALL_VIT)
+    on_cpu = vit.encode_text(text, tokens=True)
+    on_meta = copy.deepcopy(vit).to("meta").encode_text(text, tokens=True)
+    assert [x.shape for x in on_meta] == [x.shape for x in on_cpu]
+    assert all(x.is_meta for x in on_meta)
+
+
 def test_text_that_cannot_be_encoded(vit):
     _, text = a_batch(SMALL_VIT)
     long = torch.ones(1, 39, dtype=torch.int64)
@@ -451,6 +462,22 @@ def test_compile_blocks():
 def test_fast_float32_where_torch_has_no_such_switch(matmul, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "matmul", matmul, raising=False)
     assert clip.fast_float32() is False
+
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(1 << 24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc")
+def test_keep_memory(monkeypatch):
+    """What was freed is used again as it is, without the system in between."""
+    assert clip.keep_memory()
+    first = page_faults()
+    assert page_faults() <= first // 10
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace())
+    assert not clip.keep_memory()
 
 
 # ---------------------------------------------------------------- as OpenAI's package
