@@ -52,7 +52,7 @@ def refused(pattern, function, *args, **kwargs):
         function(*args, **kwargs)
     message = str(e.value)
     assert re.search(pattern, message), message
-    assert message.isprintable() and len(message) < 500
+    assert message.isprintable() and len(re.sub(r"/\S*/", "", message)) < 500  # but for folders
     return message
 
 
@@ -830,7 +830,7 @@ def test_broken_text2shape(tmp_path):
     refused(r"no shapes in split 'train' \(.*2 lack voxels\).*by hand", load)
     val = tmp_path / "processed_captions_val.p"
     other = [{"a": 1}, [1], {"caption_tuples": [(1, 2)]}]
-    for content, said in ((b"", "Ran out of input"), (val.read_bytes()[:60], "refused"),
+    for content, said in ((b"", "it ends early"), (val.read_bytes()[:60], "refused"),
                           *[(pickle.dumps(value), "no 'caption_tuples'") for value in other]):
         val.write_bytes(content)
         refused(f"processed_captions_val.p: .*{said}", load)
@@ -879,7 +879,7 @@ def test_pickles_that_would_run_code_are_refused(tmp_path, protocol):
         Call(open, (str(mark), "w")), Call(eval, (f"open({str(mark)!r}, 'w')",)),
         Call(np.save, (str(mark), 1)), Call(np.load, ("a",)), Call(getattr, ("a", "upper")),
         Call(__import__, ("antigravity",)),
-        Call(type, ("X", (), {})), Call(str, ([1],)), Call(bytes, (5,)), tokenizer, Instance("a", [], []),
+        Call(type, ("X", (), {})), Call(str, ([1],)), Call(bytes, (5,)), tokenizer, data.H5View("a", 0),
         torch.zeros(2), np.dtype([("a", "O")]),
         forged(flagged("O8"), b"A" * 8), forged(flagged("V8"), b"A" * 8), 
         forged(np.dtype("O"), [], (3,)), forged(np.dtype("i8"), [1]), forged(np.dtype("i8"), b"short"),
