@@ -1379,7 +1379,7 @@ def read_features(path):
         if path.endswith((".pkl", ".p", ".pickle")):
             content = read_pickle(path)
             arrays = {key: np.asarray(content[key]) for key in FEATURE_KEYS if key in content}
-        elif os.path.isdir(path):
+        elif os.path.isdir(path) and not path.endswith(".npz"):
             files = {key: os.path.join(path, key + ".npy") for key in FEATURE_KEYS}
             files = {key: file for key, file in files.items() if os.path.exists(file)}
             arrays = {key: np.load(file, mmap_mode="r", allow_pickle=False) for key, file in files.items()}
