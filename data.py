@@ -1412,7 +1412,7 @@ def read_features(path):
             content = read_pickle(path)
             size = os.path.getsize(path)
             arrays = {key: _array(content[key], size) for key in FEATURE_KEYS if key in content}
-        elif os.path.isdir(path):
+        elif os.path.isdir(path) and not path.endswith(".npz"):
             files = {key: os.path.join(path, key + ".npy") for key in FEATURE_KEYS}
             files = {key: file for key, file in files.items() if os.path.exists(file)}
             arrays = {key: np.load(file, mmap_mode="r", allow_pickle=False) for key, file in files.items()}
