@@ -1029,6 +1029,12 @@ class Unpickler(pickle._Unpickler):
         super().__init__(io.BytesIO(content), **options)
         self.room = 4 * len(content)  # what is passed to functions came from the file, and mostly only once
 
+    def load(self):
+        try:
+            return super().load()
+        except EOFError:
+            raise EOFError("Ran out of input") from None
+
     def spend(self, values):
         """Raise ValueError where more is passed to functions, which copy it, than the bytes could hold."""
         copied = (str, bytes, bytearray, list, tuple, dict)

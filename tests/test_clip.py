@@ -681,22 +681,35 @@ print(clip.download(*sys.argv[1:]))
 """
 
 
-def test_two_processes_that_download_at_once_end_with_one_good_file(server, tmp_path):
+def test_processes_that_download_at_once_end_with_one_good_file(server, tmp_path):
+    """Of three, the first one's connection breaks, the second goes on from there, the third finds the file."""
     pytest.importorskip("fcntl")
     server.opened.clear()
+    server.breaks["/x.pt"] = 2000
     words = [sys.executable, "-c", DOWNLOADER, server.url + "/x.pt", SHA, str(tmp_path)]
-    processes = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                 for _ in range(3)]
     for process in processes:
         assert process.stdout.readline() == "waits\n"  # the first has the lock and no answer yet
     server.opened.set()
-    for process in processes:
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0 and out.splitlines()[-1] == str(tmp_path / "x.pt")
-    assert server.asked == [("/x.pt", None)] and os.listdir(tmp_path) == ["x.pt"]
+    ends = [(*process.communicate(timeout=120), process.returncode) for process in processes]
+    broken, = [err for _, err, code in ends if code]
+    assert "the connection broke after 2000 of 5120 bytes" in broken
+    good = [out.splitlines()[-1] for out, _, code in ends if not code]
+    assert good == [str(tmp_path / "x.pt")] * 2 and os.listdir(tmp_path) == ["x.pt"]
+    assert server.asked == [("/x.pt", None), ("/x.pt", "bytes=2000-")]
     assert (tmp_path / "x.pt").read_bytes() == CONTENT
 
 
-# ---------------------------------------------------------------- files that load
+def test_the_beginning_of_another_file_is_not_kept(server, tmp_path):
+    """What an earlier version of the file left behind: the sum is wrong, and the next call starts again."""
+    (tmp_path / "x.pt.part").write_bytes(b"old" * 100)
+    fails("does not have the published checksum", clip.download, server.url + "/x.pt", SHA, str(tmp_path))
+    assert os.listdir(tmp_path) == []
+    clip.download(server.url + "/x.pt", SHA, str(tmp_path))
+    assert server.asked == [("/x.pt", "bytes=300-"), ("/x.pt", None)]
+    assert (tmp_path / "x.pt").read_bytes() == CONTENT
+
 
 class Scripted(nn.Module):
     """A module's names and tensors without its code, which torch.jit could not compile."""

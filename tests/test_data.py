@@ -34,6 +34,7 @@ import data
 import train_mxm
 from data import DataError, Instance
 from eval import load_splits  # the module's name would hide Python's eval
+from test_clip import server as web  # noqa: F401
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(ROOT, "..", "shared", "data")
@@ -1015,6 +1016,25 @@ def test_download_errors(server, tmp_path):
     assert len(load()) == 4
     (tmp_path / "file").write_text("")
     refused("cannot be written", data.fetch_missing, "text2shape", str(tmp_path / "file" / "root"))
+
+
+@pytest.mark.parametrize("shift", [0, None])
+def test_a_connection_that_breaks(shift, server, web, tmp_path, monkeypatch):
+    """Over HTTP, from a server with and without ranges: the second call ends with the same files."""
+    monkeypatch.undo()
+    monkeypatch.setenv("no_proxy", "*")
+    contents = {name: server[f"{data.TEXT2SHAPE_URL}/{name}"] for name, _, _ in data.TEXT2SHAPE_FILES}
+    monkeypatch.setattr(data, "TEXT2SHAPE_URL", web.url)
+    web.files = {f"/{name}": content for name, content in contents.items()}
+    web.shift = shift
+    voxels = f"/{data.TEXT2SHAPE_FILES[0][0]}"
+    web.breaks[voxels] = 900
+    root = str(tmp_path / "root")
+    size = len(contents[voxels[1:]])
+    refused(f"the connection broke after 900 of {size} bytes", data.load, "text2shape", root, download=True)
+    assert len(data.load("text2shape", root, download=True)[0]) == 4
+    assert web.asked[:2] == [(voxels, None), (voxels, "bytes=900-")] and len(web.asked) == 4
+    assert sorted(os.listdir(root)) == sorted([data.CAPTION_FILE, data.VOXEL_FOLDER, *data.SPLIT_FILES])
 
 
 def settings(root, *words):

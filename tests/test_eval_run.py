@@ -407,6 +407,32 @@ def test_no_embeddings_of_pairs(run, tmp_path, capsys):
     assert "no --embeddings" in refused(capsys, argv, eval.main) and os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("option", ["--gallery", "--embeddings", "--attention", "--out", "--curves"])
+def test_a_path_that_cannot_be_written_is_found_before_any_work(option, tmp_path, capsys):
+    """Under a file, a folder: the checkpoint, which does not exist, is not even looked for."""
+    (tmp_path / "file").write_text("")
+    if option == "--curves":
+        argv = ["--curves", tmp_path, "--out"]
+    else:
+        argv = ["--checkpoint", tmp_path / "none" / "best.pt", option]
+    (tmp_path / "folder" / "metrics.json").mkdir(parents=True)
+    for path in (tmp_path / "file" / "new" / "x", tmp_path / "folder"):
+        said = refused(capsys, [*argv, path], eval.main)
+        assert said.startswith(f"error: {path}") and "cannot be written; choose a file in a folder" in said
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_damaged_metrics_are_written_anew(tmp_path):
+    path = tmp_path / "metrics.json"
+    for damaged in ('{"test": {"a": {}', "[1]", '{"test": 1}', "[" * 100_000):
+        path.write_text(damaged)
+        eval.add_metrics(path, "test", {"model": {"rSum": 1.0}})
+        assert json.loads(path.read_text()) == {"test": {"model": {"rSum": 1.0}}}
+    eval.add_metrics(path, "val", {})
+    eval.add_metrics(path, "test", {"mean": {}})
+    assert json.loads(path.read_text()) == {"test": {"model": {"rSum": 1.0}, "mean": {}}, "val": {}}
+
+
 def test_curves_command(run, tmp_path, monkeypatch, capsys):
     """A run of every method, each with the metric that best.pt is chosen by."""
     for name, metric in (("mxm", "rSum"), ("user", "rSum"), ("adapter", "rSum"), ("class", "mAP"),
