@@ -825,8 +825,8 @@ def scale(args, device, batch=4096):
           f"{1e6 * LATENCY:.0f} us between GPUs, captions of {WORDS} tokens, and that nothing overlaps. "
           f"Computed: {pair_flops(config) / 1e9:.1f} GFLOP a pair, {weights / 1e6:.0f} M weights. Measured "
           f"here: the loss holds {copies:.1f} matrices of B x B float32 at most.")
-    heading("Milliseconds and bytes", "GPUs", "pairs on each", "batch", "encoders, ms", "loss, ms", "features, ms (MB)",
-            "gradients, ms (MB)", "step, ms", "pairs/s", "memory of the loss, GB")
+    heading("Milliseconds and bytes", "GPUs", "pairs on each", "batch", "encoders, ms", "loss, ms",
+            "features, ms (MB)", "gradients, ms (MB)", "step, ms", "pairs/s", "memory of the loss, GB")
     for N, b in ((1, 512), (8, 512), (64, 512), (1024, 32), (1024, 128)):
         B = N * b
         encoders = b * pair_flops(config) / FLOPS
