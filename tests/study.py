@@ -167,7 +167,7 @@ TUNE = {  # each with rates around its default for a CLIP that was trained here
     "adapter-unshared": "--tune adapter-unshared --lr 3e-3|1e-2|3e-2",
     "lora": "--tune lora --lr 3e-3|1e-2|3e-2",
     "head": "--tune head --lr 1e-3|3e-3|1e-2",
-    "full": "--tune full --lr 3e-4|1e-3|3e-3",
+    "full": "--tune full --lr 1e-4|3e-4|1e-3",
 }
 TO_PRODUCTS = "--clip {clip:no-products} --batch-size 128 --frames 1"
 # 200 steps, whatever the share of the products
@@ -261,7 +261,7 @@ def adapter_columns(metrics):
 
 def cmaclip_columns(metrics):
     mean = metrics["test"]["model"]["mean"]
-    noise = metrics["test"]["noise"]
+    noise = metrics["test"].get("noise", {})  # with --robustness
     columns = {
         "accuracy": mean["accuracy"],
         "R@P90": mean["recall_at_precision"],

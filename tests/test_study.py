@@ -111,6 +111,12 @@ def test_the_choice_is_the_best_on_validation_and_has_all_seeds(made):
     assert study.alternatives("--a 1|2 --b 3|4") == ["--a 1 --b 3", "--a 1 --b 4", "--a 2 --b 3", "--a 2 --b 4"]
 
 
+def test_without_robustness_there_are_no_columns_of_noise():
+    metrics = fake_metrics("train_cmaclip.py", 5)
+    del metrics["test"]["noise"]
+    assert list(study.cmaclip_columns(metrics)) == ["accuracy", "R@P90", "macro F1"]
+
+
 @pytest.mark.parametrize("name", ["mxm-shapes", "mxm-photos", "cmr-wikipedia", "cma-foreign", "user-photos",
                                   "adapter-products"])
 def test_every_script_has_its_tables(name, made, capsys):
