@@ -536,7 +536,8 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         eval.average_gradients(model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # measured, not clipped
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)  # measured, not clipped
         run.check(loss, norm)
         optimizer.step()
         if run.log(loss, len(index) * world):

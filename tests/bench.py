@@ -388,10 +388,10 @@ def training(args, device):
 # ---------------------------------------------------------------- the five scripts
 
 OUTSIDE = [(data, "to_device"), (eval, "average_gradients"), (torch.nn.utils, "clip_grad_norm_"),
-           (torch.optim.AdamW, "step"), (torch.optim.AdamW, "zero_grad"), (torch.optim.Adam, "step"),
-           (torch.optim.Adam, "zero_grad"), (train_user, "augmented"), (train_user, "momentum_update"),
-           (train_user.Queue, "enqueue"), (train_cmaclip, "corrupt_batch"), (eval.Run, "check"),
-           (eval.Run, "log")]
+           (torch.nn.utils, "get_total_norm"), (torch.optim.AdamW, "step"), (torch.optim.AdamW, "zero_grad"),
+           (torch.optim.Adam, "step"), (torch.optim.Adam, "zero_grad"), (train_user, "augmented"),
+           (train_user, "momentum_update"), (train_user.Queue, "enqueue"), (train_cmaclip, "corrupt_batch"),
+           (eval.Run, "check"), (eval.Run, "log")]
 
 
 class StopRun(Exception):
@@ -447,7 +447,7 @@ def methods(args, device):
     A step's time is in its model, loss and gradient, but for the share outside.
     """
     heading(f"The five scripts, {device}, tiny model", "command", "step", "outside model and loss",
-            "waiting for a batch", "bfloat16: time of a step")
+            "waiting for a batch")
     steps = 8 if args.quick else 16
     load = data.load
 
@@ -472,16 +472,12 @@ def methods(args, device):
                     (train_adapter, f"--clip {frozen} --batch-size 32 --frames 12 --tune full"),
                     (train_cmaclip, "--freeze"), (train_cmaclip, "")]
         for script, words in commands:
-            medians = {}
-            for amp in ("off", "bf16"):
-                argv = [*words.split(), "--epochs", str(steps), "--eval-every", str(steps), "--amp", amp,
-                        "--device", device, "--out", os.path.join(folder, "run")]
-                medians[amp] = time_script(script, argv, steps)
-            step, outside, waiting = medians["off"]
+            argv = [*words.split(), "--epochs", str(steps), "--eval-every", str(steps), "--device", device,
+                    "--out", os.path.join(folder, "run")]
+            step, outside, waiting = time_script(script, argv, steps)
             shown = words.replace(frozen, "FILE").replace(f" --cache {features}", "")
             command = f"{script.__name__}.py {shown}".strip()
-            row(f"`{command}`", duration(step), f"{100 * outside / step:.1f}%", duration(waiting),
-                medians["bf16"][0] / step)
+            row(f"`{command}`", duration(step), f"{100 * outside / step:.1f}%", duration(waiting))
 
 
 # ---------------------------------------------------------------- losses, metrics, inference
