@@ -935,8 +935,7 @@ def read_pickle(path):
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror})") from None
     except Exception as e:  # a damaged pickle raises nearly any kind
-        reason = str(e)[:100] or "it ends early"
-        raise DataError(f"{path}: refused, not a pickle of arrays and plain containers ({reason}); "
+        raise DataError(f"{path}: refused, not a pickle of arrays and plain containers ({str(e)[:100]}); "
                         "nothing of it was run") from None
 
 

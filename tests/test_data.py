@@ -831,7 +831,7 @@ def test_broken_text2shape(tmp_path):
     refused(r"no shapes in split 'train' \(.*2 lack voxels\).*by hand", load)
     val = tmp_path / "processed_captions_val.p"
     other = [{"a": 1}, [1], {"caption_tuples": [(1, 2)]}]
-    for content, said in ((b"", "it ends early"), (val.read_bytes()[:60], "refused"),
+    for content, said in ((b"", "Ran out of input"), (val.read_bytes()[:60], "refused"),
                           *[(pickle.dumps(value), "no 'caption_tuples'") for value in other]):
         val.write_bytes(content)
         refused(f"processed_captions_val.p: .*{said}", load)
