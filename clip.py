@@ -1016,15 +1016,24 @@ def _plain(values):
     return values
 
 
+def _checked(opcode, keys):
+    """-> (opcode, its method of Python's reader, which first looks at these values on the stack)."""
+    load = pickle._Unpickler.dispatch[opcode[0]]
+
+    def checked_load(self):
+        _plain(self.stack[keys])
+        load(self)
+    return opcode[0], checked_load
+
+
 class Unpickler(pickle._Unpickler):
     """Python's reader of pickles, for bytes that are not trusted: a subclass says in `find_class` what they
-    may name. The time and the memory that it takes are bounded by their number.
+    may name. The time and the memory that it takes are bounded by the number of bytes.
 
-    It is the one that is written in Python, which keeps the values that a pickle numbers in a dict. The one
-    in C keeps them in an array as long as the largest number, which a pickle of ten bytes can state as 2^32.
+    It is the reader that is written in Python, which keeps the values that a pickle numbers in a dict. The
+    one in C keeps them in an array as long as the largest number, and ten bytes can state one of 2^32. Three
+    things more are bounded here: lengths, what is hashed (see `_plain`), and what is passed to functions.
     """
-    dispatch = dict(pickle._Unpickler.dispatch)
-
     def __init__(self, content, **options):
         super().__init__(io.BytesIO(content), **options)
         self.room = 4 * len(content)  # what is passed to functions came from the file, and mostly only once
@@ -1059,22 +1068,11 @@ class Unpickler(pickle._Unpickler):
         length, = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(length)))  # Python's own makes room for what the number says
 
-    dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build,
-                 pickle.BYTEARRAY8[0]: load_bytearray8}
-
-
-def _checked(load, keys):
-    """The method of an opcode that hashes these values on the stack, after a look at them."""
-    def checked_load(self):
-        _plain(self.stack[keys])
-        load(self)
-    return checked_load
-
-
-for opcode, keys in ((pickle.SETITEM, slice(-2, -1)), (pickle.SETITEMS, slice(0, None, 2)),
-                     (pickle.DICT, slice(0, None, 2)), (pickle.ADDITEMS, slice(None)),
-                     (pickle.FROZENSET, slice(None))):
-    Unpickler.dispatch[opcode[0]] = _checked(Unpickler.dispatch[opcode[0]], keys)
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: load_bytearray8}
+    dispatch |= [_checked(pickle.SETITEM, slice(-2, -1)), _checked(pickle.SETITEMS, slice(0, None, 2)),
+                 _checked(pickle.DICT, slice(0, None, 2)), _checked(pickle.ADDITEMS, slice(None)),
+                 _checked(pickle.FROZENSET, slice(None))]
 
 
 def plain_set(items=()):

@@ -240,6 +240,15 @@ def read_table(path, columns, strict=False):
     return header, rows
 
 
+UNPACKED = 1 << 30  # bytes that the content of any packed file may take
+
+
+def check_unpacked(path, size):
+    """Raise DataError for a file whose content is large, and would take over 100 times as much as itself."""
+    expect(size <= max(UNPACKED, 100 * os.path.getsize(path)), path,
+           f"its content takes {size >> 20} MiB, over 100 times as much as the file; get it again")
+
+
 def read_list(path, fields, separator="\t"):
     """Yield the fields of each line of a list file that is not blank."""
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -710,12 +719,16 @@ def fashiongen(root, split):
         path = os.path.join(root, file)
         try:
             with h5py.File(path, "r") as f:
+                columns = ("productID", "name", "description", "category")
+                check_unpacked(path, sum(f[f"input_{key}"].nbytes for key in columns))
                 ids = f["input_productID"][:].ravel().tolist()
                 texts = {}
-                for key in ("name", "description", "category"):
+                for key in columns[1:]:
                     texts[key] = [text.decode("latin1") for text in f[f"input_{key}"][:].ravel()]
                 pictures, *shape = f["input_image"].shape
                 kind = f["input_image"].dtype
+        except DataError:
+            raise
         except Exception as e:  # a damaged file raises nearly any kind
             raise DataError(f"{path}: cannot be read as Fashion-Gen ({str(e)[:100]}); "
                             "put the published file there") from None
@@ -1366,7 +1379,6 @@ def word_terms(instances):
 # ---------------------------------------------------------------- features in place of pictures and texts
 
 FEATURE_KEYS = ("label", "image", "text", "ids")  # the label first: the others must have as many rows
-UNPACKED = 1 << 30  # bytes that any .npz may take
 
 
 @dataclass
@@ -1417,9 +1429,7 @@ def read_features(path):
             arrays = {key: np.load(file, mmap_mode="r", allow_pickle=False) for key, file in files.items()}
         else:
             with np.load(path, allow_pickle=False) as content:
-                unpacked = sum(info.file_size for info in content.zip.infolist())
-                expect(unpacked <= max(UNPACKED, 100 * os.path.getsize(path)), path,
-                       f"its arrays take {unpacked >> 20} MiB, over 100 times as much as the file; refused")
+                check_unpacked(path, sum(info.file_size for info in content.zip.infolist()))
                 arrays = {key: np.asarray(content[key]) for key in FEATURE_KEYS if key in content.files}
     except DataError:
         raise
@@ -1683,10 +1693,16 @@ def load_regions(name, root, split, clip_input=True):
 
 # ---------------------------------------------------------------- pictures
 
+LARGE_PICTURE = 1 << 25  # pixels
+
+
 def open_image(path):
     """A picture as RGB: EXIF rotation applied, 16-bit scaled to 8, transparency on white, one frame."""
     try:
         with Image.open(path) as image:
+            pixels_per_byte = image.width * image.height / max(1, os.path.getsize(path))
+            expect(image.width * image.height <= LARGE_PICTURE or pixels_per_byte <= 200, path,
+                   f"{image.width} x {image.height} pixels in a file too small to show anything; replace it")
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # 16 or 32 bits of grey: convert("RGB") alone would clip them to white
                 levels = np.asarray(image).astype(np.float32)
@@ -1698,6 +1714,8 @@ def open_image(path):
             return image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path}: no such picture") from None
+    except DataError:
+        raise
     except Exception as e:  # Pillow raises many kinds on damaged files, DecompressionBombError on huge ones
         problem = f"is damaged or no picture ({type(e).__name__}: {str(e)[:100]})"
         if os.path.isfile(path) and os.path.getsize(path) == 0:

@@ -590,7 +590,10 @@ def frozen_features(model, instances, classes, tokenizer, cache, amp="auto", wor
                     pass
             any_process(False, device)  # all wait until the file is there
         try:
-            arrays.append(np.load(path, mmap_mode="r" if os.path.getsize(path) > LARGE else None))
+            array = np.load(path, mmap_mode="r" if os.path.getsize(path) > LARGE else None)
+            if array.shape != (rows, model.config.embed_dim) or array.dtype != np.float32:
+                raise ValueError(f"{array.dtype} of shape {array.shape}")
+            arrays.append(array)
         except Exception as problem:  # a damaged header raises nearly any kind
             raise data.DataError(f"{path}: damaged ({str(problem)[:100]}); "
                                  "remove it, and it is computed again") from None
@@ -1499,10 +1502,10 @@ def add_metrics(path, key, rows):
 
 def check_writable(path):
     """Raise CheckpointError where a file could not be written later, before there is anything to lose."""
-    folder = os.path.dirname(os.path.abspath(path or ""))
+    folder = os.path.dirname(os.path.abspath(path))
     while not os.path.lexists(folder):  # it will be made
         folder = os.path.dirname(folder)
-    if path and (os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK)):
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise clip.CheckpointError(f"{path}: cannot be written; choose a file in a folder that can be")
 
 
@@ -1543,9 +1546,9 @@ def restore(path, device=None, clip_path=None):
     if checkpoint.get("method") not in METHODS:
         raise clip.CheckpointError(f"{path}: made by {checkpoint.get('method')!r}, "
                                    f"which is none of {', '.join(METHODS)}")
-    if clip_path:
-        checkpoint["settings"]["clip"] = clip_path
     try:
+        if clip_path:
+            checkpoint["settings"]["clip"] = clip_path
         model = script(checkpoint).restore(checkpoint, path)
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ZeroDivisionError) as e:
         raise clip.CheckpointError(f"{path}: a damaged checkpoint, or one of another version "
@@ -1715,8 +1718,9 @@ def main(argv=None):
         return
 
     path = os.path.join(args.out or os.path.dirname(args.checkpoint[0]) or ".", "metrics.json")
-    for file in (path, args.gallery, args.attention, args.embeddings):
-        check_writable(file)
+    for file in (None if args.query else path, args.gallery, args.attention, args.embeddings):
+        if file:
+            check_writable(file)
     models = [restore(file, args.device, args.clip) for file in args.checkpoint]
     model, _, checkpoint = models[0]
     method = script(checkpoint)

@@ -359,10 +359,13 @@ def test_bad_pictures_are_named(tmp_path):
         good = f.read()
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
     bomb += chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    blank = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 6000, 6000, 8, 0, 0, 0, 0))
+    blank += chunk(b"IDAT", zlib.compress(bytes(6001 * 6000))) + chunk(b"IEND", b"")
     for name, content, said in (("short.jpg", good[:len(good) // 2], "damaged.*truncated"),
                                 ("zero.jpg", b"", "is empty"),
                                 ("text.jpg", b"hello", "damaged or no picture"),
-                                ("bomb.png", bomb, "DecompressionBomb")):
+                                ("bomb.png", bomb, "DecompressionBomb"),
+                                ("blank.png", blank, "6000 x 6000 pixels in a file too small")):
         (tmp_path / name).write_bytes(content)
         refused(f"{name}: .*{said}.*; replace it", data.open_image, str(tmp_path / name))
     refused("gone.jpg: no such picture", data.open_image, str(tmp_path / "gone.jpg"))

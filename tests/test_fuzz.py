@@ -133,7 +133,7 @@ def test_archives_of_features_that_unpack_to_much_more(tmp_path):
     assert size < 1 << 20
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "UNPACKED", 1 << 20)
-        refused("a.npz: its arrays take 24 MiB, over 100 times", data.read_features, path)
+        refused("a.npz: its content takes 24 MiB, over 100 times", data.read_features, path)
     refused("a.npz: no text, label in it", data.read_features, path)
 
 
