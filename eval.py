@@ -871,8 +871,8 @@ def read_curves(run):
     except (KeyError, TypeError):
         finite = False
     if not finite:
-        raise clip.CheckpointError(f"--curves: {path} has a line without a step, a loss or a metric that is a "
-                                   "finite number; remove the line")
+        raise clip.CheckpointError(f"--curves: {path} has a line without a step, a loss or a metric that is "
+                                   "a finite number; remove the line")
     return metric, losses, values
 
 
@@ -1289,8 +1289,8 @@ class Run:
             self.save("last.pt")  # so that there is always one; and a full disk is found before any work
         any_process(False, self.device)  # the others wait for it
         if not os.path.exists(os.path.join(args.out, "last.pt")):
-            raise clip.CheckpointError(f"--out {args.out}: another machine has made this folder, and it is not "
-                                       "here; choose one on a disk that all machines share")
+            raise clip.CheckpointError(f"--out {args.out}: another machine has made this folder, and it is "
+                                       "not here; choose one on a disk that all machines share")
         self.progress = Progress(steps, self.state["step"], quiet=not self.first)
         self.say = self.progress.line
         self.saved = time.time()

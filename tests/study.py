@@ -817,7 +817,8 @@ def main(argv=None):
             outs = [out for row in folders.values() for out in row]
         missing = [out for out in outs if not finished(out)]
         if missing:
-            refuse(f"{len(missing)} runs are missing, first {missing[0]}; run the same command without --write")
+            refuse(f"{len(missing)} runs are missing, first {missing[0]}; "
+                   "run the same command without --write")
         made = {"": zero_shot(args)} if name == "pretrain" else tables(name, folders, options)
         machines = {machine_of(out) for out in outs}
         sections[name] = section(name, made, machines, args.seeds)

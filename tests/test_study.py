@@ -66,7 +66,8 @@ def made(tmp_path):
             choices = study.alternatives(row)
             best = choices[len(choices) > 1]
             for choice in choices:
-                finish(study.run_folder(script, choice, 0, args), script, 5 if choice != best else 10 + number)
+                value = 10 + number if choice == best else 5
+                finish(study.run_folder(script, choice, 0, args), script, value)
             finish(study.run_folder(script, best, 1, args), script, 12 + number)
         for _, out in study.of_clips(study.needed_clips(args), args):
             finish(out, "train_mxm.py", 0)
@@ -108,7 +109,8 @@ def test_the_choice_is_the_best_on_validation_and_has_all_seeds(made):
     for command, out in runs:
         assert "--lr 1e-3" in command and study.finished(out)
     assert len(study.tuning(args)) == 12  # three rates for each of four rows
-    assert study.alternatives("--a 1|2 --b 3|4") == ["--a 1 --b 3", "--a 1 --b 4", "--a 2 --b 3", "--a 2 --b 4"]
+    assert study.alternatives("--a 1|2 --b 3|4") == [
+        "--a 1 --b 3", "--a 1 --b 4", "--a 2 --b 3", "--a 2 --b 4"]
 
 
 def test_without_robustness_there_are_no_columns_of_noise():
@@ -136,8 +138,9 @@ def test_every_script_has_its_tables(name, made, capsys):
     per_claim = len(study.CLAIMED[study.STUDIES[name][0]])
     assert len(claims.splitlines()) == 2 + per_claim * len(study.CLAIMS[name])
     row, other = study.CLAIMS[name][0]
-    numbers = [statistics.mean(rows.index(r) for r in study.GROUPS.get(side, (side,))) for side in (row, other)]
-    difference = numbers[0] - numbers[1]
+    place = {side: statistics.mean(rows.index(r) for r in study.GROUPS.get(side, (side,)))
+             for side in (row, other)}
+    difference = place[row] - place[other]
     assert f"{difference:+.1f} ({difference:+.1f} to {difference:+.1f})" in claims.splitlines()[2]
 
 
@@ -241,13 +244,14 @@ def test_a_study_runs_its_scripts(tmp_path, monkeypatch, capsys):
         label = np.arange(40) % 2
         features = rng.normal(size=(2, 40, 4)) + label[:, None]
         np.savez(tmp_path / f"{part}.npz", image=features[0], text=features[1], label=label)
-    arguments = ("--data wikipedia --features train.npz test.npz --hidden 8 --dim 4 --epochs 2 --lr 1e-3|1e-1 "
-                 "--workers 0")
+    arguments = ("--data wikipedia --features train.npz test.npz --hidden 8 --dim 4 --epochs 2 "
+                 "--lr 1e-3|1e-1 --workers 0")
     monkeypatch.setattr(study, "STUDIES", {"small": ("train_clip4cmr.py", {"pcl": arguments})})
     monkeypatch.setattr(study, "CLAIMS", {"small": []})
     monkeypatch.setattr(study, "processes", lambda: multiprocessing.get_context("fork"))  # no second import
     out = tmp_path / "runs"
-    command = ["small", "--seeds", "2", "--threads", "1", "--out", str(out), "--root", f"wikipedia={tmp_path}"]
+    command = ["small", "--seeds", "2", "--threads", "1", "--out", str(out),
+               "--root", f"wikipedia={tmp_path}"]
     study.main(command)
     printed = capsys.readouterr()
     assert "| pcl, `--lr 1e-" in printed.out and "2 of 2 runs" in printed.err
@@ -262,7 +266,8 @@ def test_a_study_runs_its_scripts(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         study.main(command)
     message = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and message.startswith("error: exit code 2, see ") and "output.txt" in message
+    assert stopped.value.code == 2 and "output.txt" in message
+    assert message.startswith("error: exit code 2, see ")
     assert "train.npz" in next(out.glob("*seed-2/output.txt")).read_text()
 
 
