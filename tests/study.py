@@ -42,11 +42,10 @@ import eval  # noqa: E402
 FILES = {
     "everything": (("flickr8k", "products", "hm"), 1, False),
     "no-products": (("flickr8k", "hm"), 1, False),
-    "products-1": (("products",), 1, False),
-    "products-4": (("products",), 4, False),
-    "products-16": (("products",), 16, False),
+    "garments": (("hm",), 1, False),
     "descriptions": (("products",), 1, True),
-    "photos-2": (("flickr8k",), 2, False),
+    "shapes-4": (("primitives-target",), 4, False),
+    "shapes-16": (("primitives-target",), 16, False),
 }
 # CLIPs that studies start from. `{clip:name}` in the arguments is the best.pt of one.
 PRETRAIN = "--loss hard --captions 2 --batch-size 128 --vocab-size 4096"
@@ -69,7 +68,7 @@ def study(name, script, base, rows, claims=()):
 
 # ---- MXM-CLR: observations of each instance, losses, the soft relation
 
-RATES = "--lr 3e-4|1e-3|3e-3"
+RATES = "--lr 1e-4|3e-4|1e-3|3e-3"
 
 
 def sampled(loss, instances, views, captions, epochs, more=""):
@@ -94,13 +93,28 @@ study("mxm-shapes", "train_mxm.py", RATES, {
 
 # 128 photos in each of 470 steps, from random weights
 photos = "--data flickr8k --batch-size 128 --epochs 10 --eval-every 5"
-study("mxm-photos", "train_mxm.py", f"{photos} {RATES}", {
+study("mxm-photos", "train_mxm.py", f"{photos} --lr 3e-4|1e-3|3e-3", {
     "clip, 1 x 1": "--loss clip",
     "hard, 1 x 5": "--loss hard --captions 5",
     "hybrid, words, 1 x 5": "--loss hybrid --captions 5 --soft-relation words",
-    "hybrid, features, 1 x 5": "--loss hybrid --captions 5",
-}, [("hard, 1 x 5", "clip, 1 x 1"), ("hybrid, words, 1 x 5", "hard, 1 x 5"),
-    ("hybrid, features, 1 x 5", "hard, 1 x 5")])
+}, [("hard, 1 x 5", "clip, 1 x 1"), ("hybrid, words, 1 x 5", "hard, 1 x 5")])
+
+# the four captions of `hard, 1 x 4` above, with what each relation adds
+study("mxm-relation", "train_mxm.py", RATES, {
+    "hard": sampled("hard", 64, 1, 4, 6),
+    "hybrid, features": sampled("hybrid", 64, 1, 4, 6),
+    "hybrid, words": sampled("hybrid", 64, 1, 4, 6, "--soft-relation words"),
+    "hybrid, oracle": sampled("hybrid", 64, 1, 4, 6, "--soft-relation oracle"),
+}, [(f"hybrid, {relation}", "hard") for relation in ("features", "words", "oracle")])
+
+# 64 pictures of garments in each of about 540 steps, whatever the row
+study("mxm-garments", "train_mxm.py", "--data {garments} --lr 3e-4|1e-3|3e-3", {
+    "clip, 1 x 1": sampled("clip", 64, 1, 1, 20),
+    "hard, 1 x 4": sampled("hard", 64, 1, 4, 20),
+    "hard, 2 x 1": sampled("hard", 32, 2, 1, 10),
+    "hard, 2 x 4": sampled("hard", 32, 2, 4, 10),
+}, [("hard, 1 x 4", "clip, 1 x 1"), ("hard, 2 x 1", "clip, 1 x 1"), ("hard, 2 x 4", "clip, 1 x 1"),
+    ("hard, 2 x 4", "hard, 1 x 4")])
 
 
 # ---- CLIP4CMR: losses, imbalance, dimension
@@ -150,14 +164,25 @@ study("cmr-dimension", "train_clip4cmr.py", f"{WIKIPEDIA.replace('--dim 256 ', '
 
 # ---- USER: from a CLIP trained on the same photos, among others
 
-# one pass over the captions of 3,000 photos, in 235 steps
-user = "--data {photos-2} --clip {clip:everything} --dim 256 --epochs 1 --batch-size 64 --batch-weight 1"
-study("user-photos", "train_user.py", f"{user} --momentum 0.99 --lr 3e-4|1e-3|3e-3 --clip-lr 1e-4", {
+# Titles of 12,823 products. One optimizer for all: the rates of a loss are tuned with `both` and its queues.
+USER = ("--data products --clip {clip:everything} --dim 256 --epochs 5 --eval-every 5 --batch-weight 1 "
+        "--momentum 0.99 --lr-drop 0.8 --clip-lr 3e-4")
+USER_RATES = "--lr 3e-4|1e-3|3e-3"
+study("user-loss", "train_user.py", f"{USER} {USER_RATES}", {
+    "UTO": "",
+    "InfoNCE": "--loss infonce",
+    "triplet": "--loss triplet",
+}, [("UTO", "InfoNCE"), ("UTO", "triplet")])
+# the other rows at the rate that is best for UTO
+study("user-parts", "train_user.py", f"{USER} --lr 1e-3", {
     "none": "--enhance none",
+    "sge": "--enhance sge",
+    "cge": "--enhance cge",
     "both": "",
     "both, no queue": "--queue 0",
-    "both, InfoNCE": "--loss infonce",
-}, [("both", "none"), ("both", "both, no queue"), ("both", "both, InfoNCE")])
+    "both, queue of 8,192": "--queue 8192",
+}, [("sge", "none"), ("cge", "none"), ("both", "none"), ("both", "both, no queue"),
+    ("both, queue of 8,192", "both, no queue")])
 
 
 # ---- Cross-Modal Adapter: what is tuned, on how much data, sharing
@@ -169,22 +194,20 @@ TUNE = {  # each with rates around its default for a CLIP that was trained here
     "head": "--tune head --lr 1e-3|3e-3|1e-2",
     "full": "--tune full --lr 1e-4|3e-4|1e-3",
 }
-TO_PRODUCTS = "--clip {clip:no-products} --batch-size 128 --frames 1"
-# 200 steps, whatever the share of the products
-SHARES = {"1": "--data {products-1} --epochs 1",
-          "4": "--data {products-4} --epochs 4",
-          "16": "--data {products-16} --epochs 16 --eval-every 4"}
-study("adapter-products", "train_adapter.py", f"{TO_PRODUCTS} {SHARES['4']}", TUNE,
-      [("adapter", other) for other in TUNE if other != "adapter"])
 TO_SHAPES = "--data primitives-target --clip {clip:source} --frames 4 --epochs 4 --batch-size 32"
 study("adapter-shapes", "train_adapter.py", TO_SHAPES, TUNE,
       [("adapter", other) for other in TUNE if other != "adapter"])
+# a part of the shapes to learn from, in as many steps
+SHARES = {"1": TO_SHAPES,
+          "4": "--data {shapes-4} --crop 0 --clip {clip:source} --frames 4 --epochs 16 --batch-size 32",
+          "16": "--data {shapes-16} --crop 0 --clip {clip:source} --frames 4 --epochs 64 --batch-size 32"}
 amounts = {}
 for part, arguments in SHARES.items():
-    for tune in ("adapter", "full"):
-        amounts[f"{tune}, 1/{part} of the products"] = f"{arguments} {TUNE[tune]}"
-study("adapter-amount", "train_adapter.py", TO_PRODUCTS, amounts,
-      [(f"adapter, 1/{part} of the products", f"full, 1/{part} of the products") for part in SHARES])
+    for tune in ("adapter", "lora", "full"):
+        amounts[f"{tune}, 1/{part} of the shapes"] = f"{arguments} {TUNE[tune]}"
+study("adapter-amount", "train_adapter.py", "", amounts,
+      [(f"adapter, 1/{part} of the shapes", f"{tune}, 1/{part} of the shapes")
+       for part in SHARES for tune in ("full", "lora")])
 study("adapter-share", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2",
       {"d_s 0": "--share 0", "d_s 16": "", "d_s 128": "--share 128"},
       [("d_s 16", "d_s 0"), ("d_s 128", "d_s 0")])
@@ -197,14 +220,14 @@ study("adapter-pool", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2",
 
 FUSIONS = {name: f"--fusion {name}" for name in ("cma", "modality", "concat", "image", "text")}
 CMA_CLAIMS = [("cma", other) for other in FUSIONS if other != "cma"]
-SEVEN_TASKS = "--clip {clip:everything} --epochs 1 --batch-size 128 --lr 3e-4|1e-3|3e-3"
+SEVEN_TASKS = "--clip {clip:everything} --epochs 1 --batch-size 128 --lr 1e-3|3e-3|1e-2"
 study("cma-titles", "train_cmaclip.py", f"--data products {SEVEN_TASKS} --clip-lr 1e-4", FUSIONS, CMA_CLAIMS)
 study("cma-descriptions", "train_cmaclip.py", f"--data {{descriptions}} {SEVEN_TASKS} --clip-lr 1e-4",
       FUSIONS, CMA_CLAIMS)
 noise = "--robustness --noise-kind foreign --noise-data flickr8k"
 in_training = "--train-noise-image 0.3 --train-noise-text 0.3"
 study("cma-foreign", "train_cmaclip.py",
-      f"--data products {SEVEN_TASKS.replace('3e-4|1e-3|3e-3', '1e-3')} --clip-lr 1e-4 {noise}", {
+      f"--data products {SEVEN_TASKS.replace('1e-3|3e-3|1e-2', '1e-3')} --clip-lr 1e-4 {noise}", {
           "modality": "--fusion modality",
           "cma, noise in training": f"--fusion cma {in_training}",
           "modality, noise in training": f"--fusion modality {in_training}",
@@ -570,12 +593,25 @@ def write_file(name, path, roots):
                 for x in instances[::every if split == "train" else 1]:
                     labels = {task: classes[task][n] for task, n in x.labels.items() if n >= 0}
                     captions = [description(x, labels)] if without_classes else x.captions
-                    row = {"id": f"{source}-{x.id}", "images": [os.path.abspath(i) for i in x.images],
-                           "captions": captions, "split": split}
+                    row = {"id": f"{source}-{x.id}", "images": pictures(x, f"{path[:-6]}-pictures"),
+                           "captions": captions, "split": split, "group": x.group}
                     if len(names) == 1:  # data sets have no tasks in common
                         row["labels"] = labels
                     f.write(json.dumps(row) + "\n")
     os.replace(f"{path}.part", path)
+
+
+def pictures(x, folder):
+    """The paths of an instance's pictures. What is rendered is written into the folder, 32 pixels wide."""
+    paths = []
+    for k, image in enumerate(x.images):
+        path = image
+        if callable(image):
+            os.makedirs(folder, exist_ok=True)
+            path = os.path.join(folder, f"{x.id}-{k:02d}.png")
+            image(32).save(path)
+        paths.append(os.path.abspath(path))
+    return paths
 
 
 def description(x, labels):

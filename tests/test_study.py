@@ -7,6 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import clip
 import data
@@ -83,10 +84,11 @@ def test_the_commands(capsys):
     for line in (
         f"train_mxm.py --data {files['everything']} {study.PRETRAIN} --epochs 40 --eval-every 8 "
         "--out runs/clip-everything",
-        f"train_user.py --data {files['photos-2']} --clip runs/clip-everything/best.pt --dim 256 --epochs 1 "
-        "--batch-size 64 --batch-weight 1 --momentum 0.99 --lr 1e-3 --clip-lr 1e-4 --queue 0 --seed 0 "
-        "--out runs/user-data-photos-2-clip-clip-everything-dim-256-epochs-1-batch-size-64-batch-weight-1-"
-        "momentum-0.99-lr-1e-3-clip-lr-1e-4-queue-0-seed-0",
+        "train_user.py --data products --clip runs/clip-everything/best.pt --dim 256 --epochs 5 "
+        "--eval-every 5 --batch-weight 1 --momentum 0.99 --lr-drop 0.8 --clip-lr 3e-4 --lr 1e-3 --queue 0 "
+        "--root goods --seed 0 --out "
+        "runs/user-data-products-clip-clip-everything-dim-256-epochs-5-e-5-batch-weight-1-momentum-0.99-"
+        "lr-drop-0.8-clip-lr-3e-4-lr-1e-3-queue-0-seed-0",
         "train_adapter.py --data primitives-target --clip runs/clip-source/best.pt --frames 4 --epochs 4 "
         "--batch-size 32 --lr 1e-2 --share 0 --seed 2 --out runs/adapter-data-primitives-target-clip-"
         "clip-source-frames-4-epochs-4-batch-size-32-lr-1e-2-share-0-seed-2",
@@ -216,16 +218,18 @@ def test_what_cannot_be_written_is_refused_and_nothing_changes(case, results, ma
     assert expected in message and results.read_text() == old
 
 
-def test_files_of_data_sets(tmp_path):
-    """A part of the training split, all of the others, and captions without the words of their classes."""
+def test_files_of_data_sets(tmp_path, monkeypatch):
+    """A part of the training split, all of the others, captions without the words of their classes, and
+    shapes that are drawn."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.jpg").write_bytes(b"")
     rows = [{"id": str(i), "images": ["a.jpg"], "captions": ["Shirt", f"Blue shirts for me, number {i}"],
              "labels": {"kind": "Shirts", "colour": "blue"}} for i in range(60)]
     (tmp_path / "products.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     roots = {"products": str(tmp_path)}
-    path = str(tmp_path / "made" / "products-4.jsonl")
-    study.write_file("products-4", path, roots)
+    path = str(tmp_path / "made" / "some.jsonl")
+    monkeypatch.setitem(study.FILES, "some", (("products",), 4, False))
+    study.write_file("some", path, roots)
     for split in ("train", "val", "test"):
         whole, classes = data.load(str(tmp_path / "products.jsonl"), None, split)
         part, part_classes = data.load(path, None, split)
@@ -235,6 +239,16 @@ def test_files_of_data_sets(tmp_path):
     study.write_file("descriptions", path, roots)
     part, _ = data.load(path, None, "test")
     assert re.fullmatch(r"for me, number \d+", part[0].captions[0]) and len(part[0].captions) == 1
+    whole, classes = data.load("primitives-target", None, "train")
+    splits = {"train": whole[:5], "val": whole[5:6], "test": whole[6:7]}
+    monkeypatch.setattr(study.data, "load", lambda name, root, split: (splits[split], classes))
+    path = str(tmp_path / "made" / "shapes-4.jsonl")
+    study.write_file("shapes-4", path, roots)
+    monkeypatch.undo()
+    part, _ = data.load(path, None, "train")
+    assert [x.group for x in part] == [x.group for x in whole[:5:4]]
+    with Image.open(part[1].images[3]) as picture:
+        assert np.array_equal(picture, whole[4].images[3](32))
 
 
 def test_a_study_runs_its_scripts(tmp_path, monkeypatch, capsys):
