@@ -157,7 +157,8 @@ def weights():
     state = model.state_dict()
     clip.save(model, "saved.pt")
     torch.save(state, "old.pt", _use_new_zipfile_serialization=False)
-    torch.save({"epoch": 1, "state_dict": {f"module.{key}": value for key, value in state.items()}}, "open.pt")
+    parallel = {f"module.{key}": value for key, value in state.items()}
+    torch.save({"epoch": 1, "state_dict": parallel}, "open.pt")
     return [Sample(path, read_clip(path)) for path in ("saved.pt", "old.pt", "open.pt")]
 
 
@@ -253,7 +254,8 @@ def jsonl():
     for i in range(6):
         picture(f"{i}.png")
     rows = [{"id": f"s{i}", "images": [f"{i}.png"], "captions": [caption(i), "x"],
-             "labels": {"colour": "red", "size": i // 2 % 2}, "group": i // 2, "split": ("train", "val")[i % 2]}
+             "labels": {"colour": "red", "size": i // 2 % 2}, "group": i // 2,
+             "split": ("train", "val")[i % 2]}
             for i in range(6)]
     write("mine.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return [Sample("mine.jsonl", lambda: data.load("mine.jsonl")),
@@ -271,7 +273,8 @@ def tables():
     rows = [f"{i}.jpg,\"{caption(i)}, \"\"so\"\"\",s{i},{('train', 'val')[i % 2]},red" for i in range(6)]
     write("mine.csv", "image,caption,id,split,colour\r\n" + "\r\n".join(rows))
     columns = "id,gender,masterCategory,baseColour,year,productDisplayName\n"
-    write("products/styles.csv", columns + "".join(f"{i},Men,Apparel,Red,2011,Shirt, {i}\n" for i in range(6)))
+    rows = "".join(f"{i},Men,Apparel,Red,2011,Shirt, {i}\n" for i in range(6))
+    write("products/styles.csv", columns + rows)
     for part in ("train", "test"):
         write(f"food101/texts/{part}_titles.csv", "".join(f"{i}.jpg,a pie, {i},pie\n" for i in range(6)))
     write("text2shape/captions.tablechair.csv", "id,modelId,description,category\n"
@@ -329,13 +332,15 @@ def lists():
         picture(f"pascal-sentence/dataset/cat/{i}.jpg")
         picture(f"msvd/frames/v{i}/1.jpg")
         write(f"nus-wide/text/{i}.json", "\"text\"")
-        write(f"wikipedia/texts/t{i}.xml", f"<d><text id=\"1\">{caption(i)}\n<b>b</b> &amp; &#233;</text></d>")
+        text = f"{caption(i)}\n<b>b</b> &amp; &#233;"
+        write(f"wikipedia/texts/t{i}.xml", f"<d><text id=\"1\">{text}</text></d>")
         write(f"pascal-sentence/sentence/cat/{i}.txt", "".join(f"{caption(k)}\n" for k in range(5)))
     for part in ("train", "valid", "test"):
         write(f"nus-wide/split/{part}.txt", "".join(f"{i}:{i % 2}\n" for i in range(10)))
     write("wikipedia/categories.list", "art\nlaw\n")
     for part in ("train", "test"):
-        write(f"wikipedia/{part}set_txt_img_cat.list", "".join(f"t{i}\ti{i}\t{1 + i % 2}\n" for i in range(10)))
+        pairs = "".join(f"t{i}\ti{i}\t{1 + i % 2}\n" for i in range(10))
+        write(f"wikipedia/{part}set_txt_img_cat.list", pairs)
     write("msvd/raw-captions.pkl", pickle.dumps({f"v{i}": [["a", "dog"]] for i in range(10)}))
     for part in ("train", "val", "test"):
         write(f"msvd/{part}_list.txt", "".join(f"v{i}\n" for i in range(10)))
@@ -453,8 +458,8 @@ def nrrd():
     samples = []
     for encoding, body in (("raw", voxels), ("gzip", gzip.compress(voxels))):
         path = f"{encoding}.nrrd"
-        write(path, f"NRRD0004\n# x\ntype: uint8\ndimension: 4\nsizes: 4 6 6 6\nencoding: {encoding}\n\n".encode()
-              + body)
+        header = f"NRRD0004\n# x\ntype: uint8\ndimension: 4\nsizes: 4 6 6 6\nencoding: {encoding}\n\n"
+        write(path, header.encode() + body)
         samples.append(Sample(path, lambda path=path: data.pixels(data.VoxelView(path, 3), 16)))
     return samples
 
@@ -468,7 +473,8 @@ def pictures():
     exif[0x0112] = 6
     deep = Image.fromarray(rng.integers(0, 65536, (9, 7)).astype(np.uint16))
     saved = {"rgb.png": (rgb, {}), "palette.png": (rgb.convert("P"), {"transparency": 3}),
-             "alpha.png": (rgb.convert("RGBA"), {}), "deep.png": (deep, {}), "photo.jpg": (rgb, {"exif": exif}),
+             "alpha.png": (rgb.convert("RGBA"), {}), "deep.png": (deep, {}),
+             "photo.jpg": (rgb, {"exif": exif}),
              "cmyk.jpg": (rgb.convert("CMYK"), {}), "progressive.jpg": (rgb, {"progressive": True}),
              "frames.gif": (rgb, {"save_all": True, "append_images": [rgb.rotate(90)]}), "a.bmp": (rgb, {}),
              "lzw.tif": (rgb, {"compression": "tiff_lzw"}), "deep.tif": (deep, {}), "a.webp": (rgb, {}),
@@ -498,7 +504,8 @@ def archives():
 
 NUMBERS = (0, 1, -1, 2, 255, 2 ** 15, 2 ** 16, 2 ** 24, 10 ** 8, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1, 2 ** 33,
            2 ** 62, 2 ** 63 - 1, 2 ** 64 - 1, 10 ** 20, 10 ** 400)
-NESTS = (b"[", b"{\"a\":", b"(", b"]", b"}", b"<text>", b"\"", b"'", b",", b"\n", b"]q\x00", b"K\x01\x85", b"2\x86")
+NESTS = (b"[", b"{\"a\":", b"(", b"]", b"}", b"<text>", b"\"", b"'", b",", b"\n", b"]q\x00",
+         b"K\x01\x85", b"2\x86")
 
 
 def flip(content, other, rng):
@@ -578,8 +585,8 @@ def odd_value(rng, shared):
     kind = rng.choice((list, tuple))
     for _ in range(rng.choice((2, 60))):
         deep = kind([deep, deep] if shared else [deep])
-    return rng.choice([None, True, "", "x" * 5000, "\x1b[2J\n", "\ud800", 0.5, -1.0, math.nan, math.inf, b"", {},
-                       {"a": {}}, long, tuple(long), deep, *NUMBERS[:-1]])
+    return rng.choice([None, True, "", "x" * 5000, "\x1b[2J\n", "\ud800", 0.5, -1.0, math.nan, math.inf, b"",
+                       {}, {"a": {}}, long, tuple(long), deep, *NUMBERS[:-1]])
 
 
 def odd_tensor(value, rng):
@@ -604,8 +611,8 @@ def containers(value):
 
 
 def change(value, rng, shared=False):
-    """A copy in which a few parts of a nested value are replaced, removed, repeated or moved. shared: a format
-    in which a value can stand in several places, and is written once."""
+    """A copy in which a few parts of a nested value are replaced, removed, repeated or moved. shared: a
+    format in which a value can stand in several places, and is written once."""
     value = [copy.deepcopy(value)]
     for _ in range(rng.choice((1, 1, 2, 5))):
         parts = containers(value)
@@ -629,7 +636,7 @@ def change(value, rng, shared=False):
 
 
 def as_json(value, ascii=True):
-    """The bytes of a value as JSON, which end where they get too long: a value can hold another many times."""
+    """The bytes of a value as JSON. They end where they get too long: a value can hold another many times."""
     parts = []
     size = 0
     for part in json.JSONEncoder(ensure_ascii=ascii, default=str).iterencode(value):
@@ -671,12 +678,12 @@ def new_pickle(content, rng):
         at = rng.randrange(len(opcodes))
         begin, end = sorted((at, rng.randrange(len(opcodes))))
         number = rng.choice(NUMBERS) % 2 ** 32
-        new = rng.choice([b"2", b"0", b"(", b"t", b"l", b"d", b"]", b"}", b")", b"\x86", b"\x87", b"a", b"e", b"s",
-                          b"u", b"R", b"b", b"\x81", b"\x94", b"\x8f", b"\x90", b"\x91", b"h\x01", b"h\x05",
+        new = rng.choice([b"2", b"0", b"(", b"t", b"l", b"d", b"]", b"}", b")", b"\x86", b"\x87", b"a", b"e",
+                          b"s", b"u", b"R", b"b", b"\x81", b"\x94", b"\x8f", b"\x90", b"\x91", b"h\x01", b"h\x05",
                           b"K\x07", b"X" + struct.pack("<I", number), b"B" + struct.pack("<I", number),
                           b"\x96" + struct.pack("<Q", number), b"r" + struct.pack("<I", number),
-                          b"p%d\n" % number, b"\x8a\xff" + bytes(255), b"cbuiltins\nlist\n", b"cbuiltins\nset\n",
-                          b"c_codecs\nencode\n"])
+                          b"p%d\n" % number, b"\x8a\xff" + bytes(255), b"cbuiltins\nlist\n",
+                          b"cbuiltins\nset\n", b"c_codecs\nencode\n"])
         if rng.random() < 0.5:
             opcodes[at:at] = [new] * rng.choice((1, 1, 3, 40))
         elif rng.random() < 0.5:
@@ -827,7 +834,8 @@ def attempt(sample, content):
         outcome = "refused"
         if not allowed(e):
             place = traceback.extract_tb(e.__traceback__)[-1]
-            outcome = f"{type(e).__name__}: {str(e)[:200]!r} ({os.path.basename(place.filename)}:{place.lineno})"
+            where = f"{os.path.basename(place.filename)}:{place.lineno}"
+            outcome = f"{type(e).__name__}: {str(e)[:200]!r} ({where})"
         del e
     seconds = time.process_time() - start
     after = held()
@@ -864,7 +872,8 @@ def prepare(kind, folder):
 
 
 def work(kind, folder, samples, contents, seed, numbers, results):
-    """In a forked process: try inputs in a copy of the folder; a line before and after each says how it went."""
+    """In a forked process: try inputs in a copy of the folder. A line before and after each says how it
+    went."""
     own = tempfile.mkdtemp(dir=os.path.dirname(folder))
     shutil.copytree(folder, own, dirs_exist_ok=True)
     os.chdir(own)
@@ -928,7 +937,8 @@ class Kind:
                 sys.exit("fuzz.py itself failed")
             ended = signal.Signals(-code).name
             stuck = code in (-signal.SIGPROF, -signal.SIGALRM)
-            self.results.append((numbers[reached], f"more than {STUCK} s" if stuck else f"ended by {ended}", 0, 0))
+            outcome = f"more than {STUCK} s" if stuck else f"ended by {ended}"
+            self.results.append((numbers[reached], outcome, 0, 0))
             reached += 1
         if numbers[reached:]:
             self.waiting.append(numbers[reached:])

@@ -682,7 +682,7 @@ print(clip.download(*sys.argv[1:]))
 
 
 def test_processes_that_download_at_once_end_with_one_good_file(server, tmp_path):
-    """Of three, the first one's connection breaks, the second goes on from there, the third finds the file."""
+    """Of three, the first loses its connection, the second goes on from there, the third finds the file."""
     pytest.importorskip("fcntl")
     server.opened.clear()
     server.breaks["/x.pt"] = 2000

@@ -1132,12 +1132,14 @@ def test_bytes_per_pair_and_one_reading(ending, tmp_path, monkeypatch):
     picture(tmp_path / "0.png", 0, (4, 3))
     n = 5000
     caption = "a dog that is number {} runs over the grass of a field and looks back at somebody"
-    rows = [{"id": str(i), "image": "0.png", "caption": caption.format(i), "split": "train"} for i in range(n)]
+    rows = [{"id": str(i), "image": "0.png", "caption": caption.format(i), "split": "train"}
+            for i in range(n)]
     rows[-1]["split"], rows[-2]["split"] = "val", "test"
     if ending == "csv":
         text = "".join(",".join(row.values()) + "\n" for row in [dict(zip(rows[0], rows[0])), *rows])
     else:
-        text = lines(*({"images": [row.pop("image")], "captions": [row.pop("caption")]} | row for row in rows))
+        as_lists = ({"images": [row.pop("image")], "captions": [row.pop("caption")]} | row for row in rows)
+        text = lines(*as_lists)
     (tmp_path / f"mine.{ending}").write_text(text)
     read = []
     read_lines = data.read_lines
