@@ -15,10 +15,12 @@ left out. Nothing but the code is needed: pictures are noise, and texts have the
 captions.
 """
 import argparse
+import concurrent.futures
 import contextlib
 import copy
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -772,6 +774,89 @@ def memory(args, device):
             above = found
 
 
+# ---------------------------------------------------------------- large data
+
+def in_new_process(function, *arguments):
+    """The function's value, from a process of its own that may start others: its memory is its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def private_megabytes(pid):
+    """Memory of a process that no other shares; nan where there is no /proc."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps_rollup") as f:
+        return sum(int(row.split()[1]) for row in f if row.startswith("Private_")) * 1024 / 1e6
+    return float("nan")
+
+
+def first_batch(path):
+    """What a script does with a file of pairs before its first step -> (seconds to read it, until the first
+    batch is there, MB at most above the start, MB that a worker has for itself)."""
+    before = megabytes("VmRSS")
+    begin = time.perf_counter()
+    instances = data.load_splits(path)[0][0]
+    read = time.perf_counter() - begin
+    tokenizer = clip.Tokenizer.train([caption for x in instances for caption in x.captions], 1024)
+    batches = data.Loader(instances, tokenizer, 32, 32, 128, 1, 1, train=True, workers=1, crop=0.5)
+    batch = batches.batches()
+    next(batch)
+    seconds = time.perf_counter() - begin
+    worker = max(private_megabytes(child.pid) for child in multiprocessing.active_children())
+    batch.close()
+    return read, seconds, megabytes("VmHWM") - before, worker
+
+
+def first_features(folder):
+    """-> (seconds until the first batch of features is there, MB of memory of its own above the start)."""
+    before = megabytes("RssAnon")
+    begin = time.perf_counter()
+    splits, _ = data.feature_splits(["train", "test"], folder)
+    batches = data.FeatureLoader(splits["train"], 128)
+    batches.make(0)
+    return time.perf_counter() - begin, megabytes("RssAnon") - before
+
+
+@torch.no_grad()
+def large(args, device, dim=512):
+    """A million image-caption pairs, a million rows of features, and a search among as many.
+
+    Memory is that of the process itself, without what it maps from files.
+    """
+    n = 50_000 if args.quick else 1_000_000
+    heading(f"{n:,} of everything, cpu", "what", "time", "memory above the start")
+    with tempfile.TemporaryDirectory() as folder:
+        Image.new("RGB", (64, 48)).save(os.path.join(folder, "0.jpg"))
+        path = os.path.join(folder, "pairs.jsonl")
+        with open(path, "w") as f:
+            for i in range(n):  # every third word is a new one
+                caption = f"a dog {i} runs {i // 7} over the {i // 49} grass and looks back"
+                f.write(json.dumps({"id": str(i), "images": ["0.jpg"], "captions": [caption]}) + "\n")
+        read, seconds, peak, worker = in_new_process(first_batch, path)
+        row("pairs of a .jsonl file, read", duration(read), None)
+        row("the same, vocabulary and first batch", duration(seconds),
+            f"{peak:,.0f} MB at most; a worker's own: {worker:,.0f} MB")
+        rng = np.random.default_rng(0)
+        for part, rows in (("train", n), ("test", n // 10)):
+            os.mkdir(os.path.join(folder, part))
+            for key in ("image", "text"):
+                array = np.lib.format.open_memmap(os.path.join(folder, part, f"{key}.npy"), "w+", np.float32,
+                                                  (rows, dim))
+                for block in np.array_split(array, range(1 << 16, rows, 1 << 16)):
+                    block[:] = rng.standard_normal(block.shape, np.float32)
+            np.save(os.path.join(folder, part, "label.npy"), np.arange(rows) % 10)
+        seconds, own = in_new_process(first_features, folder)
+        row(f"features (N, {dim}) in folders of .npy, first batch", duration(seconds),
+            f"{own:,.0f} MB")
+        gallery = F.normalize(torch.from_numpy(np.load(os.path.join(folder, "train", "text.npy"))), dim=1)
+    for count in (1, 100):
+        queries = F.normalize(torch.randn(count, dim), dim=1)
+        t = median_times({"ours": partial(eval.search, queries, gallery, 10),
+                          "bare": lambda: queries @ gallery.t()}, args.repeat)
+        row(f"search in them, queries: {count}", f"{duration(t['ours'])}, {t['ours'] / t['bare']:.2f} times its "
+            "bare product", None)
+
+
 # ---------------------------------------------------------------- many GPUs: a model, no measurement
 
 # assumed: an H100, about a third of its peak in bfloat16, half in float32; a network of 400 Gb/s for each GPU
@@ -840,8 +925,9 @@ def scale(args, device, batch=4096):
 # ---------------------------------------------------------------- all of them
 
 TABLES = {"memory": memory, "metrics": metrics, "encoding": encoding, "training": training,
-          "methods": methods, "losses": all_losses, "loader": loader, "inference": inference, "scale": scale}
-CPU_ONLY = ("metrics", "loader", "inference", "scale")
+          "methods": methods, "losses": all_losses, "loader": loader, "inference": inference,
+          "large": large, "scale": scale}
+CPU_ONLY = ("metrics", "loader", "inference", "large", "scale")
 
 
 def machine(device):
