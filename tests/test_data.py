@@ -1151,7 +1151,7 @@ def test_bytes_per_pair_and_one_reading(ending, tmp_path, monkeypatch):
     with_loader, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(read) == 1 and [len(instances) for instances, _ in splits] == [n - 2, 1, 1] and len(loader) > 0
-    assert left < 700 * n and peak < 1250 * n and with_loader - left < 300 * n
+    assert left < 660 * n and peak < 1200 * n and with_loader - left < 245 * n
 
 
 @pytest.mark.parametrize("row, said", [
