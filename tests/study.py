@@ -3,7 +3,7 @@
     python tests/study.py --list                                 # the commands of all studies
     python tests/study.py mxm-relation                           # run what is missing, then print the tables
     python tests/study.py mxm-relation --write                   # put the tables into tests/results.md
-    python tests/study.py user-photos --root flickr8k=path/to/flickr8k --root products=... --root hm=...
+    python tests/study.py user-loss --root flickr8k=path/to/flickr8k --root products=... --root hm=...
     python tests/study.py cmr-wikipedia --root wikipedia=path/to/wikipedia --jobs 2 --threads 1
     python tests/study.py pretrain --root flickr8k=... --root products=... --root hm=...   # the CLIPs
 
@@ -167,7 +167,7 @@ study("cmr-dimension", "train_clip4cmr.py", f"{WIKIPEDIA.replace('--dim 256 ', '
 # Titles of 12,823 products. One optimizer for all: the rates of a loss are tuned with `both` and its queues.
 USER = ("--data products --clip {clip:everything} --dim 256 --epochs 5 --eval-every 5 --batch-weight 1 "
         "--momentum 0.99 --lr-drop 0.8 --clip-lr 3e-4")
-USER_RATES = "--lr 3e-4|1e-3|3e-3"
+USER_RATES = "--lr 3e-4|1e-3|3e-3|1e-2"
 study("user-loss", "train_user.py", f"{USER} {USER_RATES}", {
     "UTO": "",
     "InfoNCE": "--loss infonce",
