@@ -100,7 +100,7 @@ study("mxm-photos", "train_mxm.py", f"{photos} --lr 3e-4|1e-3|3e-3", {
 }, [("hard, 1 x 5", "clip, 1 x 1"), ("hybrid, words, 1 x 5", "hard, 1 x 5")])
 
 # the four captions of `hard, 1 x 4` above, with what each relation adds
-study("mxm-relation", "train_mxm.py", RATES, {
+study("mxm-relation", "train_mxm.py", "--lr 3e-4|1e-3|3e-3", {
     "hard": sampled("hard", 64, 1, 4, 6),
     "hybrid, features": sampled("hybrid", 64, 1, 4, 6),
     "hybrid, words": sampled("hybrid", 64, 1, 4, 6, "--soft-relation words"),
@@ -180,9 +180,7 @@ study("user-parts", "train_user.py", f"{USER} --lr 1e-3", {
     "cge": "--enhance cge",
     "both": "",
     "both, no queue": "--queue 0",
-    "both, queue of 8,192": "--queue 8192",
-}, [("sge", "none"), ("cge", "none"), ("both", "none"), ("both", "both, no queue"),
-    ("both, queue of 8,192", "both, no queue")])
+}, [("sge", "none"), ("cge", "none"), ("both", "none"), ("both", "both, no queue")])
 
 
 # ---- Cross-Modal Adapter: what is tuned, on how much data, sharing
@@ -203,11 +201,10 @@ SHARES = {"1": TO_SHAPES,
           "16": "--data {shapes-16} --crop 0 --clip {clip:source} --frames 4 --epochs 64 --batch-size 32"}
 amounts = {}
 for part, arguments in SHARES.items():
-    for tune in ("adapter", "lora", "full"):
+    for tune in ("adapter", "full"):
         amounts[f"{tune}, 1/{part} of the shapes"] = f"{arguments} {TUNE[tune]}"
 study("adapter-amount", "train_adapter.py", "", amounts,
-      [(f"adapter, 1/{part} of the shapes", f"{tune}, 1/{part} of the shapes")
-       for part in SHARES for tune in ("full", "lora")])
+      [(f"adapter, 1/{part} of the shapes", f"full, 1/{part} of the shapes") for part in SHARES])
 study("adapter-share", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2",
       {"d_s 0": "--share 0", "d_s 16": "", "d_s 128": "--share 128"},
       [("d_s 16", "d_s 0"), ("d_s 128", "d_s 0")])
