@@ -57,6 +57,7 @@ CLIPS = {
 }
 STUDIES = {}  # study -> (script, {row: arguments})
 CLAIMS = {}  # study -> [(row, the row it is compared with)]: what a paper says is ahead of what
+FROZEN = {}  # study -> (data set, task): the CLIP whose features it reads is also judged as it is
 GROUPS = {}  # name -> rows whose mean is compared, where a claim is about several
 
 
@@ -140,10 +141,12 @@ study("cmr-wikipedia", "train_clip4cmr.py", WIKIPEDIA, CMR, CMR_CLAIMS)
 for task in ("subCategory", "articleType"):
     base = f"{REAL.replace('{task}', task)} {SMALL} --epochs 160 --eval-every 8 {CMR_RATES}"
     study(f"cmr-real-{task}", "train_clip4cmr.py", base, CMR, CMR_CLAIMS)
+    FROZEN[f"cmr-real-{task}"] = "clip-features", task
     base = f"--data products --task {task} --clip {{clip:everything}} {SMALL} --epochs 15 {CMR_RATES}"
     some = ("contrastive", "triplet", "supervised-contrastive", "label-regression", "cross-entropy", "pcl")
     study(f"cmr-products-{task}", "train_clip4cmr.py", base, {loss: CMR[loss] for loss in some},
           [("pcl", loss) for loss in some[:-1]])
+    FROZEN[f"cmr-products-{task}"] = "products", task
 
 for kind in ("batch", "subset"):
     imbalance = {}
@@ -441,7 +444,34 @@ def tables(name, folders, options):
     return made
 
 
-# ---- zero-shot: what the CLIPs that studies start from can do without further training
+# ---- zero-shot: what CLIPs can do without further training
+
+@torch.no_grad()
+def frozen_clip(source, task, args):
+    """The table of CLIP's own embeddings in retrieval by class: CLIP4CMR without its small networks."""
+    root = args.roots.get(source, os.path.join(ROOT, "data", source))
+    if source == "clip-features":
+        files = [f"products_{task}_{part}.npz" for part in ("train", "test")]
+        splits, names = data.feature_splits(files, root)
+        labels = splits["test"].labels
+        images, texts = (torch.from_numpy(x) for x in (splits["test"].images, splits["test"].texts))
+    else:
+        model, _ = clip.load(clip_weights("everything", args))
+        instances, classes = data.load(source, root, "test")
+        instances = [x for x in instances if x.labels.get(task, -1) >= 0]
+        labels = [x.labels[task] for x in instances]
+        names = classes[task]
+        images, texts = eval.embed(model, instances, model.tokenizer)
+    images, texts = (torch.nn.functional.normalize(x, dim=-1) for x in (images, texts))
+
+    def mean_precision(queries, gallery):
+        def scores(begin, end):
+            return queries[begin:end] @ gallery.t()
+        return eval.class_metrics(scores, labels, labels, names)["mAP"]
+    both = mean_precision(images, texts), mean_precision(texts, images)
+    cells = [f"{value:.1f}" for value in (statistics.mean(both), *both)]
+    return markdown(["test mAP", "test I2T mAP", "test T2I mAP"], {"frozen CLIP": cells})
+
 
 TEMPLATES = ("a photo of {}", "{}", "men {}", "women {}")
 
@@ -853,6 +883,8 @@ def main(argv=None):
             refuse(f"{len(missing)} runs are missing, first {missing[0]}; "
                    "run the same command without --write")
         made = {"": zero_shot(args)} if name == "pretrain" else tables(name, folders, options)
+        if name in FROZEN:
+            made["CLIP itself, without networks on top"] = frozen_clip(*FROZEN[name], args)
         machines = {machine_of(out) for out in outs}
         sections[name] = section(name, made, machines, args.seeds)
     if args.write:

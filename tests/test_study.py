@@ -251,6 +251,19 @@ def test_files_of_data_sets(tmp_path, monkeypatch):
         assert np.array_equal(picture, whole[4].images[3](32))
 
 
+def test_a_frozen_clip_is_judged_as_it_is(tmp_path):
+    """Texts that point the way of their images' class find all of it, and texts at random do not."""
+    label = np.arange(40) % 4
+    images = np.eye(8)[label]
+    for part in ("train", "test"):
+        np.savez(tmp_path / f"products_kind_{part}.npz", image=images, text=3 * images, label=label)
+    args = study.settings(["mxm-shapes", "--root", f"clip-features={tmp_path}"])
+    assert "| frozen CLIP | 100.0 | 100.0 | 100.0 |" in study.frozen_clip("clip-features", "kind", args)
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "products_kind_test.npz", image=images, text=rng.normal(size=(40, 8)), label=label)
+    assert "100.0" not in study.frozen_clip("clip-features", "kind", args)
+
+
 def test_a_study_runs_its_scripts(tmp_path, monkeypatch, capsys):
     """Each rate is run with seed 0, the best one with every seed, and what is there is not run again."""
     rng = np.random.default_rng(0)
