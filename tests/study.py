@@ -177,7 +177,7 @@ study("user-loss", "train_user.py", f"{USER} {USER_RATES}", {
     "triplet": "--loss triplet",
 }, [("UTO", "InfoNCE"), ("UTO", "triplet")])
 # the other rows at the rate that is best for UTO
-study("user-parts", "train_user.py", f"{USER} --lr 1e-3", {
+study("user-parts", "train_user.py", f"{USER} --lr 3e-3", {
     "none": "--enhance none",
     "sge": "--enhance sge",
     "cge": "--enhance cge",

@@ -85,10 +85,10 @@ def test_the_commands(capsys):
         f"train_mxm.py --data {files['everything']} {study.PRETRAIN} --epochs 40 --eval-every 8 "
         "--out runs/clip-everything",
         "train_user.py --data products --clip runs/clip-everything/best.pt --dim 256 --epochs 5 "
-        "--eval-every 5 --batch-weight 1 --momentum 0.99 --lr-drop 0.8 --clip-lr 3e-4 --lr 1e-3 --queue 0 "
+        "--eval-every 5 --batch-weight 1 --momentum 0.99 --lr-drop 0.8 --clip-lr 3e-4 --lr 3e-3 --queue 0 "
         "--root goods --seed 0 --out "
         "runs/user-data-products-clip-clip-everything-dim-256-epochs-5-e-5-batch-weight-1-momentum-0.99-"
-        "lr-drop-0.8-clip-lr-3e-4-lr-1e-3-queue-0-seed-0",
+        "lr-drop-0.8-clip-lr-3e-4-lr-3e-3-queue-0-seed-0",
         "train_adapter.py --data primitives-target --clip runs/clip-source/best.pt --frames 4 --epochs 4 "
         "--batch-size 32 --lr 1e-2 --share 0 --seed 2 --out runs/adapter-data-primitives-target-clip-"
         "clip-source-frames-4-epochs-4-batch-size-32-lr-1e-2-share-0-seed-2",
