@@ -209,8 +209,7 @@ for part, arguments in SHARES.items():
 study("adapter-amount", "train_adapter.py", "", amounts,
       [(f"adapter, 1/{part} of the shapes", f"full, 1/{part} of the shapes") for part in SHARES])
 study("adapter-share", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2",
-      {"d_s 0": "--share 0", "d_s 16": "", "d_s 128": "--share 128"},
-      [("d_s 16", "d_s 0"), ("d_s 128", "d_s 0")])
+      {"d_s 0": "--share 0", "d_s 16": ""}, [("d_s 16", "d_s 0")])
 study("adapter-pool", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2",
       {"query, tau 5": "", "query, tau 1": "--tau 1", "mean": "--pool mean"},
       [("query, tau 5", "mean"), ("query, tau 1", "mean")])

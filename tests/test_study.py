@@ -174,7 +174,7 @@ def test_write_replaces_what_stands_between_the_markers_and_nothing_else(results
     section = written[len(BEFORE):-len(AFTER)]
     assert "old" not in section and "2 runs in each row, seeds 0, 1:" in section
     assert "Machine: torch 1.2.3, 2 cores of a test." in section
-    assert "| d_s 128 | 13.0 ± 1.4 | 13.0 ± 1.4 |" in section
+    assert "| d_s 16 | 12.0 ± 1.4 | 12.0 ± 1.4 |" in section
     assert "`train_adapter.py --data primitives-target --clip {clip:source} --frames 4" in section
     study.main([*arguments, "--write"])
     assert results.read_text() == written
