@@ -12,7 +12,6 @@ products of the last 1,024 shapes ready, and packed captions have a new shape in
 """
 import argparse
 import contextlib
-import json
 import os
 import signal
 import statistics
@@ -55,7 +54,8 @@ def sample(pid):
 def epochs(out):
     """How many epochs the log of a run tells of."""
     path = os.path.join(out, "log.jsonl")
-    return json.loads(eval.log_lines(path)[-1])["epoch"] if os.path.exists(path) else 0
+    lines = eval.read_log(path) if os.path.exists(path) else []
+    return lines[-1][1]["epoch"] if lines else 0
 
 
 def soak(script, args, folder):
@@ -72,13 +72,15 @@ def soak(script, args, folder):
     with open(os.path.join(folder, f"{script}.txt"), "w+") as said:
         process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
         end = time.monotonic() + 60 * args.minutes
-        while process.poll() is None and time.monotonic() < end:
-            if epochs(out):
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a worker has just ended
-                    samples.append(sample(process.pid))
-            time.sleep(SECONDS)
-        process.send_signal(signal.SIGTERM)
-        code = process.wait()
+        try:
+            while process.poll() is None and time.monotonic() < end:
+                if epochs(out):
+                    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a worker just ended
+                        samples.append(sample(process.pid))
+                time.sleep(SECONDS)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            code = process.wait()
         said.seek(0)
         return samples, epochs(out), said.read().splitlines()[-1], code
 
