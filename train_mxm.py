@@ -18,8 +18,9 @@ target is the first by Bayes' rule: precise captions get more mass. --soft-relat
 
 Provenance. The paper's, from its abstract: multifold instances, hard and soft relations, their hybrid. The
 published repository holds no code, and the paper's formulas could not be consulted: all formulas above are a
-reconstruction, and so is the relation `features`. Ours, not the paper's: the relations `words`, `teacher` and
-`oracle`, and that lambda rises. Others': hard-uniform and mil-nce, with their sources in losses.py.
+reconstruction, and so is the relation `features`. Ours, not the paper's: the relations `words` (the default,
+since it helps where `features` does harm: tests/results.md), `teacher` and `oracle`, and that lambda rises.
+Others': hard-uniform and mil-nce, with their sources in losses.py.
 
     python train_mxm.py                                               # built-in shapes, from scratch, minutes
     python train_mxm.py --data flickr8k --root path/to/flickr8k       # photos, five captions each
@@ -62,9 +63,9 @@ def settings(argv=None):
                    help="lambda: the soft relation's share of the hybrid loss")
     p.add_argument("--soft-warmup", type=eval.fraction, default=0.5,
                    help="lambda rises from 0 over this share of training")
-    p.add_argument("--soft-relation", choices=("features", "words", "teacher", "oracle"), default="features",
-                   help="what judges which captions fit which images: features, the model's own similarities "
-                        "within the modalities; words, those that captions share; teacher, another CLIP; "
+    p.add_argument("--soft-relation", choices=("words", "features", "teacher", "oracle"), default="words",
+                   help="what judges which captions fit which images: words, those that captions share; "
+                        "features, the model's own similarities within the modalities; teacher, another CLIP; "
                         "oracle, the attributes that are stated (built-in shapes)")
     p.add_argument("--soft-temperature", type=eval.positive, default=0.1,
                    help="of the similarities in --soft-relation features")
@@ -260,7 +261,7 @@ def main(argv=None):
         texts, captions = losses.gather_rows(F.normalize(texts.float(), dim=-1), captions)
         text_owner = caption_owner[captions]
         scale = model.logit_scale.exp()
-        # at first the features tell no meaningful relation, so lambda rises from 0
+        # lambda rises from 0: what belongs together is learned first, and features tell no relation before
         ramp = min(1.0, step / (args.soft_warmup * steps)) if args.soft_warmup else 1.0
         loss = total_loss(args, images, texts, scale, image_owner, text_owner, captions, known,
                           args.soft_weight * ramp)

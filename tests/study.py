@@ -84,7 +84,7 @@ study("mxm-shapes", "train_mxm.py", RATES, {
     "hard, 1 x 4": sampled("hard", 64, 1, 4, 6),
     "clip, 2 x 2": sampled("clip", 32, 2, 2, 3),
     "hard, 2 x 2": sampled("hard", 32, 2, 2, 3),
-    "hybrid, features, 2 x 2": sampled("hybrid", 32, 2, 2, 3),
+    "hybrid, features, 2 x 2": sampled("hybrid", 32, 2, 2, 3, "--soft-relation features"),
     "hybrid, words, 2 x 2": sampled("hybrid", 32, 2, 2, 3, "--soft-relation words"),
     "hybrid, oracle, 2 x 2": sampled("hybrid", 32, 2, 2, 3, "--soft-relation oracle"),
 }, [("hard, 1 x 4", "clip, 1 x 1"), ("hard, 1 x 4", "hard, 2 x 2"),
@@ -103,7 +103,7 @@ study("mxm-photos", "train_mxm.py", f"{photos} --lr 3e-4|1e-3|3e-3", {
 # the four captions of `hard, 1 x 4` above, with what each relation adds
 study("mxm-relation", "train_mxm.py", "--lr 3e-4|1e-3|3e-3", {
     "hard": sampled("hard", 64, 1, 4, 6),
-    "hybrid, features": sampled("hybrid", 64, 1, 4, 6),
+    "hybrid, features": sampled("hybrid", 64, 1, 4, 6, "--soft-relation features"),
     "hybrid, words": sampled("hybrid", 64, 1, 4, 6, "--soft-relation words"),
     "hybrid, oracle": sampled("hybrid", 64, 1, 4, 6, "--soft-relation oracle"),
 }, [(f"hybrid, {relation}", "hard") for relation in ("features", "words", "oracle")])

@@ -109,7 +109,8 @@ def known(relation, instances, *more, name="primitives"):
 def test_the_relation_of_features_has_a_temperature_of_its_own(squares, tmp_path, seen):
     calls = seen("soft_loss")
     for temperature in (0.5, 0.05):
-        argv = ("--epochs", 1, "--loss", "soft", "--soft-temperature", temperature)
+        argv = ("--epochs", 1, "--loss", "soft", "--soft-relation", "features",
+                "--soft-temperature", temperature)
         train_mxm.main(arguments(squares, "--out", tmp_path / str(temperature), *argv))
     flat, sharp = calls[0][4].exp(), calls[3][4].exp()  # of the same weights
     assert len(flat) == 8 and torch.allclose(flat.sum(0), torch.ones(flat.shape[1]))
