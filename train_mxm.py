@@ -156,7 +156,7 @@ class KnownRelation:
             hours = (time.perf_counter() - began) / 3600 * captions / len(some)
             if len(log_total) == 1 and hours > 0.1:
                 data.note(f"the relation is summed over {captions:,} captions x {instances:,} instances, "
-                          f"which takes about {hours:.1f} hours; --soft-relation features needs no such sums")
+                          f"which takes about {hours:.1f} hours; --loss hard needs no relation")
         self.log_total = torch.cat(log_total).to(device)  # (all captions,)
 
     def __call__(self, instances, captions):
