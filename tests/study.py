@@ -221,8 +221,13 @@ FUSIONS = {name: f"--fusion {name}" for name in ("cma", "modality", "concat", "i
 CMA_CLAIMS = [("cma", other) for other in FUSIONS if other != "cma"]
 SEVEN_TASKS = "--clip {clip:everything} --epochs 1 --batch-size 128 --lr 1e-3|3e-3|1e-2"
 study("cma-titles", "train_cmaclip.py", f"--data products {SEVEN_TASKS} --clip-lr 1e-4", FUSIONS, CMA_CLAIMS)
+# is one pass too short for attention that starts from random weights?
+study("cma-longer", "train_cmaclip.py",
+      "--data products --clip {clip:everything} --epochs 4 --eval-every 4 --batch-size 128 --clip-lr 1e-4 "
+      "--lr 3e-3", {name: FUSIONS[name] for name in ("cma", "concat")}, [("cma", "concat")])
 study("cma-descriptions", "train_cmaclip.py", f"--data {{descriptions}} {SEVEN_TASKS} --clip-lr 1e-4",
-      FUSIONS, CMA_CLAIMS)
+      {name: FUSIONS[name] for name in ("cma", "concat", "image", "text")},
+      [claim for claim in CMA_CLAIMS if claim[1] != "modality"])
 noise = "--robustness --noise-kind foreign --noise-data flickr8k"
 in_training = "--train-noise-image 0.3 --train-noise-text 0.3"
 study("cma-foreign", "train_cmaclip.py",
