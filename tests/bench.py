@@ -433,13 +433,16 @@ def time_script(script, argv, steps):
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.suppress(StopRun))
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        said = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         stack.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))  # a run notes Ctrl-C
         for module, name in [*OUTSIDE, (eval.Run, "batches")]:
             before = getattr(module, name)
             stack.callback(setattr, module, name, before)
             setattr(module, name, noted_batches if name == "batches" else timed(before))
-        script.main(argv)
+        try:
+            script.main(argv)
+        except SystemExit:
+            sys.exit(f"{script.__name__}.py {' '.join(argv)}: {said.getvalue()}")
     return [sorted(column)[len(column) // 2] for column in zip(*table[2:])]
 
 
@@ -472,7 +475,7 @@ def methods(args, device):
                     (train_user, "--clip-lr 0"), (train_user, ""),
                     (train_adapter, f"--clip {frozen} --batch-size 32 --frames 12"),
                     (train_adapter, f"--clip {frozen} --batch-size 32 --frames 12 --tune full"),
-                    (train_cmaclip, "--freeze"), (train_cmaclip, "")]
+                    (train_cmaclip, f"--clip {frozen} --freeze"), (train_cmaclip, "")]
         for script, words in commands:
             argv = [*words.split(), "--epochs", str(steps), "--eval-every", str(steps), "--device", device,
                     "--out", os.path.join(folder, "run")]
