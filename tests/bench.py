@@ -143,6 +143,13 @@ def bare_products(function):
     return again
 
 
+def in_new_process(function, *arguments):
+    """The function's value, from a process of its own that may start others: its memory is its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def megabytes(name):
     """VmRSS (memory held now) or VmHWM (the most so far) of this process; nan where there is no /proc."""
     with contextlib.suppress(OSError), open("/proc/self/status") as f:
@@ -766,8 +773,7 @@ def memory(args, device):
     for title, names in groups.items():
         above = None
         for who in names:
-            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-                found = pool.apply(peak_of_steps, (who, device))
+            found = in_new_process(peak_of_steps, who, device)
             if found is None:
                 continue
             peak, seconds = found
@@ -778,13 +784,6 @@ def memory(args, device):
 
 
 # ---------------------------------------------------------------- large data
-
-def in_new_process(function, *arguments):
-    """The function's value, from a process of its own that may start others: its memory is its own."""
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(function, *arguments).result()
-
 
 def private_megabytes(pid):
     """Memory of a process that no other shares; nan where there is no /proc."""
@@ -901,8 +900,7 @@ def scale(args, device, batch=4096):
     """
     config = clip.MODELS["ViT-B/32"][0]
     weights = sum(p.numel() for p in clip.build("ViT-B/32").parameters())
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        copies = pool.apply(loss_memory, (batch,)) / (4 * batch ** 2)
+    copies = in_new_process(loss_memory, batch) / (4 * batch ** 2)
     D = config.embed_dim
     print(f"\n### A step on many GPUs\n\nA model, no measurement. Assumed: {FLOPS / 1e12:.0f} TFLOP/s in the "
           f"encoders, {LOSS_FLOPS / 1e12:.0f} in the loss, {BANDWIDTH / 1e9:.0f} GB/s and "

@@ -9,7 +9,7 @@ seconds. Nothing is said of the first epoch, in which pictures are decoded and k
 cut into three parts: "grew" is a median of the last part that exceeds that of the second part by more than 2%
 of the memory or by more than 2 files. oneDNN, which computes on a CPU, keeps the products of the last 1,024
 shapes ready, and packed captions have a new shape in almost every step: that takes many epochs to fill, up to
-some hundred MiB, and is no leak. Here it keeps 64, unless --products says otherwise.
+some hundred MiB, and is no leak. Here it keeps 64, unless --onednn-cache says otherwise.
 """
 import argparse
 import contextlib
@@ -71,7 +71,7 @@ def soak(script, args, folder):
         command += ["--clip", os.path.join(folder, "clip.pt")]
     samples = []
     with open(os.path.join(folder, f"{script}.txt"), "w+") as said:
-        kept = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(args.products)}
+        kept = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(args.onednn_cache)}
         process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, env=os.environ | kept)
         end = time.monotonic() + 60 * args.minutes
         try:
@@ -111,7 +111,8 @@ def main():
     p.add_argument("--minutes", type=eval.positive, default=30.0, help="for each script")
     p.add_argument("--data", default="primitives")
     p.add_argument("--root")
-    p.add_argument("--products", type=eval.positive_int, default=64, help="shapes that oneDNN keeps ready")
+    p.add_argument("--onednn-cache", type=eval.positive_int, default=64,
+                   help="how many shapes oneDNN keeps ready")
     p.add_argument("--script", nargs="+", choices=eval.METHODS, default=eval.METHODS)
     args = p.parse_args()
     print("| script | epochs | samples | MiB, second third | last third | at most | "
