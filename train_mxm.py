@@ -65,8 +65,8 @@ def settings(argv=None):
                    help="lambda rises from 0 over this share of training")
     p.add_argument("--soft-relation", choices=("words", "features", "teacher", "oracle"), default="words",
                    help="what judges which captions fit which images: words, those that captions share; "
-                        "features, the model's own similarities within the modalities; teacher, another CLIP; "
-                        "oracle, the attributes that are stated (built-in shapes)")
+                        "features, the model's own similarities within the modalities; teacher, another "
+                        "CLIP; oracle, the attributes that are stated (built-in shapes)")
     p.add_argument("--soft-temperature", type=eval.positive, default=0.1,
                    help="of the similarities in --soft-relation features")
     p.add_argument("--teacher", metavar="CLIP",
