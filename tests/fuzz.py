@@ -670,7 +670,8 @@ def new_checkpoint(content, rng):
 def new_pickle(content, rng):
     """Other values; or opcodes that were removed, repeated, moved, or put in."""
     if rng.random() < 0.3:
-        with contextlib.suppress(pickle.UnpicklingError):  # of torch's archives, whose tensors stand elsewhere
+        # torch's archives name classes and tensors that stand elsewhere
+        with contextlib.suppress(pickle.UnpicklingError, ModuleNotFoundError):
             value = pickle.loads(content, encoding="latin1")
             return pickle.dumps(change(value, rng, shared=True), rng.choice((0, 2, 4, 5)))
     places = [at for _, _, at in pickletools.genops(content)] + [len(content)]
