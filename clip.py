@@ -155,12 +155,17 @@ class Attention(nn.Module):
             qkv = qkv.new_zeros(B * L, qkv.shape[-1]).index_copy_(0, rows, qkv)
         qkv = qkv.view(B, L, 3, self.heads, x.shape[-1] // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # each (B, heads, L, width / heads)
-        if self.keep_weights:
-            scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
+        fused = x.is_cuda or torch.backends.cuda.flash_sdp_enabled()  # see fast_float32
+        if fused and not self.keep_weights:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        else:
+            scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)  # (B, heads, L, L)
             if self.causal:
-                scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
-            self.weights = scores.softmax(-1).detach()
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
+                scores += scores.new_full((L, L), -math.inf).triu(1)
+            weights = scores.softmax(-1)
+            self.weights = weights.detach() if self.keep_weights else None
+            out = weights @ v
+        out = out.transpose(1, 2).flatten(2)
         if packed is not None:
             out = out.flatten(0, 1).index_select(0, rows)
         return self.out_proj(out)
@@ -479,7 +484,8 @@ def fast_float32():
 
     The default uses half of the vector width of some CPUs (AMD's), in twice the time. The switch permits
     bfloat16, which oneDNN takes only on a CPU with units for it (AMX), so the error of one product decides.
-    It is the whole process's. Attention's fused CPU kernel, five times slower with it, is switched off too.
+    It is the whole process's. torch's fused attention for CPUs is five times slower with it, so that is
+    switched off too, and `Attention` forms the matrix of scores itself.
     Returns whether the switch is on; older versions of torch do not have it.
     """
     matmul = getattr(torch.backends.mkldnn, "matmul", None)

@@ -252,9 +252,9 @@ def plain_attention(q, k, v, heads, mask=0):
     return (weights @ v).transpose(1, 2).flatten(2), weights
 
 
-def causal_attention(attn, x):
-    """A text block's attention by the equation. -> output, weights."""
-    mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)
+def block_attention(attn, x):
+    """A block's attention by the equation, causal in that of a text. -> output, weights."""
+    mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1) if attn.causal else 0
     q, k, v = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
     out, weights = plain_attention(q, k, v, attn.heads, mask)
     return attn.out_proj(out), weights
@@ -264,7 +264,7 @@ def plain_text(model, text):
     """The text encoder as the paper has it: every column, an explicit mask. -> (B, columns, embed_dim)."""
     x = model.token_embedding(text) + model.positional_embedding[:text.shape[1]]
     for block in model.transformer.resblocks:
-        x = x + causal_attention(block.attn, block.ln_1(x))[0]
+        x = x + block_attention(block.attn, block.ln_1(x))[0]
         h = block.mlp.c_fc(block.ln_2(x))
         h = h * torch.sigmoid(1.702 * h) if model.config.quick_gelu else F.gelu(h)
         x = x + block.mlp.c_proj(h)
@@ -371,6 +371,22 @@ def test_image_tokens(vit):
     assert moved[1:].argmax() == 0
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention(fused):
+    """The output and the gradient are the equation's, with torch's fused attention and without it."""
+    before = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(fused)
+    model = make(SMALL_VIT)
+    for transformer in (model.transformer, model.visual.transformer):  # causal and not
+        attn = transformer.resblocks[0].attn
+        x = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        out = attn(x)
+        expected, _ = block_attention(attn, x)
+        close(out, expected)
+        close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (out, expected)))
+    torch.backends.cuda.enable_flash_sdp(before)
+
+
 def test_attention_weights_on_request():
     """The kept weights are those of the output, so pictures show what the model computes."""
     model = make(SMALL_VIT)
@@ -379,7 +395,7 @@ def test_attention_weights_on_request():
     assert attn.weights is None
     attn.keep_weights = True
     x = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0))
-    for got, want in zip((attn(x), attn.weights), causal_attention(attn, x)):
+    for got, want in zip((attn(x), attn.weights), block_attention(attn, x)):
         close(got, want)
     assert attn.weights.triu(1).abs().max() == 0 and attn.weights.shape == (2, 2, 6, 6)
 
