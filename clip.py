@@ -818,7 +818,7 @@ def _read_config(path):
         if isinstance(vision.get("layers", 12), int):  # a ViT
             hints["vision_heads"] = vision.get("width", 768) // vision.get("head_width", 64)
         return hints
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as e:
         problem = f"is no CLIP configuration ({_line(e)}); fetch it again or move it away"
         raise CheckpointError(f"{path}: {problem}") from None
 

@@ -732,6 +732,9 @@ def fashiongen(root, split):
         except Exception as e:  # a damaged file raises nearly any kind
             raise DataError(f"{path}: cannot be read as Fashion-Gen ({str(e)[:100]}); "
                             "put the published file there") from None
+        for key, several in texts.items():
+            expect(len(several) == len(ids), path,
+                   f"{len(several)} entries of input_{key} for {len(ids)} products; get it again")
         expect(pictures == len(ids), path, f"{pictures} pictures of {len(ids)} products; get it again")
         expect(len(shape) == 3 and shape[2] == 3 and max(shape) <= 4096 and kind == np.uint8, path,
                f"pictures of {kind} of shape {shape}; expected uint8 of (height, width, 3)")

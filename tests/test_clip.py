@@ -881,8 +881,9 @@ def test_open_clip_hub_folders(tmp_path):
     loaded, _ = clip.load(tmp_path, "cpu")
     assert loaded.config == SMALL_VIT
     same_outputs(loaded, theirs)
-    (tmp_path / "open_clip_config.json").write_text("{broken")
-    fails("open_clip_config.json", clip.load, tmp_path, "cpu")
+    for broken in ("{broken", '{"a": ' * 100_000):
+        (tmp_path / "open_clip_config.json").write_text(broken)
+        fails("open_clip_config.json", clip.load, tmp_path, "cpu")
 
 
 def test_resnet_without_batch_counters():

@@ -143,6 +143,11 @@ def test_fashiongen(tmp_path, monkeypatch):
     assert [len(x.images) for x in test] == [3, 1] and test[0].captions == ["Coat 77. Of wool, size 77"]
     assert data.load("fashiongen", str(tmp_path), "test")[1] == {"category": ["CATEGORY"]}
     assert (data.pixels(test[0].images[2], 32) == 12).all() and len(train) + len(val) == 20
+    with h5py.File(tmp_path / "fashiongen_256_256_train.h5", "a") as f:
+        names = f["input_name"][:-1]
+        del f["input_name"]
+        f["input_name"] = names
+    refused("39 entries of input_name for 40 products", data.load, "fashiongen", str(tmp_path), "train")
     (tmp_path / "fashiongen_256_256_train.h5").write_bytes(b"no such thing")
     refused("cannot be read as Fashion-Gen", data.load, "fashiongen", str(tmp_path), "train")
     monkeypatch.setitem(sys.modules, "h5py", None)
