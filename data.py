@@ -153,7 +153,8 @@ TENTHS = ("train",) * 8 + ("val", "test")
 
 def hash_tenth(id):
     """0..9 by a hash of the id: a split that depends on nothing else and stays when rows are added."""
-    return int(hashlib.sha1(str(id).encode()).hexdigest()[:8], 16) % 10
+    text = str(id).encode("utf-8", "surrogatepass")  # JSON may hold half of a surrogate pair
+    return int(hashlib.sha1(text).hexdigest()[:8], 16) % 10
 
 
 def assign_splits(rows):

@@ -1260,6 +1260,7 @@ def test_splits_of_your_own_data_by_hash(mine, capsys):
     assert val == {i for i in train | val if data.hash_tenth(i) == 9} and not train & val
     train, val = ids(lambda i: "val" if i == 5 else "train", "train", "val")
     assert val == {"5.png"} and len(train) == 59
+    assert data.hash_tenth("\ud800") in range(10)  # half of a surrogate pair, which JSON may hold
     assert "'note' has" in capsys.readouterr().err  # a remark, not a task
 
 
