@@ -6,17 +6,17 @@
 Each script trains a tiny CLIP with one worker, evaluates after every epoch, and is stopped by SIGTERM. Memory
 (PSS: pages that several processes share count once) and open files of all its processes are sampled every few
 seconds. Nothing is said of the first epoch, in which pictures are decoded and kept. The samples after it are
-cut into three parts: "grew" means that the median of memory is more than 2% higher in the last part than in
-the second, or the least number of open files by more than 2. The least, because every batch that the worker
-is ahead holds 7 files. oneDNN, which computes on a CPU, keeps the products of the last 1,024 shapes ready,
-and packed captions have a new shape in almost every step: that takes many epochs to fill, up to some hundred
-MiB, and is no leak. Here it keeps 64, unless --onednn-cache says otherwise.
+cut into three parts: "grew" means that the least memory in the last part is more than 2% above that in the
+second, or the least number of open files by more than 2. The least, because an evaluation has a worker of its
+own, and every batch that a worker is ahead holds 7 files: how many samples fall there is chance, but what
+leaks is held in all of them. oneDNN, which computes on a CPU, keeps the products of the last 1,024 shapes
+ready, and packed captions have a new shape in almost every step: that takes many epochs to fill, up to some
+hundred MiB, and is no leak. Here it keeps 64, unless --onednn-cache says otherwise.
 """
 import argparse
 import contextlib
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -88,10 +88,10 @@ def soak(script, args, folder):
         return samples, epochs(out), said.read().splitlines()[-1], code
 
 
-def typical(samples):
-    """-> the median of memory and the least number of open files."""
+def least(samples):
+    """-> the least memory and the least number of open files."""
     memory, files = zip(*samples)
-    return statistics.median(memory), min(files)
+    return min(memory), min(files)
 
 
 def row(script, samples, epochs, last_words, code):
@@ -99,8 +99,8 @@ def row(script, samples, epochs, last_words, code):
     if code != 130 or len(samples) < 9:
         return f"| {script} | {epochs} | {len(samples)} | exit code {code}: {last_words[:150]} |", False
     third = len(samples) // 3
-    memory_before, files_before = typical(samples[third:2 * third])
-    memory, files = typical(samples[2 * third:])
+    memory_before, files_before = least(samples[third:2 * third])
+    memory, files = least(samples[2 * third:])
     most, _ = max(samples)
     grew = memory > (1 + MORE_MEMORY) * memory_before or files > files_before + MORE_FILES
     return (f"| {script} | {epochs} | {len(samples)} | {memory_before:,.1f} | {memory:,.1f} | {most:,.1f} | "
@@ -116,7 +116,7 @@ def main():
                    help="how many shapes oneDNN keeps ready")
     p.add_argument("--script", nargs="+", choices=eval.METHODS, default=eval.METHODS)
     args = p.parse_args()
-    print("| script | epochs | samples | MiB, second third | last third | at most | "
+    print("| script | epochs | samples | MiB at least, second third | last third | at most | "
           "files at least, second third | last third | |\n| --- " + "| ---: " * 7 + "| --- |")
     well = []
     with tempfile.TemporaryDirectory() as folder:
