@@ -44,8 +44,7 @@ FILES = {
     "no-products": (("flickr8k", "hm"), 1, False),
     "garments": (("hm",), 1, False),
     "descriptions": (("products",), 1, True),
-    "shapes-4": (("primitives-target",), 4, False),
-    "shapes-16": (("primitives-target",), 16, False),
+    "products-16": (("products",), 16, False),
 }
 # CLIPs that studies start from. `{clip:name}` in the arguments is the best.pt of one.
 PRETRAIN = "--loss hard --captions 2 --batch-size 128 --vocab-size 4096"
@@ -58,6 +57,7 @@ CLIPS = {
 STUDIES = {}  # study -> (script, {row: arguments})
 CLAIMS = {}  # study -> [(row, the row it is compared with)]: what a paper says is ahead of what
 FROZEN = {}  # study -> (data set, task): the CLIP whose features it reads is also judged as it is
+TRANSFER = {}  # study -> the data set that its models are also tested on, of which they learned nothing
 GROUPS = {}  # name -> rows whose mean is compared, where a claim is about several
 
 
@@ -101,12 +101,22 @@ study("mxm-photos", "train_mxm.py", f"{photos} {RATES}", {
 }, [("hard, 1 x 5", "clip, 1 x 1"), ("hybrid, words, 1 x 5", "hard, 1 x 5")])
 
 # the four captions of `hard, 1 x 4` above, with what each relation adds
+# the teacher is the default run, whose training took 14 epochs
 study("mxm-relation", "train_mxm.py", RATES, {
     "hard": sampled("hard", 64, 1, 4, 6),
     "hybrid, features": sampled("hybrid", 64, 1, 4, 6, "--soft-relation features"),
     "hybrid, words": sampled("hybrid", 64, 1, 4, 6, "--soft-relation words"),
+    "hybrid, teacher": sampled("hybrid", 64, 1, 4, 6, "--soft-relation teacher --teacher {clip:primitives}"),
     "hybrid, oracle": sampled("hybrid", 64, 1, 4, 6, "--soft-relation oracle"),
-}, [(f"hybrid, {relation}", "hard") for relation in ("features", "words", "oracle")])
+}, [(f"hybrid, {relation}", "hard") for relation in ("features", "words", "teacher", "oracle")])
+
+# the same on another encoder, a ResNet
+study("mxm-resnet", "train_mxm.py", f"--clip tiny-rn {RATES}", {
+    "clip, 1 x 1": sampled("clip", 64, 1, 1, 6),
+    "hard, 1 x 4": sampled("hard", 64, 1, 4, 6),
+    "hybrid, words, 1 x 4": sampled("hybrid", 64, 1, 4, 6, "--soft-relation words"),
+}, [("hard, 1 x 4", "clip, 1 x 1"), ("hybrid, words, 1 x 4", "clip, 1 x 1"),
+    ("hybrid, words, 1 x 4", "hard, 1 x 4")])
 
 # 64 pictures of garments in each of about 540 steps, whatever the row
 study("mxm-garments", "train_mxm.py", f"--data {{garments}} {RATES}", {
@@ -116,6 +126,7 @@ study("mxm-garments", "train_mxm.py", f"--data {{garments}} {RATES}", {
     "hard, 2 x 4": sampled("hard", 32, 2, 4, 10),
 }, [("hard, 1 x 4", "clip, 1 x 1"), ("hard, 2 x 1", "clip, 1 x 1"), ("hard, 2 x 4", "clip, 1 x 1"),
     ("hard, 2 x 4", "hard, 1 x 4")])
+TRANSFER["mxm-garments"] = "products"
 
 
 # ---- CLIP4CMR: losses, imbalance, dimension
@@ -165,9 +176,9 @@ study("cmr-dimension", "train_clip4cmr.py", f"{WIKIPEDIA.replace('--dim 256 ', '
       [(f"D {dim}", "D 256") for dim in (16, 64, 1024)])
 
 
-# ---- USER: from a CLIP trained on the same photos, among others
+# ---- USER: from a CLIP trained on the same products, among others
 
-# Titles of 12,823 products. One optimizer for all: the rates of a loss are tuned with `both` and its queues.
+# titles of 12,823 products; the rate of a loss is tuned with both enhancements and its queues
 USER = ("--data products --clip {clip:everything} --dim 256 --epochs 5 --eval-every 5 --batch-weight 1 "
         "--momentum 0.99 --lr-drop 0.8 --clip-lr 3e-4")
 USER_RATES = "--lr 3e-4|1e-3|3e-3|1e-2"
@@ -184,6 +195,14 @@ study("user-parts", "train_user.py", f"{USER} --lr 3e-3", {
     "both": "",
     "both, no queue": "--queue 0",
 }, [("sge", "none"), ("cge", "none"), ("both", "none"), ("both", "both, no queue")])
+# batches so small that they hold few negatives of their own
+study("user-queue", "train_user.py",
+      "--data products --clip {clip:everything} --dim 256 --epochs 2 --eval-every 2 --batch-size 16 "
+      "--batch-weight 1 --momentum 0.99 --lr-drop 0.8 --clip-lr 1e-4 --lr 3e-4|1e-3|3e-3", {
+          "no queue": "--queue 0",
+          "queues of 512": "--queue 512",
+          "queues of 2,048": "--queue 2048",
+      }, [("queues of 512", "no queue"), ("queues of 2,048", "no queue")])
 
 
 # ---- Cross-Modal Adapter: what is tuned, on how much data, sharing
@@ -198,16 +217,16 @@ TUNE = {  # each with rates around its default for a CLIP that was trained here
 TO_SHAPES = "--data primitives-target --clip {clip:source} --frames 4 --epochs 4 --batch-size 32"
 study("adapter-shapes", "train_adapter.py", TO_SHAPES, TUNE,
       [("adapter", other) for other in TUNE if other != "adapter"])
-# a part of the shapes to learn from, in as many steps
-SHARES = {"1": TO_SHAPES,
-          "4": "--data {shapes-4} --crop 0 --clip {clip:source} --frames 4 --epochs 16 --batch-size 32",
-          "16": "--data {shapes-16} --crop 0 --clip {clip:source} --frames 4 --epochs 64 --batch-size 32"}
-amounts = {}
-for part, arguments in SHARES.items():
-    for tune in ("adapter", "full"):
-        amounts[f"{tune}, 1/{part} of the shapes"] = f"{arguments} {TUNE[tune]}"
-study("adapter-amount", "train_adapter.py", "", amounts,
-      [(f"adapter, 1/{part} of the shapes", f"full, 1/{part} of the shapes") for part in SHARES])
+# from a CLIP that knows no products to all 12,823 of them and to a sixteenth, in 200 steps each
+TO_PRODUCTS = "--clip {clip:no-products} --batch-size 128"
+PARTS = {"all products": f"--data products {TO_PRODUCTS} --epochs 2",
+         "1/16 of them": f"--data {{products-16}} {TO_PRODUCTS} --epochs 32 --eval-every 8"}
+of_products = {}
+for part, arguments in PARTS.items():
+    for tune in ("adapter", "lora", "full"):
+        of_products[f"{tune}, {part}"] = f"{arguments} {TUNE[tune]}"
+study("adapter-products", "train_adapter.py", "", of_products,
+      [(f"adapter, {part}", f"{tune}, {part}") for part in PARTS for tune in ("lora", "full")])
 study("adapter-share", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2",
       {"d_s 0": "--share 0", "d_s 16": ""}, [("d_s 16", "d_s 0")])
 study("adapter-pool", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2",
@@ -228,6 +247,11 @@ study("cma-longer", "train_cmaclip.py",
 study("cma-descriptions", "train_cmaclip.py", f"--data {{descriptions}} {SEVEN_TASKS} --clip-lr 1e-4",
       {name: FUSIONS[name] for name in ("cma", "concat", "image", "text")},
       [claim for claim in CMA_CLAIMS if claim[1] != "modality"])
+# inputs of which three in ten lack the picture, and three in ten the text, in training as at test
+missing = "--train-missing-image 0.3 --train-missing-text 0.3 --missing-image 0.3 --missing-text 0.3"
+study("cma-missing", "train_cmaclip.py", f"--data {{descriptions}} {SEVEN_TASKS} --clip-lr 1e-4 {missing}",
+      {name: FUSIONS[name] for name in ("cma", "modality", "concat")},
+      [("cma", "concat"), ("modality", "concat")])
 noise = "--robustness --noise-kind foreign --noise-data flickr8k"
 in_training = "--train-noise-image 0.3 --train-noise-text 0.3"
 study("cma-foreign", "train_cmaclip.py",
@@ -421,6 +445,11 @@ def read_run(out):
     return metrics
 
 
+def by_heading(numbers):
+    """[{heading: number} of each seed] -> {heading: [a number for each seed]}."""
+    return {heading: [of_seed[heading] for of_seed in numbers] for heading in numbers[0]}
+
+
 def tables(name, folders, options):
     """{caption: table} of a study.
 
@@ -432,8 +461,7 @@ def tables(name, folders, options):
     for caption, columns in TABLES[script].items():
         rows = {}
         for row, seeds in runs.items():
-            numbers = [columns(metrics) for metrics in seeds]
-            rows[row] = {heading: [run[heading] for run in numbers] for heading in numbers[0]}
+            rows[row] = by_heading([columns(metrics) for metrics in seeds])
         if not made:  # the first table also has costs, and claims are judged by it
             for row, seeds in runs.items():
                 if all("made" in run for run in seeds):
@@ -453,28 +481,42 @@ def tables(name, folders, options):
 @torch.no_grad()
 def frozen_clip(source, task, args):
     """The table of CLIP's own embeddings in retrieval by class: CLIP4CMR without its small networks."""
-    root = args.roots.get(source, os.path.join(ROOT, "data", source))
+    root = folder_of(source, args.roots)
     if source == "clip-features":
         files = [f"products_{task}_{part}.npz" for part in ("train", "test")]
         splits, names = data.feature_splits(files, root)
-        labels = splits["test"].labels
-        images, texts = (torch.from_numpy(x) for x in (splits["test"].images, splits["test"].texts))
+        features = splits["test"]
+        images, texts = (torch.nn.functional.normalize(torch.from_numpy(x), dim=-1)
+                         for x in (features.images, features.texts))
+        layout = features.layout
     else:
         model, _ = clip.load(clip_weights("everything", args))
-        instances, classes = data.load(source, root, "test")
-        instances = [x for x in instances if x.labels.get(task, -1) >= 0]
-        labels = [x.labels[task] for x in instances]
-        names = classes[task]
+        instances, names = data.load_split(source, root, "test", task)
         images, texts = eval.embed(model, instances, model.tokenizer)
-    images, texts = (torch.nn.functional.normalize(x, dim=-1) for x in (images, texts))
+        layout = data.class_layout(instances, names)
+    columns = clip4cmr_columns({"test": eval.class_retrieval(images, texts, *layout, names)})
+    return markdown(list(columns), {"frozen CLIP": [f"{value:.1f}" for value in columns.values()]})
 
-    def mean_precision(queries, gallery):
-        def scores(begin, end):
-            return queries[begin:end] @ gallery.t()
-        return eval.class_metrics(scores, labels, labels, names)["mAP"]
-    both = mean_precision(images, texts), mean_precision(texts, images)
-    cells = [f"{value:.1f}" for value in (statistics.mean(both), *both)]
-    return markdown(["test mAP", "test I2T mAP", "test T2I mAP"], {"frozen CLIP": cells})
+
+def transferred(source, name, folders, args):
+    """{caption: table}: the models of a study of train_mxm.py on the test split of another data set.
+
+    folders: {row: [the folder of each seed's finished run]}.
+    """
+    instances, _ = data.load(*located(source, args.roots), "test")
+    rows = {}
+    for row, outs in folders.items():
+        numbers = []
+        for out in outs:
+            model, _ = clip.load(os.path.join(out, "best.pt"))
+            model.eval()
+            metrics = eval.evaluate(model, instances, model.tokenizer)
+            numbers.append(mxm_columns({"test": {"model": metrics}}))
+        rows[row] = by_heading(numbers)
+    return {
+        f"On {source}, of which they learned nothing": table(rows),
+        f"On {source}, differences, seed by seed": claims_table(rows, CLAIMS[name], ["test rSum"]),
+    }
 
 
 TEMPLATES = ("a photo of {}", "{}", "men {}", "women {}")
@@ -544,6 +586,8 @@ def sources(name):
     commands = rows + "".join(f" {command}" for clip_name, command in CLIPS.items()
                               if f"{{clip:{clip_name}}}" in rows)
     found = set(re.findall(r"data ([a-z]\S+)", commands))
+    if name in TRANSFER:
+        found.add(TRANSFER[name])
     for file, (names, _, _) in FILES.items():
         if f"{{{file}}}" in commands:
             found |= set(names)
@@ -604,9 +648,14 @@ def write_results(sections):
 
 # ---- files that are made of data sets
 
+def folder_of(source, roots):
+    """Where a data set lies: as --root says, or else beneath data/."""
+    return roots.get(source, os.path.join(ROOT, "data", source))
+
+
 def located(source, roots):
     """(name or path, root) of a data set, as data.load takes them."""
-    root = roots.get(source, os.path.join(ROOT, "data", source))
+    root = folder_of(source, roots)
     own = {"hm": "hm.jsonl", "products": "products.jsonl"}.get(source)
     if own and os.path.exists(os.path.join(root, own)):
         return os.path.join(root, own), None
@@ -624,25 +673,12 @@ def write_file(name, path, roots):
                 for x in instances[::every if split == "train" else 1]:
                     labels = {task: classes[task][n] for task, n in x.labels.items() if n >= 0}
                     captions = [description(x, labels)] if without_classes else x.captions
-                    row = {"id": f"{source}-{x.id}", "images": pictures(x, f"{path[:-6]}-pictures"),
+                    row = {"id": f"{source}-{x.id}", "images": [os.path.abspath(image) for image in x.images],
                            "captions": captions, "split": split, "group": x.group}
                     if len(names) == 1:  # data sets have no tasks in common
                         row["labels"] = labels
                     f.write(json.dumps(row) + "\n")
     os.replace(f"{path}.part", path)
-
-
-def pictures(x, folder):
-    """The paths of an instance's pictures. What is rendered is written into the folder, 32 pixels wide."""
-    paths = []
-    for k, image in enumerate(x.images):
-        path = image
-        if callable(image):
-            os.makedirs(folder, exist_ok=True)
-            path = os.path.join(folder, f"{x.id}-{k:02d}.png")
-            image(32).save(path)
-        paths.append(os.path.abspath(path))
-    return paths
 
 
 def description(x, labels):
@@ -889,6 +925,8 @@ def main(argv=None):
         made = {"": zero_shot(args)} if name == "pretrain" else tables(name, folders, options)
         if name in FROZEN:
             made["CLIP itself, without networks on top"] = frozen_clip(*FROZEN[name], args)
+        if name in TRANSFER:
+            made |= transferred(TRANSFER[name], name, folders, args)
         machines = {machine_of(out) for out in outs}
         sections[name] = section(name, made, machines, args.seeds)
     if args.write:

@@ -7,7 +7,6 @@ import statistics
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import clip
 import data
@@ -219,8 +218,7 @@ def test_what_cannot_be_written_is_refused_and_nothing_changes(case, results, ma
 
 
 def test_files_of_data_sets(tmp_path, monkeypatch):
-    """A part of the training split, all of the others, captions without the words of their classes, and
-    shapes that are drawn."""
+    """A part of the training split, all of the others, and captions without the words of their classes."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.jpg").write_bytes(b"")
     rows = [{"id": str(i), "images": ["a.jpg"], "captions": ["Shirt", f"Blue shirts for me, number {i}"],
@@ -239,16 +237,6 @@ def test_files_of_data_sets(tmp_path, monkeypatch):
     study.write_file("descriptions", path, roots)
     part, _ = data.load(path, None, "test")
     assert re.fullmatch(r"for me, number \d+", part[0].captions[0]) and len(part[0].captions) == 1
-    whole, classes = data.load("primitives-target", None, "train")
-    splits = {"train": whole[:5], "val": whole[5:6], "test": whole[6:7]}
-    monkeypatch.setattr(study.data, "load", lambda name, root, split: (splits[split], classes))
-    path = str(tmp_path / "made" / "shapes-4.jsonl")
-    study.write_file("shapes-4", path, roots)
-    monkeypatch.undo()
-    part, _ = data.load(path, None, "train")
-    assert [x.group for x in part] == [x.group for x in whole[:5:4]]
-    with Image.open(part[1].images[3]) as picture:
-        assert np.array_equal(picture, whole[4].images[3](32))
 
 
 def test_a_frozen_clip_is_judged_as_it_is(tmp_path):
@@ -262,6 +250,29 @@ def test_a_frozen_clip_is_judged_as_it_is(tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "products_kind_test.npz", image=images, text=rng.normal(size=(40, 8)), label=label)
     assert "100.0" not in study.frozen_clip("clip-features", "kind", args)
+
+
+def test_models_are_tested_on_another_data_set(tmp_path, monkeypatch):
+    """best.pt of every seed is evaluated on the test split of the other set, and rows are compared on it."""
+    instances, classes = data.load("primitives", None, "test")
+    monkeypatch.setattr(study.data, "load", lambda name, root, split: (instances[:40], classes))
+    tokenizer = clip.Tokenizer.train([caption for x in instances for caption in x.captions], 600)
+    folders = {"one": [], "other": []}
+    scores = {"one": [], "other": []}
+    for seed, row in enumerate(["one", "other", "one", "other"]):
+        out = tmp_path / str(seed)
+        out.mkdir()
+        model = clip.build("tiny", tokenizer, seed=seed).eval()
+        clip.save_checkpoint(str(out / "best.pt"), {"clip": clip.describe(model)})
+        folders[row].append(str(out))
+        scores[row].append(study.eval.evaluate(model, instances[:40], tokenizer)["rSum"])
+    monkeypatch.setitem(study.CLAIMS, "mxm-garments", [("one", "other")])
+    args = study.settings(["mxm-garments"])
+    models, differences = study.transferred("products", "mxm-garments", folders, args).values()
+    for row in folders:
+        assert f"| {study.spread(scores[row])} |" in models.split(f"| {row} ")[1].split("\n")[0]
+    cells = study.compared([a - b for a, b in zip(*scores.values())])
+    assert " | ".join(["| one against other, test rSum", *cells]) in differences
 
 
 def test_a_study_runs_its_scripts(tmp_path, monkeypatch, capsys):
@@ -302,7 +313,7 @@ def test_results_md_has_the_rows_of_its_studies():
     with open(study.RESULTS) as f:
         text = f.read()
     names = re.findall(r"<!-- study: (.*) -->\n", text)
-    assert len(names) == len(set(names)) == text.count("<!-- end -->") >= 6
+    assert len(names) == len(set(names)) == text.count("<!-- end -->") >= 15
     for name in names:
         section = text.split(f"<!-- study: {name} -->\n")[1].split("<!-- end -->\n")[0]
         assert f"python tests/study.py {name} " in section
