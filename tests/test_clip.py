@@ -24,6 +24,7 @@ import types
 import zipfile
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -372,10 +373,11 @@ def test_image_tokens(vit):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_attention(fused):
+def test_attention(fused, request):
     """The output and the gradient are the equation's, with torch's fused attention and without it."""
-    before = torch.backends.cuda.flash_sdp_enabled()
-    torch.backends.cuda.enable_flash_sdp(fused)
+    switch = torch.backends.cuda.enable_flash_sdp
+    request.addfinalizer(partial(switch, torch.backends.cuda.flash_sdp_enabled()))
+    switch(fused)
     model = make(SMALL_VIT)
     for transformer in (model.transformer, model.visual.transformer):  # causal and not
         attn = transformer.resblocks[0].attn
@@ -384,7 +386,6 @@ def test_attention(fused):
         expected, _ = block_attention(attn, x)
         close(out, expected)
         close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (out, expected)))
-    torch.backends.cuda.enable_flash_sdp(before)
 
 
 def test_attention_weights_on_request():
