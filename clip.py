@@ -163,7 +163,8 @@ class Attention(nn.Module):
             if self.causal:
                 scores += scores.new_full((L, L), -math.inf).triu(1)
             weights = scores.softmax(-1)
-            self.weights = weights.detach() if self.keep_weights else None
+            if self.keep_weights:
+                self.weights = weights.detach()
             out = weights @ v
         out = out.transpose(1, 2).flatten(2)
         if packed is not None:

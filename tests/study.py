@@ -509,7 +509,6 @@ def transferred(source, name, folders, args):
         numbers = []
         for out in outs:
             model, _ = clip.load(os.path.join(out, "best.pt"))
-            model.eval()
             metrics = eval.evaluate(model, instances, model.tokenizer)
             numbers.append(mxm_columns({"test": {"model": metrics}}))
         rows[row] = by_heading(numbers)
