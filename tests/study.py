@@ -44,6 +44,7 @@ FILES = {
     "no-products": (("flickr8k", "hm"), 1, False),
     "garments": (("hm",), 1, False),
     "descriptions": (("products",), 1, True),
+    "products-4": (("products",), 4, False),
     "products-16": (("products",), 16, False),
 }
 # CLIPs that studies start from. `{clip:name}` in the arguments is the best.pt of one.
@@ -117,6 +118,16 @@ study("mxm-resnet", "train_mxm.py", f"--clip tiny-rn {RATES}", {
     "hybrid, words, 1 x 4": sampled("hybrid", 64, 1, 4, 6, "--soft-relation words"),
 }, [("hard, 1 x 4", "clip, 1 x 1"), ("hybrid, words, 1 x 4", "clip, 1 x 1"),
     ("hybrid, words, 1 x 4", "hard, 1 x 4")])
+
+# from a CLIP that knows other shapes
+study("mxm-start", "train_mxm.py",
+      "--data primitives-target --clip {clip:source} --lr 1e-4|3e-4|1e-3", {
+          "clip, 1 x 1": sampled("clip", 64, 1, 1, 4),
+          "hard, 1 x 4": sampled("hard", 64, 1, 4, 4),
+          "hybrid, words, 1 x 4": sampled("hybrid", 64, 1, 4, 4, "--soft-relation words"),
+          "hybrid, features, 1 x 4": sampled("hybrid", 64, 1, 4, 4, "--soft-relation features"),
+      }, [("hard, 1 x 4", "clip, 1 x 1"), ("hybrid, words, 1 x 4", "hard, 1 x 4"),
+          ("hybrid, features, 1 x 4", "hard, 1 x 4")])
 
 # 64 pictures of garments in each of about 540 steps, whatever the row
 study("mxm-garments", "train_mxm.py", f"--data {{garments}} {RATES}", {
@@ -217,9 +228,10 @@ TUNE = {  # each with rates around its default for a CLIP that was trained here
 TO_SHAPES = "--data primitives-target --clip {clip:source} --frames 4 --epochs 4 --batch-size 32"
 study("adapter-shapes", "train_adapter.py", TO_SHAPES, TUNE,
       [("adapter", other) for other in TUNE if other != "adapter"])
-# from a CLIP that knows no products to all 12,823 of them and to a sixteenth, in 200 steps each
+# from a CLIP that knows no products to all 12,823 of them, a fourth and a sixteenth, in 200 steps each
 TO_PRODUCTS = "--clip {clip:no-products} --batch-size 128"
 PARTS = {"all products": f"--data products {TO_PRODUCTS} --epochs 2",
+         "1/4 of them": f"--data {{products-4}} {TO_PRODUCTS} --epochs 8 --eval-every 2",
          "1/16 of them": f"--data {{products-16}} {TO_PRODUCTS} --epochs 32 --eval-every 8"}
 of_products = {}
 for part, arguments in PARTS.items():
@@ -227,6 +239,12 @@ for part, arguments in PARTS.items():
         of_products[f"{tune}, {part}"] = f"{arguments} {TUNE[tune]}"
 study("adapter-products", "train_adapter.py", "", of_products,
       [(f"adapter, {part}", f"{tune}, {part}") for part in PARTS for tune in ("lora", "full")])
+study("adapter-size", "train_adapter.py", f"{TO_SHAPES} {TUNE['adapter']}", {
+    "r 2, d_s 16": "--rank 2",
+    "r 8, d_s 16": "",
+    "r 32, d_s 16": "--rank 32",
+    "r 8, d_s 64": "--share 64",
+}, [("r 32, d_s 16", "r 8, d_s 16"), ("r 8, d_s 16", "r 2, d_s 16"), ("r 8, d_s 64", "r 8, d_s 16")])
 study("adapter-share", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2",
       {"d_s 0": "--share 0", "d_s 16": ""}, [("d_s 16", "d_s 0")])
 study("adapter-pool", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2",
