@@ -211,9 +211,8 @@ study("user-queue", "train_user.py",
       "--data products --clip {clip:everything} --dim 256 --epochs 2 --eval-every 2 --batch-size 16 "
       "--batch-weight 1 --momentum 0.99 --lr-drop 0.8 --clip-lr 1e-4 --lr 3e-4|1e-3|3e-3", {
           "no queue": "--queue 0",
-          "queues of 512": "--queue 512",
           "queues of 2,048": "--queue 2048",
-      }, [("queues of 512", "no queue"), ("queues of 2,048", "no queue")])
+      }, [("queues of 2,048", "no queue")])
 
 
 # ---- Cross-Modal Adapter: what is tuned, on how much data, sharing
