@@ -244,6 +244,11 @@ study("adapter-size", "train_adapter.py", f"{TO_SHAPES} {TUNE['adapter']}", {
     "r 32, d_s 16": "--rank 32",
     "r 8, d_s 64": "--share 64",
 }, [("r 32, d_s 16", "r 8, d_s 16"), ("r 8, d_s 16", "r 2, d_s 16"), ("r 8, d_s 64", "r 8, d_s 16")])
+# do adapters catch up in three times the steps, each row at its best rate above?
+study("adapter-longer", "train_adapter.py", TO_SHAPES.replace("--epochs 4", "--epochs 12 --eval-every 4"), {
+    "adapter": "--tune adapter --lr 1e-2",
+    "full": "--tune full --lr 3e-4",
+}, [("adapter", "full")])
 study("adapter-share", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2",
       {"d_s 0": "--share 0", "d_s 16": ""}, [("d_s 16", "d_s 0")])
 study("adapter-pool", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2",
