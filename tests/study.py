@@ -206,6 +206,9 @@ study("user-parts", "train_user.py", f"{USER} --lr 3e-3", {
     "both": "",
     "both, no queue": "--queue 0",
 }, [("sge", "none"), ("cge", "none"), ("both", "none"), ("both", "both, no queue")])
+# the last two of them, for more seeds
+study("user-queue-128", "train_user.py", f"{USER} --lr 3e-3", {"queues of 2,048": "", "no queue": "--queue 0"},
+      [("queues of 2,048", "no queue")])
 # batches so small that they hold few negatives of their own
 study("user-queue", "train_user.py",
       "--data products --clip {clip:everything} --dim 256 --epochs 2 --eval-every 2 --batch-size 16 "
