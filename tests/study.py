@@ -533,9 +533,12 @@ def transferred(source, name, folders, args):
     for row, outs in folders.items():
         numbers = []
         for out in outs:
-            model, _ = clip.load(os.path.join(out, "best.pt"))
-            metrics = eval.evaluate(model, instances, model.tokenizer)
-            numbers.append(mxm_columns({"test": {"model": metrics}}))
+            path = os.path.join(out, f"on-{source}.json")
+            if not os.path.exists(path):  # once, then kept beside the run
+                model, _ = clip.load(os.path.join(out, "best.pt"))
+                eval.write_json(path, eval.evaluate(model, instances, model.tokenizer))
+            with open(path) as f:
+                numbers.append(mxm_columns({"test": {"model": json.load(f)}}))
         rows[row] = by_heading(numbers)
     return {
         f"On {source}, of which they learned nothing": table(rows),

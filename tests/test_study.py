@@ -273,6 +273,9 @@ def test_models_are_tested_on_another_data_set(tmp_path, monkeypatch):
         assert f"| {study.spread(scores[row])} |" in models.split(f"| {row} ")[1].split("\n")[0]
     cells = study.compared([a - b for a, b in zip(*scores.values())])
     assert " | ".join(["| one against other, test rSum", *cells]) in differences
+    monkeypatch.delattr(study.eval, "evaluate")  # what was measured is kept
+    again = study.transferred("products", "mxm-garments", folders, args)
+    assert list(again.values()) == [models, differences]
 
 
 def test_a_study_runs_its_scripts(tmp_path, monkeypatch, capsys):
