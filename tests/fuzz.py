@@ -948,8 +948,8 @@ class Kind:
 
 @contextlib.contextmanager
 def quiet():
-    """Nothing that the project says is shown."""
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing), \
+    """Nothing that the project says is shown. As on Python's stderr, any character may be said."""
+    with open(os.devnull, "w", errors="backslashreplace") as nothing, contextlib.redirect_stderr(nothing), \
             contextlib.redirect_stdout(nothing):
         yield
 

@@ -44,7 +44,6 @@ FILES = {
     "no-products": (("flickr8k", "hm"), 1, False),
     "garments": (("hm",), 1, False),
     "descriptions": (("products",), 1, True),
-    "products-4": (("products",), 4, False),
     "products-16": (("products",), 16, False),
 }
 # CLIPs that studies start from. `{clip:name}` in the arguments is the best.pt of one.
@@ -230,10 +229,9 @@ TUNE = {  # each with rates around its default for a CLIP that was trained here
 TO_SHAPES = "--data primitives-target --clip {clip:source} --frames 4 --epochs 4 --batch-size 32"
 study("adapter-shapes", "train_adapter.py", TO_SHAPES, TUNE,
       [("adapter", other) for other in TUNE if other != "adapter"])
-# from a CLIP that knows no products to all 12,823 of them, a fourth and a sixteenth, in 200 steps each
+# from a CLIP that knows no products to all 12,823 of them and to a sixteenth, in 200 steps each
 TO_PRODUCTS = "--clip {clip:no-products} --batch-size 128"
 PARTS = {"all products": f"--data products {TO_PRODUCTS} --epochs 2",
-         "1/4 of them": f"--data {{products-4}} {TO_PRODUCTS} --epochs 8 --eval-every 2",
          "1/16 of them": f"--data {{products-16}} {TO_PRODUCTS} --epochs 32 --eval-every 8"}
 of_products = {}
 for part, arguments in PARTS.items():
