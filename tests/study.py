@@ -124,9 +124,7 @@ study("mxm-start", "train_mxm.py",
           "clip, 1 x 1": sampled("clip", 64, 1, 1, 4),
           "hard, 1 x 4": sampled("hard", 64, 1, 4, 4),
           "hybrid, words, 1 x 4": sampled("hybrid", 64, 1, 4, 4, "--soft-relation words"),
-          "hybrid, features, 1 x 4": sampled("hybrid", 64, 1, 4, 4, "--soft-relation features"),
-      }, [("hard, 1 x 4", "clip, 1 x 1"), ("hybrid, words, 1 x 4", "hard, 1 x 4"),
-          ("hybrid, features, 1 x 4", "hard, 1 x 4")])
+      }, [("hard, 1 x 4", "clip, 1 x 1"), ("hybrid, words, 1 x 4", "hard, 1 x 4")])
 
 # 64 pictures of garments in each of about 540 steps, whatever the row
 study("mxm-garments", "train_mxm.py", f"--data {{garments}} {RATES}", {
