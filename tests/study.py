@@ -372,7 +372,7 @@ TABLES = {  # script -> {caption: the function that takes a table's numbers from
     },
 }
 CLAIMED = {  # script -> the headings of the first table that claims are judged by
-    "train_mxm.py": ("test T2I R@1", "test I2T R@1"),
+    "train_mxm.py": ("test T2I R@1", "test I2T R@1", "test rSum"),
     "train_clip4cmr.py": ("test mAP",),
     "train_user.py": ("rSum",),
     "train_adapter.py": ("rSum",),
