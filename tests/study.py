@@ -161,7 +161,7 @@ for task in ("subCategory", "articleType"):
     base = f"{REAL.replace('{task}', task)} {SMALL} --epochs 160 --eval-every 8 {CMR_RATES}"
     study(f"cmr-real-{task}", "train_clip4cmr.py", base, CMR, CMR_CLAIMS)
     FROZEN[f"cmr-real-{task}"] = "clip-features", task
-    base = f"--data products --task {task} --clip {{clip:everything}} {SMALL} --epochs 15 {CMR_RATES}"
+    base = f"--data products --task {task} --clip {{clip:everything}} {SMALL} --epochs 15 {CMR_RATES}|3e-3"
     some = ("contrastive", "triplet", "supervised-contrastive", "label-regression", "cross-entropy", "pcl")
     study(f"cmr-products-{task}", "train_clip4cmr.py", base, {loss: CMR[loss] for loss in some},
           [("pcl", loss) for loss in some[:-1]])
