@@ -110,21 +110,25 @@ study("mxm-relation", "train_mxm.py", RATES, {
     "hybrid, oracle": sampled("hybrid", 64, 1, 4, 6, "--soft-relation oracle"),
 }, [(f"hybrid, {relation}", "hard") for relation in ("features", "words", "teacher", "oracle")])
 
+
+def of_captions(epochs):
+    """Rows: one caption of each picture, four of them, and what the relation from their words adds."""
+    return {
+        "clip, 1 x 1": sampled("clip", 64, 1, 1, epochs),
+        "hard, 1 x 4": sampled("hard", 64, 1, 4, epochs),
+        "hybrid, words, 1 x 4": sampled("hybrid", 64, 1, 4, epochs, "--soft-relation words"),
+    }
+
+
 # the same on another encoder, a ResNet
-study("mxm-resnet", "train_mxm.py", f"--clip tiny-rn {RATES}", {
-    "clip, 1 x 1": sampled("clip", 64, 1, 1, 6),
-    "hard, 1 x 4": sampled("hard", 64, 1, 4, 6),
-    "hybrid, words, 1 x 4": sampled("hybrid", 64, 1, 4, 6, "--soft-relation words"),
-}, [("hard, 1 x 4", "clip, 1 x 1"), ("hybrid, words, 1 x 4", "clip, 1 x 1"),
-    ("hybrid, words, 1 x 4", "hard, 1 x 4")])
+study("mxm-resnet", "train_mxm.py", f"--clip tiny-rn {RATES}", of_captions(6),
+      [("hard, 1 x 4", "clip, 1 x 1"), ("hybrid, words, 1 x 4", "clip, 1 x 1"),
+       ("hybrid, words, 1 x 4", "hard, 1 x 4")])
 
 # from a CLIP that knows other shapes, to 396 new ones in about 100 steps
 study("mxm-start", "train_mxm.py",
-      "--data primitives-target --clip {clip:source} --lr 3e-4|1e-3|3e-3", {
-          "clip, 1 x 1": sampled("clip", 64, 1, 1, 16),
-          "hard, 1 x 4": sampled("hard", 64, 1, 4, 16),
-          "hybrid, words, 1 x 4": sampled("hybrid", 64, 1, 4, 16, "--soft-relation words"),
-      }, [("hard, 1 x 4", "clip, 1 x 1"), ("hybrid, words, 1 x 4", "hard, 1 x 4")])
+      f"--data primitives-target --clip {{clip:source}} {RATES}", of_captions(16),
+      [("hard, 1 x 4", "clip, 1 x 1"), ("hybrid, words, 1 x 4", "hard, 1 x 4")])
 
 # 64 pictures of garments in each of about 540 steps, whatever the row
 study("mxm-garments", "train_mxm.py", f"--data {{garments}} {RATES}", {
@@ -204,8 +208,8 @@ study("user-parts", "train_user.py", f"{USER} --lr 3e-3", {
     "both, no queue": "--queue 0",
 }, [("sge", "none"), ("cge", "none"), ("both", "none"), ("both", "both, no queue")])
 # the last two of them, for more seeds
-study("user-queue-128", "train_user.py", f"{USER} --lr 3e-3", {"queues of 2,048": "", "no queue": "--queue 0"},
-      [("queues of 2,048", "no queue")])
+study("user-queue-128", "train_user.py", f"{USER} --lr 3e-3",
+      {"queues of 2,048": "", "no queue": "--queue 0"}, [("queues of 2,048", "no queue")])
 # batches so small that they hold few negatives of their own
 study("user-queue", "train_user.py",
       "--data products --clip {clip:everything} --dim 256 --epochs 2 --eval-every 2 --batch-size 16 "
