@@ -855,8 +855,8 @@ def large(args, device, dim=512):
         queries = F.normalize(torch.randn(count, dim), dim=1)
         t = median_times({"ours": partial(eval.search, queries, gallery, 10),
                           "bare": lambda: queries @ gallery.t()}, args.repeat)
-        row(f"search in them, queries: {count}", f"{duration(t['ours'])}, {t['ours'] / t['bare']:.2f} times its "
-            "bare product", None)
+        row(f"search in them, queries: {count}",
+            f"{duration(t['ours'])}, {t['ours'] / t['bare']:.2f} times its bare product", None)
 
 
 # ---------------------------------------------------------------- many GPUs: a model, no measurement
