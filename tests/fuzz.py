@@ -682,7 +682,8 @@ def new_pickle(content, rng):
         number = rng.choice(NUMBERS) % 2 ** 32
         new = rng.choice([b"2", b"0", b"(", b"t", b"l", b"d", b"]", b"}", b")", b"\x86", b"\x87", b"a", b"e",
                           b"s", b"u", b"R", b"b", b"\x81", b"\x94", b"\x8f", b"\x90", b"\x91", b"h\x01",
-                          b"h\x05", b"K\x07", b"X" + struct.pack("<I", number), b"B" + struct.pack("<I", number),
+                          b"h\x05", b"K\x07", b"X" + struct.pack("<I", number),
+                          b"B" + struct.pack("<I", number),
                           b"\x96" + struct.pack("<Q", number), b"r" + struct.pack("<I", number),
                           b"p%d\n" % number, b"\x8a\xff" + bytes(255), b"cbuiltins\nlist\n",
                           b"cbuiltins\nset\n", b"c_codecs\nencode\n"])
