@@ -44,7 +44,6 @@ import regex
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision import transforms
 
 try:
     import fcntl
@@ -706,15 +705,18 @@ def fetch(url, part, by_hand="fetch it by hand and see README.md for the layout"
 
 
 def transform(resolution):
-    """OpenAI's preprocessing of a picture -> float (3, R, R): resize, centre crop, RGB, normalise."""
+    """OpenAI's preprocessing: a function of a picture -> float (3, R, R)."""
+    return partial(_preprocess, resolution)
+
+
+def _preprocess(resolution, image):
+    """Resize, centre crop, RGB, normalise."""
+    from torchvision import transforms  # here, as it takes seconds to import, and few programs come here
     resize = transforms.Resize(resolution, transforms.InterpolationMode.BICUBIC)  # of the shorter side
     crop = transforms.CenterCrop(resolution)
     normalize = transforms.Normalize(IMAGE_MEAN, IMAGE_STD)
-    return transforms.Compose([resize, crop, _rgb, transforms.ToTensor(), normalize])
-
-
-def _rgb(image):
-    return image.convert("RGB")
+    pixels = transforms.ToTensor()(crop(resize(image)).convert("RGB"))
+    return normalize(pixels)
 
 
 # ---------------------------------------------------------------- reading weights

@@ -1,4 +1,5 @@
-"""For all tests: the project's files are importable; one thread, so that results have one set of bits."""
+"""For all tests: the project's files are importable; one thread, so that results have one set of bits; and the
+process that forks runs, which is started once."""
 import os
 import sys
 
@@ -6,3 +7,4 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 torch.set_num_threads(1)
+from runs import forked  # noqa: E402, F401

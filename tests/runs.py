@@ -345,6 +345,7 @@ def serve():
     line of stdin. Each really ends by its signal; the answer is how, and what it said. Their tiny CLIP is
     SMALL."""
     torch.set_num_threads(1)
+    importlib.import_module("torch._dynamo")  # which the first optimizer of a process imports, for seconds
     clip.MODELS["tiny"] = SMALL
     os.fsync = lambda file: None  # a kill needs no waiting for the disk
     children = {}  # pid -> (its stdout, its stderr)
@@ -378,7 +379,7 @@ def serve():
         print(json.dumps(answer), flush=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def forked():
     """forked(script, argv, case, processes) -> for each process of the run (how it ended, its stdout, its
     stderr)."""

@@ -409,7 +409,7 @@ def test_image_size_interpolates_positions(config, new, step, key, tmp_path):
     clip.save(model, tmp_path / "w.pt")
     grown, preprocess = clip.load(tmp_path / "w.pt", "cpu", image_size=new)
     assert grown.visual.input_resolution == grown.config.image_resolution == new
-    assert preprocess.transforms[1].size == (new, new)
+    assert preprocess(Image.new("RGB", (90, 70))).shape == (3, new, new)
     assert grown.encode_image(torch.zeros(1, 3, new, new)).shape == (1, 48)
     old = model.state_dict()[key]
     got = grown.state_dict()[key]
@@ -1215,12 +1215,12 @@ def test_merging_equals_brute_force(tok):
         return merged
 
     r = random.Random(0)
-    for _ in range(300):
+    for _ in range(150):
         check(tok, "".join(r.choice("abcdefghijklmnopqrstuvwxyzéü東") for _ in range(r.randrange(1, 40))))
     # "aab" has two spellings: both copies are merged before the pair that the first makes with its neighbour.
     two_spellings = clip.Tokenizer([("a", "a"), ("a", "b"), ("a", "ab"), ("aab", "aa"), ("aa", "b")])
     assert check(two_spellings, "aabaabc") == ["aab", "aab", "c</w>"]
-    for _ in range(400):
+    for _ in range(200):
         symbols = ["a", "b", "a</w>", "b</w>"]
         merges = []
         for _ in range(r.randrange(1, 14)):
@@ -1235,7 +1235,7 @@ def test_training_a_tokenizer():
     r = random.Random(0)
     words = ["".join(r.choice("abc") for _ in range(r.randrange(1, 9))) for _ in range(60)]
     cones = ["a tall red cone", "a small red cube", "the tall blue cone"] * 4
-    for texts in (cones, nasty(40, seed=9), captions()[:150] or ["fallback text text"], [" ".join(words)]):
+    for texts in (cones, nasty(40, seed=9), captions()[:60] or ["fallback text text"], [" ".join(words)]):
         for size in (514, 530, 640):
             trained = clip.Tokenizer.train(texts, size)
             assert trained.merges == brute_force_training(texts, size)

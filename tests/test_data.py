@@ -109,22 +109,23 @@ def equal(a, b):
 
 def test_primitives_counts_and_splits():
     names = ("train", "val", "test", "unseen")
-    assert [len(primitives(n)) for n in names] == [4032, 504, 504, 756]
-    asked = [x for x in primitives("unseen") if x.query]
-    assert len(asked) == 252 and all(x.query for n in names[:3] for x in primitives(n))
+    parts = {n: primitives(n) for n in names}
+    assert [len(parts[n]) for n in names] == [4032, 504, 504, 756]
+    asked = [x for x in parts["unseen"] if x.query]
+    assert len(asked) == 252 and all(x.query for n in names[:3] for x in parts[n])
 
     def pairs(instances):
         return {(x.labels["shape"], x.labels["color"]) for x in instances}
 
     unseen = pairs(asked)
-    seen = pairs(primitives("train"))
+    seen = pairs(parts["train"])
     assert not unseen & seen
     for k in (0, 1):  # every single attribute of them was seen
         assert {pair[k] for pair in unseen} <= {pair[k] for pair in seen}
-    ids = [{x.id for x in primitives(n) if x.query} for n in names]
+    ids = [{x.id for x in parts[n] if x.query} for n in names]
     assert sum(map(len, ids)) == len(set.union(*ids)) == 4032 + 504 + 504 + 252
-    assert [len({x.group for x in primitives(n)}) for n in ("train", "unseen")] == [504, 756]
-    x = primitives("train")[0]
+    assert [len({x.group for x in parts[n]}) for n in ("train", "unseen")] == [504, 756]
+    x = parts["train"][0]
     assert len(x.images) == 12 and len(x.captions) == 5 and set(x.labels) == set(data.TASKS)
     refused("no split 'dev'.*train, val, test, unseen", data.load, "primitives", split="dev")
 

@@ -19,7 +19,7 @@ import data
 import eval
 import losses
 import train_mxm
-from runs import (SMALL, arguments, evaluated, forked, in_process, kept_signals, log,  # noqa: F401
+from runs import (SMALL, arguments, evaluated, in_process, kept_signals, log,  # noqa: F401
                   make_squares, metrics, refused)  # (in_process acts by being here)
 
 

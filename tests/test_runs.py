@@ -22,7 +22,7 @@ import torch
 import clip
 import eval
 from runs import (CASES, COLOURS, ENV, FILES, KILLED, LOST, ROOT, SMALL, STOPPED, TINY,  # noqa: F401
-                  arguments, assert_same_run, command, evaluated, forked, in_process, kept_signals, log,
+                  arguments, assert_same_run, command, evaluated, in_process, kept_signals, log,
                   make_features, make_squares, metrics, refused, wait_for)
 
 HEADS = ["--dim", "32", "--hidden", "16", "--lr", "0.01"]
