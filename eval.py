@@ -1023,7 +1023,7 @@ def common_arguments(description, **defaults):
     p.add_argument("--lr", type=positive, help="peak learning rate")
     p.add_argument("--weight-decay", type=non_negative)
     p.add_argument("--eval-every", type=positive_int,
-                   help="epochs between evaluations on val (default: five in a run)")
+                   help="epochs between evaluations on val (default: so many that a run has five at most)")
     p.add_argument("--seed", type=non_negative_int, default=0)
     p.add_argument("--device", type=usable_device,
                    help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -1048,7 +1048,7 @@ def complete(args, method, defaults):
     if args.workers is None:
         on_cpu = args.device == "cpu" or not torch.cuda.is_available()
         args.workers = 0 if on_cpu and torch.get_num_threads() >= os.cpu_count() else 1
-    args.eval_every = args.eval_every or max(1, args.epochs // 5)
+    args.eval_every = args.eval_every or math.ceil(args.epochs / 5)
     data_name, _ = os.path.splitext(os.path.basename(args.data))
     args.out = args.out or os.path.join("runs", f"{method}-{data_name}")
     return args

@@ -242,7 +242,7 @@ def test_the_papers_defaults(argv, expected):
     args = settings(argv)
     assert {name: getattr(args, name) for name in expected} == expected
     assert args.finetune == (expected["clip_lr"] > 0)
-    assert args.eval_every == (max(1, args.epochs // 5) if args.finetune else 1) and args.weight_decay == 0
+    assert args.eval_every == (math.ceil(args.epochs / 5) if args.finetune else 1) and args.weight_decay == 0
     assert (args.dim, args.hidden, args.dropout) == (1024, 256, 0.1)
 
 
