@@ -45,6 +45,8 @@ FILES = {
     "garments": (("hm",), 1, False),
     "descriptions": (("products",), 1, True),
     "products-16": (("products",), 16, False),
+    "shapes-4": (("primitives-target",), 4, False),
+    "shapes-16": (("primitives-target",), 16, False),
 }
 # CLIPs that studies start from. `{clip:name}` in the arguments is the best.pt of one.
 PRETRAIN = "--loss hard --captions 2 --batch-size 128 --vocab-size 4096"
@@ -131,13 +133,16 @@ study("mxm-start", "train_mxm.py",
       [("hard, 1 x 4", "clip, 1 x 1"), ("hybrid, words, 1 x 4", "hard, 1 x 4")])
 
 # 64 pictures of garments in each of about 540 steps, whatever the row
-study("mxm-garments", "train_mxm.py", f"--data {{garments}} {RATES}", {
+study("mxm-garments", "train_mxm.py", f"--data {{garments}} {RATES.replace('3e-4', '1e-4|3e-4')}", {
     "clip, 1 x 1": sampled("clip", 64, 1, 1, 20),
     "hard, 1 x 4": sampled("hard", 64, 1, 4, 20),
     "hard, 2 x 1": sampled("hard", 32, 2, 1, 10),
+    "hard, 2 x 2": sampled("hard", 32, 2, 2, 10),
     "hard, 2 x 4": sampled("hard", 32, 2, 4, 10),
-}, [("hard, 1 x 4", "clip, 1 x 1"), ("hard, 2 x 1", "clip, 1 x 1"), ("hard, 2 x 4", "clip, 1 x 1"),
-    ("hard, 2 x 4", "hard, 1 x 4")])
+    "hard, 4 x 1": sampled("hard", 16, 4, 1, 5),
+    "hard, 4 x 4": sampled("hard", 16, 4, 4, 5),
+}, [("hard, 1 x 4", "clip, 1 x 1"), ("hard, 2 x 1", "clip, 1 x 1"), ("hard, 4 x 1", "clip, 1 x 1"),
+    ("hard, 2 x 4", "clip, 1 x 1"), ("hard, 2 x 4", "hard, 1 x 4"), ("hard, 4 x 4", "hard, 1 x 4")])
 TRANSFER["mxm-garments"] = "products"
 
 
@@ -211,12 +216,28 @@ study("user-parts", "train_user.py", f"{USER} --lr 3e-3", {
 study("user-queue-128", "train_user.py", f"{USER} --lr 3e-3",
       {"queues of 2,048": "", "no queue": "--queue 0"}, [("queues of 2,048", "no queue")])
 # batches so small that they hold few negatives of their own
-study("user-queue", "train_user.py",
-      "--data products --clip {clip:everything} --dim 256 --epochs 2 --eval-every 2 --batch-size 16 "
-      "--batch-weight 1 --momentum 0.99 --lr-drop 0.8 --clip-lr 1e-4 --lr 3e-4|1e-3|3e-3", {
-          "no queue": "--queue 0",
-          "queues of 2,048": "--queue 2048",
-      }, [("queues of 2,048", "no queue")])
+SMALL_BATCHES = ("--data products --clip {clip:everything} --dim 256 --epochs 2 --eval-every 2 "
+                 "--batch-size 16 --batch-weight 1")
+RATES_OF_SMALL = "--lr-drop 0.8 --clip-lr 1e-4 --lr 3e-4|1e-3|3e-3"
+study("user-queue", "train_user.py", f"{SMALL_BATCHES} --momentum 0.99 {RATES_OF_SMALL}", {
+    "no queue": "--queue 0",
+    "queues of 2,048": "--queue 2048",
+}, [("queues of 2,048", "no queue")])
+# other lengths, at the rate that is best for both
+AT_BEST_RATE = RATES_OF_SMALL.replace("3e-4|1e-3|3e-3", "1e-3")
+study("user-queue-sizes", "train_user.py", f"{SMALL_BATCHES} --momentum 0.99 {AT_BEST_RATE}",
+      {f"queues of {size:,}": f"--queue {size}" for size in (0, 512, 2048, 8192)},
+      [(f"queues of {size}", "queues of 0") for size in ("512", "2,048", "8,192")])
+# 6,000 photos with five captions each, in 700 steps of 128; the CLIP knows them, but not those of the test
+study("user-photos", "train_user.py",
+      "--data flickr8k --clip {clip:everything} --dim 256 --epochs 3 --batch-weight 1 --momentum 0.99 "
+      "--lr-drop 0.8 --clip-lr 1e-4 --lr 1e-3|3e-3|1e-2",
+      {"none": "--enhance none", "both": "", "both, no queue": "--queue 0"},
+      [("both", "none"), ("both", "both, no queue")])
+# how slowly the momentum encoders follow, in small batches again; 0: the keys are the model's own
+study("user-momentum", "train_user.py", SMALL_BATCHES,
+      {f"m {m}": f"--momentum {m} {AT_BEST_RATE} --queue 2048" for m in ("0", "0.9", "0.99", "0.999")},
+      [(f"m {m}", "m 0.99") for m in ("0", "0.9", "0.999")])
 
 
 # ---- Cross-Modal Adapter: what is tuned, on how much data, sharing
@@ -241,6 +262,15 @@ for part, arguments in PARTS.items():
         of_products[f"{tune}, {part}"] = f"{arguments} {TUNE[tune]}"
 study("adapter-products", "train_adapter.py", "", of_products,
       [(f"adapter, {part}", f"{tune}, {part}") for part in PARTS for tune in ("lora", "full")])
+# from a CLIP that knows other shapes to a quarter and a sixteenth of the new ones, in 48 and 50 steps
+FEW = {"1/4 of the shapes": "--data {shapes-4} --epochs 16 --eval-every 4 --batch-size 32",
+       "1/16 of the shapes": "--data {shapes-16} --epochs 50 --eval-every 10 --batch-size 24"}
+of_shapes = {}
+for part, arguments in FEW.items():
+    for tune in ("adapter", "lora", "full"):
+        of_shapes[f"{tune}, {part}"] = f"{arguments} {TUNE[tune]}"
+study("adapter-few", "train_adapter.py", "--clip {clip:source} --frames 4", of_shapes,
+      [(f"adapter, {part}", f"{tune}, {part}") for part in FEW for tune in ("lora", "full")])
 study("adapter-size", "train_adapter.py", f"{TO_SHAPES} {TUNE['adapter']}", {
     "r 2, d_s 16": "--rank 2",
     "r 8, d_s 16": "",
@@ -254,9 +284,13 @@ study("adapter-longer", "train_adapter.py", TO_SHAPES.replace("--epochs 4", "--e
 }, [("adapter", "full")])
 study("adapter-share", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2",
       {"d_s 0": "--share 0", "d_s 16": ""}, [("d_s 16", "d_s 0")])
-study("adapter-pool", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2",
-      {"query, tau 5": "", "query, tau 1": "--tau 1", "mean": "--pool mean"},
+POOLS = {"query, tau 5": "", "query, tau 1": "--tau 1", "mean": "--pool mean"}
+study("adapter-pool", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2", POOLS,
       [("query, tau 5", "mean"), ("query, tau 1", "mean")])
+# four pictures of a garment, which differ more than four views of a shape; the CLIP knows single ones
+study("adapter-pool-garments", "train_adapter.py",
+      "--data {garments} --clip {clip:everything} --frames 4 --epochs 1 --batch-size 32 --lr 3e-3|1e-2|3e-2",
+      POOLS, [("query, tau 5", "mean"), ("query, tau 1", "mean")])
 
 
 # ---- CMA-CLIP: fusions, noise, texts that do not name the class
@@ -700,12 +734,24 @@ def write_file(name, path, roots):
                 for x in instances[::every if split == "train" else 1]:
                     labels = {task: classes[task][n] for task, n in x.labels.items() if n >= 0}
                     captions = [description(x, labels)] if without_classes else x.captions
-                    row = {"id": f"{source}-{x.id}", "images": [os.path.abspath(image) for image in x.images],
+                    images = [picture_file(image, path, f"{x.id}-{k}") for k, image in enumerate(x.images)]
+                    row = {"id": f"{source}-{x.id}", "images": images,
                            "captions": captions, "split": split, "group": x.group}
                     if len(names) == 1:  # data sets have no tasks in common
                         row["labels"] = labels
                     f.write(json.dumps(row) + "\n")
     os.replace(f"{path}.part", path)
+
+
+def picture_file(image, path, name):
+    """The path of an image. One that is rendered is drawn, at the size of `tiny`, beside path."""
+    if not callable(image):
+        return os.path.abspath(image)
+    folder = os.path.abspath(path.replace(".jsonl", "-pictures"))
+    os.makedirs(folder, exist_ok=True)
+    drawn = os.path.join(folder, f"{name}.png")
+    image(32).save(drawn)
+    return drawn
 
 
 def description(x, labels):

@@ -7,6 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import clip
 import data
@@ -237,6 +238,23 @@ def test_files_of_data_sets(tmp_path, monkeypatch):
     study.write_file("descriptions", path, roots)
     part, _ = data.load(path, None, "test")
     assert re.fullmatch(r"for me, number \d+", part[0].captions[0]) and len(part[0].captions) == 1
+
+
+def test_views_that_are_rendered_are_drawn(tmp_path, monkeypatch):
+    load = data.load
+
+    def two(*words):
+        instances, classes = load(*words)
+        return instances[:2], classes
+    monkeypatch.setattr(study.data, "load", two)
+    path = str(tmp_path / "shapes.jsonl")
+    study.write_file("shapes-16", path, {})
+    monkeypatch.undo()
+    part, _ = data.load(path, None, "test")
+    whole, _ = data.load("primitives-target", None, "test")
+    assert len(part) == 2 and len(part[1].images) == 12 and part[1].group == whole[1].group
+    for file, view in zip(part[1].images, whole[1].images):
+        assert np.array_equal(np.asarray(Image.open(file)), np.asarray(view(32)))
 
 
 def test_a_frozen_clip_is_judged_as_it_is(tmp_path):
