@@ -9,9 +9,10 @@ seconds. Nothing is said of the first epoch, in which pictures are decoded and k
 cut into three parts: "grew" means that the least memory in the last part is more than 2% above that in the
 second, or the least number of open files by more than 2. The least, because an evaluation has a worker of its
 own, and every batch that a worker is ahead holds 7 files: how many samples fall there is chance, but what
-leaks is held in all of them. oneDNN, which computes on a CPU, keeps the products of the last 1,024 shapes
-ready, and packed captions have a new shape in almost every step: that takes many epochs to fill, up to some
-hundred MiB, and is no leak. Here it keeps 64, unless --onednn-cache says otherwise.
+leaks is held in all of them. oneDNN, which computes on a CPU, and ideep, through which torch calls it, keep
+the products of the last 1,024 shapes ready, each for itself, and packed captions have a new shape in almost
+every step: that takes many epochs to fill, up to some hundred MiB, and is no leak. Here each keeps 64, unless
+--onednn-cache says otherwise.
 """
 import argparse
 import contextlib
@@ -31,6 +32,7 @@ import eval  # noqa: E402
 SECONDS = 2  # between samples
 MORE_MEMORY = 0.02  # share of the memory
 MORE_FILES = 2
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # what oneDNN and ideep ask for
 
 
 def family(pid):
@@ -72,7 +74,7 @@ def soak(script, args, folder):
         command += ["--clip", os.path.join(folder, "clip.pt")]
     samples = []
     with open(os.path.join(folder, f"{script}.txt"), "w+") as said:
-        kept = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(args.onednn_cache)}
+        kept = dict.fromkeys(CACHES, str(args.onednn_cache))
         process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, env=os.environ | kept)
         end = time.monotonic() + 60 * args.minutes
         try:
@@ -113,7 +115,7 @@ def main():
     p.add_argument("--data", default="primitives")
     p.add_argument("--root")
     p.add_argument("--onednn-cache", type=eval.positive_int, default=64,
-                   help="how many shapes oneDNN keeps ready")
+                   help="how many shapes oneDNN and ideep keep ready")
     p.add_argument("--script", nargs="+", choices=eval.METHODS, default=eval.METHODS)
     args = p.parse_args()
     print("| script | epochs | samples | MiB at least, second third | last third | at most | "

@@ -232,8 +232,7 @@ study("user-queue-sizes", "train_user.py", f"{SMALL_BATCHES} --momentum 0.99 {AT
 study("user-photos", "train_user.py",
       "--data flickr8k --clip {clip:everything} --dim 256 --epochs 3 --batch-weight 1 --momentum 0.99 "
       "--lr-drop 0.8 --clip-lr 1e-4 --lr 1e-3|3e-3|1e-2",
-      {"none": "--enhance none", "both": "", "both, no queue": "--queue 0"},
-      [("both", "none"), ("both", "both, no queue")])
+      {"none": "--enhance none", "both": ""}, [("both", "none")])
 # how slowly the momentum encoders follow, in small batches again; 0: the keys are the model's own
 study("user-momentum", "train_user.py", SMALL_BATCHES,
       {f"m {m}": f"--momentum {m} {AT_BEST_RATE} --queue 2048" for m in ("0", "0.9", "0.99", "0.999")},
