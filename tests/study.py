@@ -235,8 +235,8 @@ study("user-photos", "train_user.py",
       {"none": "--enhance none", "both": ""}, [("both", "none")])
 # how slowly the momentum encoders follow, in small batches again; 0: the keys are the model's own
 study("user-momentum", "train_user.py", SMALL_BATCHES,
-      {f"m {m}": f"--momentum {m} {AT_BEST_RATE} --queue 2048" for m in ("0", "0.9", "0.99", "0.999")},
-      [(f"m {m}", "m 0.99") for m in ("0", "0.9", "0.999")])
+      {f"m {m}": f"--momentum {m} {AT_BEST_RATE} --queue 2048" for m in ("0", "0.99", "0.999")},
+      [("m 0.99", "m 0"), ("m 0.999", "m 0.99")])
 
 
 # ---- Cross-Modal Adapter: what is tuned, on how much data, sharing
