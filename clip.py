@@ -711,12 +711,11 @@ def transform(resolution):
 
 def _preprocess(resolution, image):
     """Resize, centre crop, RGB, normalise."""
-    from torchvision import transforms  # here, as it takes seconds to import, and few programs come here
-    resize = transforms.Resize(resolution, transforms.InterpolationMode.BICUBIC)  # of the shorter side
-    crop = transforms.CenterCrop(resolution)
-    normalize = transforms.Normalize(IMAGE_MEAN, IMAGE_STD)
-    pixels = transforms.ToTensor()(crop(resize(image)).convert("RGB"))
-    return normalize(pixels)
+    # here, as it takes seconds to import, and few programs come here
+    from torchvision.transforms import InterpolationMode, functional
+    image = functional.resize(image, resolution, InterpolationMode.BICUBIC)  # of the shorter side
+    image = functional.center_crop(image, resolution).convert("RGB")
+    return functional.normalize(functional.to_tensor(image), IMAGE_MEAN, IMAGE_STD)
 
 
 # ---------------------------------------------------------------- reading weights
