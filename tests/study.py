@@ -133,7 +133,7 @@ study("mxm-start", "train_mxm.py",
       [("hard, 1 x 4", "clip, 1 x 1"), ("hybrid, words, 1 x 4", "hard, 1 x 4")])
 
 # 64 pictures of garments in each of about 540 steps, whatever the row
-study("mxm-garments", "train_mxm.py", f"--data {{garments}} {RATES.replace('3e-4', '1e-4|3e-4')}", {
+study("mxm-garments", "train_mxm.py", "--data {garments} --lr 1e-4|3e-4|1e-3|3e-3", {
     "clip, 1 x 1": sampled("clip", 64, 1, 1, 20),
     "hard, 1 x 4": sampled("hard", 64, 1, 4, 20),
     "hard, 2 x 1": sampled("hard", 32, 2, 1, 10),
@@ -218,24 +218,23 @@ study("user-queue-128", "train_user.py", f"{USER} --lr 3e-3",
 # batches so small that they hold few negatives of their own
 SMALL_BATCHES = ("--data products --clip {clip:everything} --dim 256 --epochs 2 --eval-every 2 "
                  "--batch-size 16 --batch-weight 1")
-RATES_OF_SMALL = "--lr-drop 0.8 --clip-lr 1e-4 --lr 3e-4|1e-3|3e-3"
-study("user-queue", "train_user.py", f"{SMALL_BATCHES} --momentum 0.99 {RATES_OF_SMALL}", {
+SLOW_CLIP = "--lr-drop 0.8 --clip-lr 1e-4"
+study("user-queue", "train_user.py", f"{SMALL_BATCHES} --momentum 0.99 {SLOW_CLIP} --lr 3e-4|1e-3|3e-3", {
     "no queue": "--queue 0",
     "queues of 2,048": "--queue 2048",
 }, [("queues of 2,048", "no queue")])
 # other lengths, at the rate that is best for both
-AT_BEST_RATE = RATES_OF_SMALL.replace("3e-4|1e-3|3e-3", "1e-3")
-study("user-queue-sizes", "train_user.py", f"{SMALL_BATCHES} --momentum 0.99 {AT_BEST_RATE}",
+study("user-queue-sizes", "train_user.py", f"{SMALL_BATCHES} --momentum 0.99 {SLOW_CLIP} --lr 1e-3",
       {f"queues of {size:,}": f"--queue {size}" for size in (0, 512, 2048, 8192)},
       [(f"queues of {size}", "queues of 0") for size in ("512", "2,048", "8,192")])
 # 6,000 photos with five captions each, in 700 steps of 128; the CLIP knows them, but not those of the test
 study("user-photos", "train_user.py",
       "--data flickr8k --clip {clip:everything} --dim 256 --epochs 3 --batch-weight 1 --momentum 0.99 "
-      "--lr-drop 0.8 --clip-lr 1e-4 --lr 1e-3|3e-3|1e-2",
+      f"{SLOW_CLIP} --lr 1e-3|3e-3|1e-2",
       {"none": "--enhance none", "both": ""}, [("both", "none")])
 # how slowly the momentum encoders follow, in small batches again; 0: the keys are the model's own
 study("user-momentum", "train_user.py", SMALL_BATCHES,
-      {f"m {m}": f"--momentum {m} {AT_BEST_RATE} --queue 2048" for m in ("0", "0.99", "0.999")},
+      {f"m {m}": f"--momentum {m} {SLOW_CLIP} --lr 1e-3 --queue 2048" for m in ("0", "0.99", "0.999")},
       [("m 0.99", "m 0"), ("m 0.999", "m 0.99")])
 
 
@@ -251,25 +250,25 @@ TUNE = {  # each with rates around its default for a CLIP that was trained here
 TO_SHAPES = "--data primitives-target --clip {clip:source} --frames 4 --epochs 4 --batch-size 32"
 study("adapter-shapes", "train_adapter.py", TO_SHAPES, TUNE,
       [("adapter", other) for other in TUNE if other != "adapter"])
+
+
+def study_of_parts(name, base, parts):
+    """A study of adapters beside LoRA and full fine-tuning, on each part of the data {part: arguments}."""
+    rows = {f"{tune}, {part}": f"{arguments} {TUNE[tune]}"
+            for part, arguments in parts.items() for tune in ("adapter", "lora", "full")}
+    study(name, "train_adapter.py", base, rows,
+          [(f"adapter, {part}", f"{tune}, {part}") for part in parts for tune in ("lora", "full")])
+
+
 # from a CLIP that knows no products to all 12,823 of them and to a sixteenth, in 200 steps each
 TO_PRODUCTS = "--clip {clip:no-products} --batch-size 128"
 PARTS = {"all products": f"--data products {TO_PRODUCTS} --epochs 2",
          "1/16 of them": f"--data {{products-16}} {TO_PRODUCTS} --epochs 32 --eval-every 8"}
-of_products = {}
-for part, arguments in PARTS.items():
-    for tune in ("adapter", "lora", "full"):
-        of_products[f"{tune}, {part}"] = f"{arguments} {TUNE[tune]}"
-study("adapter-products", "train_adapter.py", "", of_products,
-      [(f"adapter, {part}", f"{tune}, {part}") for part in PARTS for tune in ("lora", "full")])
+study_of_parts("adapter-products", "", PARTS)
 # from a CLIP that knows other shapes to a quarter and a sixteenth of the new ones, in 48 and 50 steps
 FEW = {"1/4 of the shapes": "--data {shapes-4} --epochs 16 --eval-every 4 --batch-size 32",
        "1/16 of the shapes": "--data {shapes-16} --epochs 50 --eval-every 10 --batch-size 24"}
-of_shapes = {}
-for part, arguments in FEW.items():
-    for tune in ("adapter", "lora", "full"):
-        of_shapes[f"{tune}, {part}"] = f"{arguments} {TUNE[tune]}"
-study("adapter-few", "train_adapter.py", "--clip {clip:source} --frames 4", of_shapes,
-      [(f"adapter, {part}", f"{tune}, {part}") for part in FEW for tune in ("lora", "full")])
+study_of_parts("adapter-few", "--clip {clip:source} --frames 4", FEW)
 study("adapter-size", "train_adapter.py", f"{TO_SHAPES} {TUNE['adapter']}", {
     "r 2, d_s 16": "--rank 2",
     "r 8, d_s 16": "",
@@ -284,12 +283,12 @@ study("adapter-longer", "train_adapter.py", TO_SHAPES.replace("--epochs 4", "--e
 study("adapter-share", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2",
       {"d_s 0": "--share 0", "d_s 16": ""}, [("d_s 16", "d_s 0")])
 POOLS = {"query, tau 5": "", "query, tau 1": "--tau 1", "mean": "--pool mean"}
-study("adapter-pool", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2", POOLS,
-      [("query, tau 5", "mean"), ("query, tau 1", "mean")])
+POOL_CLAIMS = [("query, tau 5", "mean"), ("query, tau 1", "mean")]
+study("adapter-pool", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2", POOLS, POOL_CLAIMS)
 # four pictures of a garment, which differ more than four views of a shape; the CLIP knows single ones
 study("adapter-pool-garments", "train_adapter.py",
       "--data {garments} --clip {clip:everything} --frames 4 --epochs 1 --batch-size 32 --lr 3e-3|1e-2|3e-2",
-      POOLS, [("query, tau 5", "mean"), ("query, tau 1", "mean")])
+      POOLS, POOL_CLAIMS)
 
 
 # ---- CMA-CLIP: fusions, noise, texts that do not name the class
