@@ -1105,9 +1105,9 @@ LIGHT = np.array([-0.45, 0.6, 0.66])  # unit vector to the light: the camera's r
 
 
 @lru_cache(maxsize=2 * VIEWS)  # one size for the model, one for pictures
-def _ray_table(grid, size, view):
-    """int32 (size^2, steps): the flat voxel index at each depth step of each pixel's ray, front to back;
-    grid^3 = outside.
+def _rays(grid, size, view):
+    """Where the pixels' rays run through the grid, pixel by pixel and front to back, int32 (points,) each:
+    the pixel, the depth step, and the flat index of the voxel.
 
     An orthographic view is no more than this table. The window is sqrt(2) of the grid's side wide, so that a
     turning grid fits from left to right; of a full grid the uppermost and lowest corners, up to a fifteenth
@@ -1129,7 +1129,8 @@ def _ray_table(grid, size, view):
     voxel = np.floor(points).astype(np.int64)
     inside = ((voxel >= 0) & (voxel < grid)).all(-1)
     flat = (voxel[..., 0] * grid + voxel[..., 1]) * grid + voxel[..., 2]
-    return np.where(inside, flat, grid ** 3).astype(np.int32).reshape(size * size, steps)
+    pixel, step = inside.reshape(size * size, steps).nonzero()
+    return pixel.astype(np.int32), step.astype(np.int32), flat[inside].astype(np.int32)
 
 
 def render(voxels, view, size):
@@ -1141,21 +1142,21 @@ def render(voxels, view, size):
     """
     grid = voxels.shape[0]
     expect(voxels.shape == (grid, grid, grid, 4), f"voxels of shape {voxels.shape}", "expected (n, n, n, 4)")
-    table = _ray_table(grid, size, view)
-    solid = np.append(voxels[..., 3].ravel() > 127, False)  # the last one is "outside"
-    along = solid.take(table)  # (pixels, steps)
-    first = along.argmax(1)
-    pixels = np.arange(size * size)
-    hit = along[pixels, first]
+    pixel, step, voxel = _rays(grid, size, view)
+    solid = (voxels[..., 3].ravel() > 127).take(voxel).nonzero()[0]  # the points in solid voxels
     image = np.full((size * size, 3), 255, np.uint8)
-    if hit.any():
+    if len(solid):
+        first = solid[np.diff(pixel[solid], prepend=-1) > 0]  # of each pixel that has one
+        hit = pixel[first]
+        depth = np.full(size * size, step[first].max() + 1, np.float32)
+        depth[hit] = step[first]
+        depth = depth.reshape(size, size)
         scale = size / (math.sqrt(2) * grid)  # pixels per voxel: the slope is the surface's at any image size
-        depth = np.where(hit, first, first[hit].max() + 1).astype(np.float32).reshape(size, size)
         down, across = np.gradient(depth * scale) if size > 1 else np.zeros((2, 1, 1))
         normal = np.stack([across, -down, np.ones_like(depth)], -1).reshape(-1, 3)[hit]
         cosine = normal @ LIGHT.astype(np.float32) / np.linalg.norm(normal, axis=1)
         shade = 0.55 + 0.45 * np.clip(cosine, 0, 1)
-        colour = voxels[..., :3].reshape(-1, 3)[table[pixels, first][hit]]
+        colour = voxels.reshape(-1, 4)[voxel[first], :3]
         image[hit] = (colour * shade[:, None]).astype(np.uint8)
     return image.reshape(size, size, 3)
 
@@ -1240,7 +1241,7 @@ def primitive_voxels(number, sample):
     w = GRID / 2 * (FRACTIONS[width] + rng.uniform(-JITTER, JITTER))
     rgb = np.array(list(COLOURS.values())[colour]) + rng.uniform(-COLOUR_JITTER, COLOUR_JITTER, 3)
     rgba = np.array([*np.clip(rgb, 0, 255), 255]).astype(np.uint8)
-    four_bytes = np.where(_solid(list(SHAPES)[shape], h, w), rgba.view(np.uint32), np.uint32(0))
+    four_bytes = _solid(list(SHAPES)[shape], h, w) * rgba.view(np.uint32)
     return four_bytes.view(np.uint8).reshape(GRID, GRID, GRID, 4)
 
 
@@ -1977,24 +1978,24 @@ class Loader:
             images = np.zeros((B, V, *self.instances[0].images[0].features().shape), np.float32)
         else:
             images = np.zeros((B, V, self.image_size, self.image_size, 3), np.uint8)
-        image_mask = torch.zeros(B, V, dtype=torch.bool)
-        tokens = torch.zeros(B, L, self.tokens.shape[1], dtype=torch.int32)
-        caption_mask = torch.zeros(B, L, dtype=torch.bool)
-        caption = torch.full((B, L), -1)
+        image_mask = np.zeros((B, V), bool)
+        caption = np.full((B, L), -1, np.int64)
         for b, (i, views, captions) in enumerate(drawn):
             for v, k in enumerate(views):
                 images[b, v] = self._shown(epoch, samples[b], i, k)
-            caption[b, :len(captions)] = torch.from_numpy(self.first_caption[i] + captions)
-            tokens[b, :len(captions)] = self.tokens[caption[b, :len(captions)]]
             image_mask[b, :len(views)] = True
-            caption_mask[b, :len(captions)] = True
+            caption[b, :len(captions)] = self.first_caption[i] + captions
+        caption = torch.from_numpy(caption)
+        caption_mask = caption >= 0
+        tokens = torch.zeros(B, L, self.tokens.shape[1], dtype=torch.int32)
+        tokens[caption_mask] = self.tokens[caption[caption_mask]]
         images = torch.from_numpy(images)
         if not self.regions:
             images = images.permute(0, 1, 4, 2, 3)
         index = torch.from_numpy(np.asarray(index, dtype=np.int64))
         labels = {task: classes[index] for task, classes in self.labels.items()}
-        batch = {"images": images, "image_mask": image_mask, "tokens": tokens, "caption_mask": caption_mask,
-                 "caption": caption, "labels": labels, "index": index}
+        batch = {"images": images, "image_mask": torch.from_numpy(image_mask), "tokens": tokens,
+                 "caption_mask": caption_mask, "caption": caption, "labels": labels, "index": index}
         if self.regions and self.instances[0].images[0].has_clip_input():  # regions are one view of an image
             rows = [self.instances[i].images[0].clip_input(self.image_size) for i in index]
             batch["clip_input"] = torch.from_numpy(np.stack(rows)[:, None])
