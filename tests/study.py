@@ -44,6 +44,8 @@ FILES = {
     "no-products": (("flickr8k", "hm"), 1, False),
     "garments": (("hm",), 1, False),
     "descriptions": (("products",), 1, True),
+    "no-photos": (("products", "hm"), 1, False),
+    "products-4": (("products",), 4, False),
     "products-16": (("products",), 16, False),
     "shapes-4": (("primitives-target",), 4, False),
     "shapes-16": (("primitives-target",), 16, False),
@@ -53,6 +55,7 @@ PRETRAIN = "--loss hard --captions 2 --batch-size 128 --vocab-size 4096"
 CLIPS = {
     "everything": f"train_mxm.py --data {{everything}} {PRETRAIN} --epochs 40 --eval-every 8",
     "no-products": f"train_mxm.py --data {{no-products}} {PRETRAIN} --epochs 60 --eval-every 12",
+    "no-photos": f"train_mxm.py --data {{no-photos}} {PRETRAIN} --epochs 30 --eval-every 6",
     "primitives": "train_mxm.py",
     "source": "train_mxm.py --data primitives-source --loss clip --epochs 20",
 }
@@ -72,6 +75,7 @@ def study(name, script, base, rows, claims=()):
 # ---- MXM-CLR: observations of each instance, losses, the soft relation
 
 RATES = "--lr 3e-4|1e-3|3e-3"
+MORE_RATES = "--lr 1e-4|3e-4|1e-3|3e-3"
 
 
 def sampled(loss, instances, views, captions, epochs, more=""):
@@ -81,7 +85,7 @@ def sampled(loss, instances, views, captions, epochs, more=""):
 
 
 # 64 images in each of 378 steps, whatever the row
-study("mxm-shapes", "train_mxm.py", RATES, {
+study("mxm-shapes", "train_mxm.py", MORE_RATES, {
     "clip, 1 x 1": sampled("clip", 64, 1, 1, 6),
     "hard, 1 x 4": sampled("hard", 64, 1, 4, 6),
     "clip, 2 x 2": sampled("clip", 32, 2, 2, 3),
@@ -96,7 +100,7 @@ study("mxm-shapes", "train_mxm.py", RATES, {
 
 # 128 photos in each of 470 steps, from random weights
 photos = "--data flickr8k --batch-size 128 --epochs 10 --eval-every 5"
-study("mxm-photos", "train_mxm.py", f"{photos} {RATES}", {
+study("mxm-photos", "train_mxm.py", f"{photos} {MORE_RATES}", {
     "clip, 1 x 1": "--loss clip",
     "hard, 1 x 5": "--loss hard --captions 5",
     "hybrid, words, 1 x 5": "--loss hybrid --captions 5 --soft-relation words",
@@ -133,7 +137,7 @@ study("mxm-start", "train_mxm.py",
       [("hard, 1 x 4", "clip, 1 x 1"), ("hybrid, words, 1 x 4", "hard, 1 x 4")])
 
 # 64 pictures of garments in each of about 540 steps, whatever the row
-study("mxm-garments", "train_mxm.py", "--data {garments} --lr 1e-4|3e-4|1e-3|3e-3", {
+study("mxm-garments", "train_mxm.py", f"--data {{garments}} {MORE_RATES}", {
     "clip, 1 x 1": sampled("clip", 64, 1, 1, 20),
     "hard, 1 x 4": sampled("hard", 64, 1, 4, 20),
     "hard, 2 x 1": sampled("hard", 32, 2, 1, 10),
@@ -164,13 +168,13 @@ SMALL = "--hidden 1024 --dim 256 --patience 100"  # a sixteenth of the authors' 
 WIKIPEDIA = ("--data wikipedia --features features_train.npz features_test.npz "
              f"{SMALL} --epochs 60 --eval-every 3 --lr 3e-5|1e-4|3e-4|1e-3")
 REAL = "--data clip-features --features products_{task}_train.npz products_{task}_test.npz"
-CMR_RATES = "--lr 1e-4|3e-4|1e-3"
+CMR_RATES = "--lr 1e-4|3e-4|1e-3|3e-3"
 study("cmr-wikipedia", "train_clip4cmr.py", WIKIPEDIA, CMR, CMR_CLAIMS)
 for task in ("subCategory", "articleType"):
     base = f"{REAL.replace('{task}', task)} {SMALL} --epochs 160 --eval-every 8 {CMR_RATES}"
     study(f"cmr-real-{task}", "train_clip4cmr.py", base, CMR, CMR_CLAIMS)
     FROZEN[f"cmr-real-{task}"] = "clip-features", task
-    base = f"--data products --task {task} --clip {{clip:everything}} {SMALL} --epochs 15 {CMR_RATES}|3e-3"
+    base = f"--data products --task {task} --clip {{clip:everything}} {SMALL} --epochs 15 {CMR_RATES}|1e-2"
     some = ("contrastive", "triplet", "supervised-contrastive", "label-regression", "cross-entropy", "pcl")
     study(f"cmr-products-{task}", "train_clip4cmr.py", base, {loss: CMR[loss] for loss in some},
           [("pcl", loss) for loss in some[:-1]])
@@ -244,8 +248,10 @@ TUNE = {  # each with rates around its default for a CLIP that was trained here
     "adapter": "--tune adapter --lr 3e-3|1e-2|3e-2",
     "adapter-unshared": "--tune adapter-unshared --lr 3e-3|1e-2|3e-2",
     "lora": "--tune lora --lr 3e-3|1e-2|3e-2",
-    "head": "--tune head --lr 1e-3|3e-3|1e-2",
-    "full": "--tune full --lr 1e-4|3e-4|1e-3",
+    "prompt": "--tune prompt --lr 1e-2|3e-2|1e-1",
+    "bitfit": "--tune bitfit --lr 1e-2|3e-2|1e-1",
+    "head": "--tune head --lr 3e-3|1e-2|3e-2",
+    "full": "--tune full --lr 3e-5|1e-4|3e-4|1e-3",
 }
 TO_SHAPES = "--data primitives-target --clip {clip:source} --frames 4 --epochs 4 --batch-size 32"
 study("adapter-shapes", "train_adapter.py", TO_SHAPES, TUNE,
@@ -260,15 +266,23 @@ def study_of_parts(name, base, parts):
           [(f"adapter, {part}", f"{tune}, {part}") for part in parts for tune in ("lora", "full")])
 
 
-# from a CLIP that knows no products to all 12,823 of them and to a sixteenth, in 200 steps each
+# from a CLIP that knows no products to all 12,823 of them, a quarter and a sixteenth, in 200 steps each
 TO_PRODUCTS = "--clip {clip:no-products} --batch-size 128"
 PARTS = {"all products": f"--data products {TO_PRODUCTS} --epochs 2",
+         "1/4 of them": f"--data {{products-4}} {TO_PRODUCTS} --epochs 8 --eval-every 4",
          "1/16 of them": f"--data {{products-16}} {TO_PRODUCTS} --epochs 32 --eval-every 8"}
 study_of_parts("adapter-products", "", PARTS)
 # from a CLIP that knows other shapes to a quarter and a sixteenth of the new ones, in 48 and 50 steps
 FEW = {"1/4 of the shapes": "--data {shapes-4} --epochs 16 --eval-every 4 --batch-size 32",
        "1/16 of the shapes": "--data {shapes-16} --epochs 50 --eval-every 10 --batch-size 24"}
 study_of_parts("adapter-few", "--clip {clip:source} --frames 4", FEW)
+# from a CLIP that knows no photos to 6,000 of them, in 184 steps
+study("adapter-photos", "train_adapter.py",
+      "--data flickr8k --clip {clip:no-photos} --batch-size 128 --epochs 4 --eval-every 2", {
+          "adapter": TUNE["adapter"],
+          "lora": TUNE["lora"],
+          "full": "--tune full --lr 3e-4|1e-3|3e-3",
+      }, [("adapter", "lora"), ("adapter", "full")])
 study("adapter-size", "train_adapter.py", f"{TO_SHAPES} {TUNE['adapter']}", {
     "r 2, d_s 16": "--rank 2",
     "r 8, d_s 16": "",
@@ -287,15 +301,16 @@ POOL_CLAIMS = [("query, tau 5", "mean"), ("query, tau 1", "mean")]
 study("adapter-pool", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2", POOLS, POOL_CLAIMS)
 # four pictures of a garment, which differ more than four views of a shape; the CLIP knows single ones
 study("adapter-pool-garments", "train_adapter.py",
-      "--data {garments} --clip {clip:everything} --frames 4 --epochs 1 --batch-size 32 --lr 3e-3|1e-2|3e-2",
-      POOLS, POOL_CLAIMS)
+      "--data {garments} --clip {clip:everything} --frames 4 --epochs 1 --batch-size 32 "
+      "--lr 3e-3|1e-2|3e-2|1e-1", POOLS, POOL_CLAIMS)
 
 
 # ---- CMA-CLIP: fusions, noise, texts that do not name the class
 
 FUSIONS = {name: f"--fusion {name}" for name in ("cma", "modality", "concat", "image", "text")}
 CMA_CLAIMS = [("cma", other) for other in FUSIONS if other != "cma"]
-SEVEN_TASKS = "--clip {clip:everything} --epochs 1 --batch-size 128 --lr 1e-3|3e-3|1e-2"
+ONE_PASS = "--clip {clip:everything} --epochs 1 --batch-size 128"
+SEVEN_TASKS = f"{ONE_PASS} --lr 1e-3|3e-3|1e-2|3e-2"
 study("cma-titles", "train_cmaclip.py", f"--data products {SEVEN_TASKS} --clip-lr 1e-4", FUSIONS, CMA_CLAIMS)
 # is one pass too short for attention that starts from random weights?
 study("cma-longer", "train_cmaclip.py",
@@ -312,7 +327,7 @@ study("cma-missing", "train_cmaclip.py", f"--data {{descriptions}} {SEVEN_TASKS}
 noise = "--robustness --noise-kind foreign --noise-data flickr8k"
 in_training = "--train-noise-image 0.3 --train-noise-text 0.3"
 study("cma-foreign", "train_cmaclip.py",
-      f"--data products {SEVEN_TASKS.replace('1e-3|3e-3|1e-2', '1e-3')} --clip-lr 1e-4 {noise}", {
+      f"--data products {ONE_PASS} --lr 1e-3 --clip-lr 1e-4 {noise}", {
           "modality": "--fusion modality",
           "cma, noise in training": f"--fusion cma {in_training}",
           "modality, noise in training": f"--fusion modality {in_training}",

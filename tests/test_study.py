@@ -105,8 +105,8 @@ def test_the_commands(capsys):
 
 
 def test_the_choice_is_the_best_on_validation_and_has_all_seeds(made):
-    args = study.settings(made("mxm-photos"))
-    runs, folders, options = study.planned("mxm-photos", args)
+    args = study.settings(made("mxm-resnet"))
+    runs, folders, options = study.planned("mxm-resnet", args)
     assert set(options.values()) == {"--lr 1e-3"} and len(runs) == 6
     for command, out in runs:
         assert "--lr 1e-3" in command and study.finished(out)
@@ -205,7 +205,7 @@ def test_what_cannot_be_written_is_refused_and_nothing_changes(case, results, ma
         arguments = ["adapter-pool", *arguments]  # whose first row is one of adapter-share
         expected = "4 runs are missing"
     elif case == "a choice is missing":
-        arguments = ["mxm-photos", *arguments]
+        arguments = ["mxm-resnet", *arguments]
         expected = "3 runs are missing"
     else:
         results.write_text(f"{BEFORE}<!-- study: adapter-share -->\nold\n{AFTER}")
