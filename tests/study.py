@@ -266,12 +266,13 @@ def study_of_parts(name, base, parts):
           [(f"adapter, {part}", f"{tune}, {part}") for part in parts for tune in ("lora", "full")])
 
 
-# from a CLIP that knows no products to all 12,823 of them, a quarter and a sixteenth, in 200 steps each
+# from a CLIP that knows no products to all 12,823 of them, a sixteenth and a quarter, in 200 steps each
 TO_PRODUCTS = "--clip {clip:no-products} --batch-size 128"
 PARTS = {"all products": f"--data products {TO_PRODUCTS} --epochs 2",
-         "1/4 of them": f"--data {{products-4}} {TO_PRODUCTS} --epochs 8 --eval-every 4",
          "1/16 of them": f"--data {{products-16}} {TO_PRODUCTS} --epochs 32 --eval-every 8"}
 study_of_parts("adapter-products", "", PARTS)
+study_of_parts("adapter-products-4", "", {
+    "1/4 of them": f"--data {{products-4}} {TO_PRODUCTS} --epochs 8 --eval-every 4"})
 # from a CLIP that knows other shapes to a quarter and a sixteenth of the new ones, in 48 and 50 steps
 FEW = {"1/4 of the shapes": "--data {shapes-4} --epochs 16 --eval-every 4 --batch-size 32",
        "1/16 of the shapes": "--data {shapes-16} --epochs 50 --eval-every 10 --batch-size 24"}
