@@ -168,13 +168,14 @@ SMALL = "--hidden 1024 --dim 256 --patience 100"  # a sixteenth of the authors' 
 WIKIPEDIA = ("--data wikipedia --features features_train.npz features_test.npz "
              f"{SMALL} --epochs 60 --eval-every 3 --lr 3e-5|1e-4|3e-4|1e-3")
 REAL = "--data clip-features --features products_{task}_train.npz products_{task}_test.npz"
-CMR_RATES = "--lr 1e-4|3e-4|1e-3|3e-3"
+CMR_RATES = "--lr 1e-4|3e-4|1e-3"
 study("cmr-wikipedia", "train_clip4cmr.py", WIKIPEDIA, CMR, CMR_CLAIMS)
-for task in ("subCategory", "articleType"):
-    base = f"{REAL.replace('{task}', task)} {SMALL} --epochs 160 --eval-every 8 {CMR_RATES}"
+for task, higher in (("subCategory", "|3e-3"), ("articleType", "")):
+    base = f"{REAL.replace('{task}', task)} {SMALL} --epochs 160 --eval-every 8 {CMR_RATES}{higher}"
     study(f"cmr-real-{task}", "train_clip4cmr.py", base, CMR, CMR_CLAIMS)
     FROZEN[f"cmr-real-{task}"] = "clip-features", task
-    base = f"--data products --task {task} --clip {{clip:everything}} {SMALL} --epochs 15 {CMR_RATES}|1e-2"
+    base = (f"--data products --task {task} --clip {{clip:everything}} {SMALL} --epochs 15 "
+            f"{CMR_RATES}|3e-3|1e-2")
     some = ("contrastive", "triplet", "supervised-contrastive", "label-regression", "cross-entropy", "pcl")
     study(f"cmr-products-{task}", "train_clip4cmr.py", base, {loss: CMR[loss] for loss in some},
           [("pcl", loss) for loss in some[:-1]])
