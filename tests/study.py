@@ -100,7 +100,7 @@ study("mxm-shapes", "train_mxm.py", MORE_RATES, {
 
 # 128 photos in each of 470 steps, from random weights
 photos = "--data flickr8k --batch-size 128 --epochs 10 --eval-every 5"
-study("mxm-photos", "train_mxm.py", f"{photos} {MORE_RATES}", {
+study("mxm-photos", "train_mxm.py", f"{photos} {RATES}", {
     "clip, 1 x 1": "--loss clip",
     "hard, 1 x 5": "--loss hard --captions 5",
     "hybrid, words, 1 x 5": "--loss hybrid --captions 5 --soft-relation words",
@@ -304,7 +304,7 @@ study("adapter-pool", "train_adapter.py", f"{TO_SHAPES} --lr 1e-2", POOLS, POOL_
 # four pictures of a garment, which differ more than four views of a shape; the CLIP knows single ones
 study("adapter-pool-garments", "train_adapter.py",
       "--data {garments} --clip {clip:everything} --frames 4 --epochs 1 --batch-size 32 "
-      "--lr 3e-3|1e-2|3e-2|1e-1", POOLS, POOL_CLAIMS)
+      "--lr 3e-3|1e-2|3e-2", POOLS, POOL_CLAIMS)
 
 
 # ---- CMA-CLIP: fusions, noise, texts that do not name the class
