@@ -168,14 +168,14 @@ SMALL = "--hidden 1024 --dim 256 --patience 100"  # a sixteenth of the authors' 
 WIKIPEDIA = ("--data wikipedia --features features_train.npz features_test.npz "
              f"{SMALL} --epochs 60 --eval-every 3 --lr 3e-5|1e-4|3e-4|1e-3")
 REAL = "--data clip-features --features products_{task}_train.npz products_{task}_test.npz"
-CMR_RATES = "--lr 1e-4|3e-4|1e-3"
+REAL_RATES = {"subCategory": "--lr 1e-4|3e-4|1e-3|3e-3", "articleType": "--lr 1e-4|3e-4|1e-3"}
 study("cmr-wikipedia", "train_clip4cmr.py", WIKIPEDIA, CMR, CMR_CLAIMS)
-for task, higher in (("subCategory", "|3e-3"), ("articleType", "")):
-    base = f"{REAL.replace('{task}', task)} {SMALL} --epochs 160 --eval-every 8 {CMR_RATES}{higher}"
+for task, rates in REAL_RATES.items():
+    base = f"{REAL.replace('{task}', task)} {SMALL} --epochs 160 --eval-every 8 {rates}"
     study(f"cmr-real-{task}", "train_clip4cmr.py", base, CMR, CMR_CLAIMS)
     FROZEN[f"cmr-real-{task}"] = "clip-features", task
     base = (f"--data products --task {task} --clip {{clip:everything}} {SMALL} --epochs 15 "
-            f"{CMR_RATES}|3e-3|1e-2")
+            "--lr 1e-4|3e-4|1e-3|3e-3|1e-2")
     some = ("contrastive", "triplet", "supervised-contrastive", "label-regression", "cross-entropy", "pcl")
     study(f"cmr-products-{task}", "train_clip4cmr.py", base, {loss: CMR[loss] for loss in some},
           [("pcl", loss) for loss in some[:-1]])
@@ -269,15 +269,18 @@ def study_of_parts(name, base, parts):
 
 # from a CLIP that knows no products to all 12,823 of them, a sixteenth and a quarter, in 200 steps each
 TO_PRODUCTS = "--clip {clip:no-products} --batch-size 128"
-PARTS = {"all products": f"--data products {TO_PRODUCTS} --epochs 2",
-         "1/16 of them": f"--data {{products-16}} {TO_PRODUCTS} --epochs 32 --eval-every 8"}
-study_of_parts("adapter-products", "", PARTS)
+study_of_parts("adapter-products", "", {
+    "all products": f"--data products {TO_PRODUCTS} --epochs 2",
+    "1/16 of them": f"--data {{products-16}} {TO_PRODUCTS} --epochs 32 --eval-every 8",
+})
 study_of_parts("adapter-products-4", "", {
-    "1/4 of them": f"--data {{products-4}} {TO_PRODUCTS} --epochs 8 --eval-every 4"})
+    "1/4 of them": f"--data {{products-4}} {TO_PRODUCTS} --epochs 8 --eval-every 4",
+})
 # from a CLIP that knows other shapes to a quarter and a sixteenth of the new ones, in 48 and 50 steps
-FEW = {"1/4 of the shapes": "--data {shapes-4} --epochs 16 --eval-every 4 --batch-size 32",
-       "1/16 of the shapes": "--data {shapes-16} --epochs 50 --eval-every 10 --batch-size 24"}
-study_of_parts("adapter-few", "--clip {clip:source} --frames 4", FEW)
+study_of_parts("adapter-few", "--clip {clip:source} --frames 4", {
+    "1/4 of the shapes": "--data {shapes-4} --epochs 16 --eval-every 4 --batch-size 32",
+    "1/16 of the shapes": "--data {shapes-16} --epochs 50 --eval-every 10 --batch-size 24",
+})
 # from a CLIP that knows no photos to 6,000 of them, in 184 steps
 study("adapter-photos", "train_adapter.py",
       "--data flickr8k --clip {clip:no-photos} --batch-size 128 --epochs 4 --eval-every 2", {
