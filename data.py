@@ -1146,7 +1146,7 @@ def render(voxels, view, size):
     solid = (voxels[..., 3].ravel() > 127).take(voxel).nonzero()[0]  # the points in solid voxels
     image = np.full((size * size, 3), 255, np.uint8)
     if len(solid):
-        first = solid[np.diff(pixel[solid], prepend=-1) > 0]  # of each pixel that has one
+        first = solid[np.diff(pixel[solid], prepend=-1) > 0]  # the nearest in each pixel that has one
         hit = pixel[first]
         depth = np.full(size * size, step[first].max() + 1, np.float32)
         depth[hit] = step[first]
