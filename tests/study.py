@@ -285,15 +285,14 @@ study_of_parts("adapter-products-4", "", {
     "1/4 of them": f"--data {{products-4}} {TO_PRODUCTS} --epochs 8 --eval-every 4",
 })
 # from a CLIP that knows other shapes to a quarter and a sixteenth of the new ones, in 48 and 50 steps
+SIXTEENTH = {"1/16 of the shapes": "--data {shapes-16} --epochs 50 --eval-every 10 --batch-size 24"}
 study_of_parts("adapter-few", "--clip {clip:source} --frames 4", {
     "1/4 of the shapes": "--data {shapes-4} --epochs 16 --eval-every 4 --batch-size 32",
-    "1/16 of the shapes": "--data {shapes-16} --epochs 50 --eval-every 10 --batch-size 24",
-})
+} | SIXTEENTH)
 # from a CLIP that knows nearly everything: single views of two thirds of these shapes; they need lower rates
 study_of_parts("adapter-known", "--clip {clip:primitives} --frames 4", {
     "all shapes": "--data primitives-target --epochs 4 --batch-size 32",
-    "1/16 of the shapes": "--data {shapes-16} --epochs 50 --eval-every 10 --batch-size 24",
-}, {
+} | SIXTEENTH, {
     "adapter": "--tune adapter --lr 3e-4|1e-3|3e-3|1e-2",
     "lora": "--tune lora --lr 3e-4|1e-3|3e-3|1e-2",
     "full": "--tune full --lr 1e-5|3e-5|1e-4|3e-4",
@@ -709,9 +708,8 @@ def section(name, made, machines, seeds):
         runs = f"{seeds} runs in each row, seeds {used}: mean ± standard deviation."
         if seeds == 1:
             runs = "One run in each row, seed 0."
-        common = f"{STUDIES[name][0]} {common_arguments(name)}".strip()
         lines += [f"`python tests/study.py {name} --seeds {seeds}{roots}`, which runs, in each row with the "
-                  "arguments of its name,\\", f"`{common}`.\\", f"{runs}\\"]
+                  "arguments of its name,\\", f"`{common_command(name)}`.\\", f"{runs}\\"]
     else:
         lines += [f"`python tests/study.py {name}{roots}`\\"]
     lines += [f"Machine: {' and '.join(sorted(machines))}."]
@@ -721,11 +719,10 @@ def section(name, made, machines, seeds):
     return "\n".join([*lines, "<!-- end -->"])
 
 
-def common_arguments(name):
-    """The arguments with which all rows of a study begin."""
-    rows = [arguments.split() for arguments in STUDIES[name][1].values()]
-    first = os.path.commonprefix(rows)
-    return " ".join(first)
+def common_command(name):
+    """A study's script and the arguments with which all of its rows begin."""
+    script, rows = STUDIES[name]
+    return " ".join(os.path.commonprefix([[script, *arguments.split()] for arguments in rows.values()]))
 
 
 def with_section(text, name, made):

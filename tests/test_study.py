@@ -340,9 +340,7 @@ def test_results_md_has_the_rows_of_its_studies():
         assert f"python tests/study.py {name} " in section
         if name not in study.STUDIES:
             continue
-        script = study.STUDIES[name][0]
-        command = f"{script} {study.common_arguments(name)}".strip()
-        assert f"`{command}`.\\\n" in section  # the rates that were tried, too
+        assert f"`{study.common_command(name)}`.\\\n" in section  # the rates that were tried, too
         first = re.findall(r"\| ---.*\|\n((?:\|.*\n)+)", section)[0]
         rows = [row.split(", `")[0] for row in re.findall(r"^\| (.*?) \|", first, re.MULTILINE)]
         assert rows == list(study.STUDIES[name][1])
