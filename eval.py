@@ -1156,7 +1156,7 @@ def gathered(x, device):
     torch.save(x, packed)
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, packed.getvalue())
-    return [torch.load(io.BytesIO(part), map_location=device) for part in parts]
+    return [torch.load(io.BytesIO(part), map_location=device, weights_only=True) for part in parts]
 
 
 def any_process(flag, device):

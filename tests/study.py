@@ -47,7 +47,9 @@ FILES = {
     "no-photos": (("products", "hm"), 1, False),
     "products-4": (("products",), 4, False),
     "products-16": (("products",), 16, False),
+    "shapes-2": (("primitives-target",), 2, False),
     "shapes-4": (("primitives-target",), 4, False),
+    "shapes-8": (("primitives-target",), 8, False),
     "shapes-16": (("primitives-target",), 16, False),
 }
 # CLIPs that studies start from. `{clip:name}` in the arguments is the best.pt of one.
@@ -116,6 +118,27 @@ study("mxm-relation", "train_mxm.py", RATES, {
     "hybrid, teacher": sampled("hybrid", 64, 1, 4, 6, "--soft-relation teacher --teacher {clip:primitives}"),
     "hybrid, oracle": sampled("hybrid", 64, 1, 4, 6, "--soft-relation oracle"),
 }, [(f"hybrid, {relation}", "hard") for relation in ("features", "words", "teacher", "oracle")])
+# the design of the loss on the same batch; hard-uniform and mil-nce are others' ways with several positives
+study("mxm-loss", "train_mxm.py", RATES, {
+    "hard": sampled("hard", 64, 1, 4, 6),
+    "hard-uniform": sampled("hard-uniform", 64, 1, 4, 6),
+    "mil-nce": sampled("mil-nce", 64, 1, 4, 6),
+    "soft, words": sampled("soft", 64, 1, 4, 6, "--soft-relation words"),
+    "hybrid, words": sampled("hybrid", 64, 1, 4, 6, "--soft-relation words"),
+}, [("hard", "hard-uniform"), ("hard", "mil-nce"),
+    ("hybrid, words", "soft, words"), ("hybrid, words", "hard")])
+
+# as many images in each row, so fewer steps where batches are larger
+BATCHES = (16, 64, 256)
+of_batches = {}
+for size in BATCHES:
+    of_batches[f"clip, batches of {size}"] = f"--lr 1e-4|3e-4|1e-3 {sampled('clip', size, 1, 1, 6)}"
+    of_batches[f"hybrid, batches of {size}"] = (
+        f"{RATES} {sampled('hybrid', size, 1, 4, 6, '--soft-relation words')}")
+study("mxm-batch", "train_mxm.py", "", of_batches,
+      [(f"hybrid, batches of {size}", f"clip, batches of {size}") for size in BATCHES]
+      + [(f"{loss}, batches of 64", f"{loss}, batches of {size}")
+         for loss in ("clip", "hybrid") for size in (16, 256)])
 
 
 def of_captions(epochs):
@@ -149,6 +172,19 @@ study("mxm-garments", "train_mxm.py", f"--data {{garments}} {MORE_RATES}", {
 }, [("hard, 1 x 4", "clip, 1 x 1"), ("hard, 2 x 1", "clip, 1 x 1"), ("hard, 4 x 1", "clip, 1 x 1"),
     ("hard, 2 x 4", "clip, 1 x 1"), ("hard, 2 x 4", "hard, 1 x 4"), ("hard, 4 x 4", "hard, 1 x 4")])
 TRANSFER["mxm-garments"] = "products"
+# the other numbers of views and captions, at the rate that is best for all rows above
+GARMENTS = "--data {garments} --lr 3e-4"
+study("mxm-garments-grid", "train_mxm.py", GARMENTS, {
+    "clip, 1 x 1": sampled("clip", 64, 1, 1, 20),
+    "hard, 1 x 2": sampled("hard", 64, 1, 2, 20),
+    "hard, 1 x 4": sampled("hard", 64, 1, 4, 20),
+    "hard, 1 x 5": sampled("hard", 64, 1, 5, 20),
+    "hard, 2 x 5": sampled("hard", 32, 2, 5, 10),
+    "hard, 4 x 2": sampled("hard", 16, 4, 2, 5),
+    "hard, 4 x 5": sampled("hard", 16, 4, 5, 5),
+}, [("hard, 1 x 2", "clip, 1 x 1"), ("hard, 1 x 5", "clip, 1 x 1"), ("hard, 1 x 4", "hard, 1 x 2"),
+    ("hard, 1 x 5", "hard, 1 x 4"), ("hard, 2 x 5", "hard, 1 x 5"), ("hard, 4 x 2", "hard, 1 x 2"),
+    ("hard, 4 x 5", "hard, 1 x 5")])
 # three of them, one with the soft relation, for more seeds; 3e-4 is the best rate of all rows above
 study("mxm-garments-hybrid", "train_mxm.py", "--data {garments}", {
     "clip, 1 x 1": f"--lr 3e-4 {sampled('clip', 64, 1, 1, 20)}",
@@ -157,6 +193,23 @@ study("mxm-garments-hybrid", "train_mxm.py", "--data {garments}", {
         f"--lr 1e-4|3e-4|1e-3 {sampled('hybrid', 64, 1, 4, 20, '--soft-relation words')}",
 }, [("hard, 1 x 4", "clip, 1 x 1"), ("hybrid, words, 1 x 4", "clip, 1 x 1"),
     ("hybrid, words, 1 x 4", "hard, 1 x 4")])
+# one pair in as much time as several captions: more epochs, as many as the CPU seconds of both rows allow
+EQUAL_TIME = {
+    "shapes": "--lr 1e-4|3e-4|1e-3|3e-3",
+    "photos": "--data flickr8k --batch-size 128 --lr 1e-4|3e-4|1e-3",
+    "garments": "--data {garments} --lr 1e-4|3e-4|1e-3",
+}
+study("mxm-time", "train_mxm.py", "", {
+    "shapes, clip, 1 x 1, 8 epochs": f"{EQUAL_TIME['shapes']} {sampled('clip', 64, 1, 1, 8)}",
+    "shapes, hard, 1 x 4, 6 epochs": f"{EQUAL_TIME['shapes']} {sampled('hard', 64, 1, 4, 6)}",
+    "photos, clip, 1 x 1, 20 epochs": f"{EQUAL_TIME['photos']} --epochs 20 --eval-every 10 --loss clip",
+    "photos, hard, 1 x 5, 10 epochs":
+        f"{EQUAL_TIME['photos']} --epochs 10 --eval-every 5 --loss hard --captions 5",
+    "garments, clip, 1 x 1, 35 epochs": f"{EQUAL_TIME['garments']} {sampled('clip', 64, 1, 1, 35)}",
+    "garments, hard, 1 x 4, 20 epochs": f"{EQUAL_TIME['garments']} {sampled('hard', 64, 1, 4, 20)}",
+}, [("shapes, hard, 1 x 4, 6 epochs", "shapes, clip, 1 x 1, 8 epochs"),
+    ("photos, hard, 1 x 5, 10 epochs", "photos, clip, 1 x 1, 20 epochs"),
+    ("garments, hard, 1 x 4, 20 epochs", "garments, clip, 1 x 1, 35 epochs")])
 
 
 # ---- CLIP4CMR: losses, imbalance, dimension
@@ -217,15 +270,13 @@ study("user-loss", "train_user.py", f"{USER} {USER_RATES}", {
     "InfoNCE": "--loss infonce",
     "triplet": "--loss triplet",
 }, [("UTO", "InfoNCE"), ("UTO", "triplet")])
-# the other rows at the rate that is best for UTO
-study("user-parts", "train_user.py", f"{USER} --lr 3e-3", {
+study("user-parts", "train_user.py", f"{USER} --lr 1e-3|3e-3|1e-2", {
     "none": "--enhance none",
     "sge": "--enhance sge",
     "cge": "--enhance cge",
     "both": "",
-    "both, no queue": "--queue 0",
-}, [("sge", "none"), ("cge", "none"), ("both", "none"), ("both", "both, no queue")])
-# the last two of them, for more seeds
+}, [("sge", "none"), ("cge", "none"), ("both", "none")])
+# at the rate that is best with queues
 study("user-queue-128", "train_user.py", f"{USER} --lr 3e-3",
       {"queues of 2,048": "", "no queue": "--queue 0"}, [("queues of 2,048", "no queue")])
 # batches so small that they hold few negatives of their own
@@ -289,6 +340,14 @@ SIXTEENTH = {"1/16 of the shapes": "--data {shapes-16} --epochs 50 --eval-every 
 study_of_parts("adapter-few", "--clip {clip:source} --frames 4", {
     "1/4 of the shapes": "--data {shapes-4} --epochs 16 --eval-every 4 --batch-size 32",
 } | SIXTEENTH)
+# and to a half and an eighth
+study_of_parts("adapter-half", "--clip {clip:source} --frames 4", {
+    "1/2 of the shapes": "--data {shapes-2} --epochs 8 --eval-every 2 --batch-size 32",
+    "1/8 of the shapes": "--data {shapes-8} --epochs 25 --eval-every 5 --batch-size 25",
+}, TUNE | {
+    "adapter": "--tune adapter --lr 1e-3|3e-3|1e-2|3e-2|1e-1",
+    "lora": "--tune lora --lr 1e-3|3e-3|1e-2|3e-2",
+})
 # from a CLIP that knows nearly everything: single views of two thirds of these shapes; they need lower rates
 study_of_parts("adapter-known", "--clip {clip:primitives} --frames 4", {
     "all shapes": "--data primitives-target --epochs 4 --batch-size 32",
@@ -336,7 +395,7 @@ study("cma-titles", "train_cmaclip.py", f"--data products {SEVEN_TASKS} --clip-l
 # is one pass too short for attention that starts from random weights?
 study("cma-longer", "train_cmaclip.py",
       "--data products --clip {clip:everything} --epochs 4 --eval-every 4 --batch-size 128 --clip-lr 1e-4 "
-      "--lr 3e-3", {name: FUSIONS[name] for name in ("cma", "concat")}, [("cma", "concat")])
+      "--lr 1e-3|3e-3|1e-2", {name: FUSIONS[name] for name in ("cma", "concat")}, [("cma", "concat")])
 study("cma-descriptions", "train_cmaclip.py", f"--data {{descriptions}} {SEVEN_TASKS} --clip-lr 1e-4",
       {name: FUSIONS[name] for name in ("cma", "concat", "image", "text")},
       [claim for claim in CMA_CLAIMS if claim[1] != "modality"])
