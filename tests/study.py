@@ -128,13 +128,21 @@ study("mxm-loss", "train_mxm.py", RATES, {
 }, [("hard", "hard-uniform"), ("hard", "mil-nce"),
     ("hybrid, words", "soft, words"), ("hybrid, words", "hard")])
 
+# what the hybrid loses to its soft part by: the share of the soft relation, or that it rises from 0?
+SHARES = {"hybrid": "", "hybrid, share of 0.5 from the first step": "--soft-warmup 0",
+          "hybrid, share rises to 1": "--soft-weight 1"}
+study("mxm-share", "train_mxm.py", "--lr 1e-3", {
+    row: sampled("hybrid", 64, 1, 4, 6, f"--soft-relation words {more}") for row, more in SHARES.items()
+} | {"soft": sampled("soft", 64, 1, 4, 6, "--soft-relation words")},
+    [(row, other) for row in list(SHARES)[1:] for other in ("hybrid", "soft")])
+
 # as many images in each row, so fewer steps where batches are larger
 BATCHES = (16, 64, 256)
 of_batches = {}
 for size in BATCHES:
     of_batches[f"clip, batches of {size}"] = f"--lr 1e-4|3e-4|1e-3 {sampled('clip', size, 1, 1, 6)}"
     of_batches[f"hybrid, batches of {size}"] = (
-        f"{RATES} {sampled('hybrid', size, 1, 4, 6, '--soft-relation words')}")
+        f"{MORE_RATES} {sampled('hybrid', size, 1, 4, 6, '--soft-relation words')}")
 study("mxm-batch", "train_mxm.py", "", of_batches,
       [(f"hybrid, batches of {size}", f"clip, batches of {size}") for size in BATCHES]
       + [(f"{loss}, batches of 64", f"{loss}, batches of {size}")
