@@ -82,7 +82,7 @@ class BatchNorm(torch.nn.BatchNorm1d):
 # ---------------------------------------------------------------- multifold contrastive losses (MXM-CLR)
 # images (A, D) and texts (C, D) are all observations of a batch. image_owner (A,) and text_owner (C,), int64,
 # say which instance each shows. Owners may be any numbers; every instance has at least one observation of
-# each modality. l_ij = s v_i . t_j is the logit of image i and text j; a pair is positive where both show the
+# each modality. l_ac = s v_a . t_c is the logit of image a and text c; a pair is positive where both show the
 # same instance.
 
 def clip_loss(images, texts, scale):
@@ -105,9 +105,9 @@ def _directions(images, texts, scale, image_owner, text_owner):
 def hard_loss(images, texts, scale, image_owner, text_owner):
     """MXM-CLR's hard relation: every pair of one instance is positive, and no positive is another's negative.
 
-    Mean over positive pairs (i, j), and over both directions, of
+    Mean over positive pairs (a, c), and over both directions, of
 
-        -log( e^l_ij / (e^l_ij + sum over k of other instances of e^l_ik) )
+        -log( e^l_ac / (e^l_ac + sum over texts k of other instances of e^l_ak) )
     """
     total = 0
     for logits, positive in _directions(images, texts, scale, image_owner, text_owner):

@@ -3,18 +3,20 @@
 A multifold instance is one thing with several images and several captions: a shape and its rendered views, a
 photo and its five captions. CLIP's loss takes one image and one caption of it at a time and calls everything
 else negative. MXM-CLR takes several observations of each instance into a batch and trains on all of their
-relations at once, with l_ij = s v_i . t_j for image i and text j:
+relations at once. Image a is embedded as v_a and caption c as t_c. v_i is the mean of instance i's images. All
+three have unit norm, s is CLIP's scale, and l_ac = s v_a . t_c:
 
-    hard = mean over pairs (i, j) of one instance of
-               -log( e^l_ij / (e^l_ij + sum over k of other instances of e^l_ik) )
+    hard = mean over pairs (a, c) of one instance of
+               -log( e^l_ac / (e^l_ac + sum over captions k of other instances of e^l_ak) )
     soft = cross-entropy of each observation's scores against a row of targets of its own:
-               captions, softmax_i(s v_i . t_c) against P(i | c) / (sum over instances i' of P(i' | c))
-               images,   softmax_c(s v . t_c) against P(i | c) / (sum over captions c' of P(i | c'))
-    loss = (1 - lambda) hard + lambda soft, each the mean of both directions
+               caption c:             softmax_i(s v_i . t_c) against P(i | c) / (sum over i' of P(i' | c))
+               image a of instance i: softmax_c(s v_a . t_c) against P(i | c) / (sum over c' of P(i | c'))
+    loss = (1 - lambda) hard + lambda soft
 
-P(i | c) is how probable it is that caption c is about instance i, v_i the mean of its images. It is a
-relation of observations: of one instance, a vague caption fits many others and a precise one none. The second
-target is the first by Bayes' rule: precise captions get more mass. --soft-relation says where P comes from.
+Each is the mean of both directions; of hard, the one from images is written out. P(i | c) is how probable it
+is that caption c is about instance i. It is a relation of observations: of the captions of one instance, a
+vague one fits many other instances and a precise one none. The second target is the first by Bayes' rule:
+precise captions get more mass. --soft-relation says where P comes from.
 
 Provenance. The paper's, from its abstract: multifold instances, hard and soft relations, their hybrid. The
 published repository holds no code, and the paper's formulas could not be consulted: all formulas above are a
