@@ -3,8 +3,8 @@
 A multifold instance is one thing with several images and several captions: a shape and its rendered views, a
 photo and its five captions. CLIP's loss takes one image and one caption of it at a time and calls everything
 else negative. MXM-CLR takes several observations of each instance into a batch and trains on all of their
-relations at once. Image a is embedded as v_a and caption c as t_c. v_i is the mean of instance i's images. All
-three have unit norm, s is CLIP's scale, and l_ac = s v_a . t_c:
+relations at once. Image a is embedded as v_a, caption c as t_c, and v_i is the mean of instance i's images.
+All three have unit norm, s is CLIP's scale, and l_ac = s v_a . t_c:
 
     hard = mean over pairs (a, c) of one instance of
                -log( e^l_ac / (e^l_ac + sum over captions k of other instances of e^l_ak) )
