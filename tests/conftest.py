@@ -1,5 +1,5 @@
-"""For all tests: the project's files are importable; one thread, so that results have one set of bits; and the
-process that forks runs, which is started once."""
+"""For all tests: the project's files are importable, one thread is used, so that results have one set of bits,
+and the process that forks runs is started once."""
 import os
 import sys
 
