@@ -45,7 +45,9 @@ FILES = {
     "garments": (("hm",), 1, False),
     "descriptions": (("products",), 1, True),
     "no-photos": (("products", "hm"), 1, False),
+    "products-2": (("products",), 2, False),
     "products-4": (("products",), 4, False),
+    "products-8": (("products",), 8, False),
     "products-16": (("products",), 16, False),
     "shapes-2": (("primitives-target",), 2, False),
     "shapes-4": (("primitives-target",), 4, False),
@@ -61,6 +63,7 @@ CLIPS = {
     "small": f"train_mxm.py --data {{everything}} {PRETRAIN} --clip small --epochs 10 --eval-every 5",
     "primitives": "train_mxm.py",
     "source": "train_mxm.py --data primitives-source --loss clip --epochs 20",
+    "small-source": "train_mxm.py --data primitives-source --clip small --loss clip --epochs 20",
 }
 STUDIES = {}  # study -> (script, {row: arguments})
 CLAIMS = {}  # study -> [(row, the row it is compared with)]: what a paper says is ahead of what
@@ -109,6 +112,17 @@ study("mxm-photos", "train_mxm.py", f"{photos} {RATES}", {
     "hybrid, words, 1 x 5": "--loss hybrid --captions 5 --soft-relation words",
 }, [("hard, 1 x 5", "clip, 1 x 1"), ("hybrid, words, 1 x 5", "hard, 1 x 5")])
 
+# the design of the loss on the same photos
+study("mxm-photos-loss", "train_mxm.py",
+      "--data flickr8k --batch-size 128 --lr 1e-4|3e-4|1e-3 --epochs 10 --eval-every 5", {
+          "hard": "--loss hard --captions 5",
+          "hard-uniform": "--loss hard-uniform --captions 5",
+          "mil-nce": "--loss mil-nce --captions 5",
+          "soft, words": "--loss soft --captions 5 --soft-relation words",
+          "hybrid, words": "--loss hybrid --captions 5 --soft-relation words",
+      }, [("hard", "hard-uniform"), ("hard", "mil-nce"),
+          ("hybrid, words", "soft, words"), ("hybrid, words", "hard")])
+
 # the four captions of `hard, 1 x 4` above, with what each relation adds
 # the teacher is the default run, whose training took 14 epochs
 study("mxm-relation", "train_mxm.py", RATES, {
@@ -135,6 +149,11 @@ study("mxm-share", "train_mxm.py", "--lr 1e-3", {
     row: sampled("hybrid", 64, 1, 4, 6, f"--soft-relation words {more}") for row, more in SHARES.items()
 } | {"soft": sampled("soft", 64, 1, 4, 6, "--soft-relation words")},
     [(row, other) for row in list(SHARES)[1:] for other in ("hybrid", "soft")])
+# the default run is longer: does the rise still cost it, and what is left of its lead over the hard relation?
+study("mxm-default", "train_mxm.py", "", {"hard": "--loss hard", "hybrid": "",
+                                          "hybrid, share of 0.5 from the first step": "--soft-warmup 0"},
+      [("hybrid", "hard"), ("hybrid, share of 0.5 from the first step", "hard"),
+       ("hybrid, share of 0.5 from the first step", "hybrid")])
 
 # as many images in each row, so fewer steps where batches are larger
 BATCHES = (16, 64, 256)
@@ -218,6 +237,12 @@ study("mxm-time", "train_mxm.py", "", {
     ("photos, hard, 1 x 5, 10 epochs", "photos, clip, 1 x 1, 20 epochs"),
     ("garments, hard, 1 x 4, 20 epochs", "garments, clip, 1 x 1, 35 epochs")])
 
+# as many epochs as help each row, by validation: which is ahead once neither gains from more?
+study("mxm-long", "train_mxm.py", "--data {garments} --lr 3e-4 --batch-size 64 --eval-every 5", {
+    "clip, 1 x 1": "--loss clip --epochs 35|70|140",
+    "hard, 1 x 4": "--loss hard --captions 4 --epochs 20|40|80",
+}, [("hard, 1 x 4", "clip, 1 x 1")])
+
 
 # ---- CLIP4CMR: losses, imbalance, dimension
 
@@ -240,7 +265,8 @@ REAL = "--data clip-features --features products_{task}_train.npz products_{task
 study("cmr-wikipedia", "train_clip4cmr.py", WIKIPEDIA, CMR, CMR_CLAIMS)
 FIVE_RATES = "--lr 1e-4|3e-4|1e-3|3e-3|1e-2"
 for task in ("subCategory", "articleType"):
-    base = f"{REAL.replace('{task}', task)} {SMALL} --epochs 160 --eval-every 8 {FIVE_RATES}"
+    rates = {"subCategory": "--lr 3e-4|1e-3|3e-3|1e-2|3e-2", "articleType": FIVE_RATES}[task]
+    base = f"{REAL.replace('{task}', task)} {SMALL} --epochs 160 --eval-every 8 {rates}"
     study(f"cmr-real-{task}", "train_clip4cmr.py", base, CMR, CMR_CLAIMS)
     FROZEN[f"cmr-real-{task}"] = "clip-features", task
     base = f"--data products --task {task} --clip {{clip:everything}} {SMALL} --epochs 15 {FIVE_RATES}"
@@ -333,14 +359,21 @@ def study_of_parts(name, base, parts, rates=TUNE):
           [(f"adapter, {part}", f"{tune}, {part}") for part in parts for tune in ("lora", "full")])
 
 
-# from a CLIP that knows no products to all 12,823 of them, a sixteenth and a quarter, in 200 steps each
+# from a CLIP that knows no products to all 12,823 of them and a sixteenth, in 200 steps each
 TO_PRODUCTS = "--clip {clip:no-products} --batch-size 128"
 study_of_parts("adapter-products", "", {
     "all products": f"--data products {TO_PRODUCTS} --epochs 2",
     "1/16 of them": f"--data {{products-16}} {TO_PRODUCTS} --epochs 32 --eval-every 8",
 })
-study_of_parts("adapter-products-4", "", {
+# and to a half, a quarter and an eighth
+study_of_parts("adapter-products-half", "", {
+    "1/2 of them": f"--data {{products-2}} {TO_PRODUCTS} --epochs 4 --eval-every 2",
     "1/4 of them": f"--data {{products-4}} {TO_PRODUCTS} --epochs 8 --eval-every 4",
+    "1/8 of them": f"--data {{products-8}} {TO_PRODUCTS} --epochs 16 --eval-every 4",
+}, {
+    "adapter": "--tune adapter --lr 3e-3|1e-2|3e-2|1e-1",
+    "lora": "--tune lora --lr 3e-3|1e-2|3e-2|1e-1",
+    "full": "--tune full --lr 3e-4|1e-3|3e-3",
 })
 # from a CLIP that knows other shapes to a quarter and a sixteenth of the new ones, in 48 and 50 steps
 SIXTEENTH = {"1/16 of the shapes": "--data {shapes-16} --epochs 50 --eval-every 10 --batch-size 24"}
@@ -430,6 +463,13 @@ for method in ("mxm", "user", "cmaclip"):
     study(f"small-{method}", f"train_{method}.py", "", LARGER)
 # CLIP4CMR hardly learns with it at its default rate of 1e-3
 study("small-clip4cmr", "train_clip4cmr.py", "", LARGER | {"small, 3e-4": "--clip small --clip-lr 3e-4"})
+
+# adapters start from a CLIP that knows other shapes; each row at its best rate
+study("small-adapter", "train_adapter.py",
+      "--data primitives-target --frames 4 --epochs 4 --batch-size 32", {
+          f"{name}, {tune}": f"--clip {{clip:{start}}} {TUNE[tune]}"
+          for name, start in (("tiny", "source"), ("small", "small-source")) for tune in ("adapter", "full")
+      }, [(f"{name}, adapter", f"{name}, full") for name in LARGER])
 
 
 # ---- the numbers of one run: {heading: number}
