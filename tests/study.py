@@ -240,7 +240,7 @@ study("mxm-time", "train_mxm.py", "", {
 # as many epochs as help each row, by validation: which is ahead once neither gains from more?
 study("mxm-long", "train_mxm.py", "--data {garments} --lr 3e-4 --batch-size 64 --eval-every 5", {
     "clip, 1 x 1": "--loss clip --epochs 35|70|140",
-    "hard, 1 x 4": "--loss hard --captions 4 --epochs 20|40|80",
+    "hard, 1 x 4": "--loss hard --captions 4 --epochs 20|40|80|160",
 }, [("hard, 1 x 4", "clip, 1 x 1")])
 
 
@@ -373,7 +373,7 @@ study_of_parts("adapter-products-half", "", {
 }, {
     "adapter": "--tune adapter --lr 3e-3|1e-2|3e-2|1e-1",
     "lora": "--tune lora --lr 3e-3|1e-2|3e-2|1e-1",
-    "full": "--tune full --lr 3e-4|1e-3|3e-3",
+    "full": "--tune full --lr 3e-4|1e-3|3e-3|1e-2",
 })
 # from a CLIP that knows other shapes to a quarter and a sixteenth of the new ones, in 48 and 50 steps
 SIXTEENTH = {"1/16 of the shapes": "--data {shapes-16} --epochs 50 --eval-every 10 --batch-size 24"}
