@@ -45,6 +45,7 @@ FILES = {
     "garments": (("hm",), 1, False),
     "descriptions": (("products",), 1, True),
     "no-photos": (("products", "hm"), 1, False),
+    "products-1": (("products",), 1, False),
     "products-2": (("products",), 2, False),
     "products-4": (("products",), 4, False),
     "products-8": (("products",), 8, False),
@@ -104,7 +105,7 @@ study("mxm-shapes", "train_mxm.py", MORE_RATES, {
     ("hybrid, features, 2 x 2", "hard, 2 x 2"),
     ("hybrid, words, 2 x 2", "hard, 2 x 2"), ("hybrid, oracle, 2 x 2", "hard, 2 x 2")])
 
-# 128 photos in each of 470 steps, from random weights
+# 128 photos in each of 460 steps, from random weights
 photos = "--data flickr8k --batch-size 128 --epochs 10 --eval-every 5"
 study("mxm-photos", "train_mxm.py", f"{photos} {RATES}", {
     "clip, 1 x 1": "--loss clip",
@@ -131,7 +132,7 @@ study("mxm-loss", "train_mxm.py", RATES, {
     "soft, words": sampled("soft", 64, 1, 4, 6, "--soft-relation words"),
     "hybrid, words": sampled("hybrid", 64, 1, 4, 6, "--soft-relation words"),
 }, DESIGN_CLAIMS)
-# the same on photos, 128 of them with all five captions in each of 470 steps
+# the same on photos, 128 of them with all five captions in each of 460 steps
 study("mxm-photos-loss", "train_mxm.py",
       "--data flickr8k --batch-size 128 --lr 1e-4|3e-4|1e-3 --epochs 10 --eval-every 5", {
           "hard": "--loss hard --captions 5",
@@ -337,26 +338,28 @@ study("user-queue-128-sizes", "train_user.py", f"{USER} --lr 3e-3",
 study("user-longer", "train_user.py", f"{USER.replace('--epochs 5', '--epochs 10')} --lr 3e-3",
       {"none": "--enhance none", "both": ""}, [("both", "none")])
 # batches so small that they hold few negatives of their own
-SMALL_BATCHES = ("--data products --clip {clip:everything} --dim 256 --epochs 2 --eval-every 2 "
-                 "--batch-size 16 --batch-weight 1")
 SLOW_CLIP = "--lr-drop 0.8 --clip-lr 1e-4"
-study("user-queue", "train_user.py", f"{SMALL_BATCHES} --momentum 0.99 {SLOW_CLIP} --lr 3e-4|1e-3|3e-3", {
-    "no queue": "--queue 0",
-    "queues of 2,048": "--queue 2048",
-}, [("queues of 2,048", "no queue")])
-# other lengths, at the rate that is best for both
-study("user-queue-sizes", "train_user.py", f"{SMALL_BATCHES} --momentum 0.99 {SLOW_CLIP} --lr 1e-3",
-      {f"queues of {size:,}": f"--queue {size}" for size in (0, 512, 2048, 8192)},
-      [(f"queues of {size}", "queues of 0") for size in ("512", "2,048", "8,192")])
+SMALL_BATCHES = ("--data products --clip {clip:everything} --dim 256 --epochs 2 --eval-every 2 "
+                 f"--batch-size 16 --batch-weight 1 {SLOW_CLIP}")
+study("user-queue", "train_user.py", SMALL_BATCHES, {
+    "no queue": f"{RATES} --queue 0",
+    "queues of 512": f"{RATES} --queue 512 --momentum 0.999",
+    "queues of 2,048": f"{RATES} --queue 2048 --momentum 0.999",
+    "queues of 8,192": f"{RATES} --queue 8192 --momentum 0.999",
+}, [("queues of 512", "no queue"), ("queues of 2,048", "no queue"), ("queues of 8,192", "no queue"),
+    ("queues of 8,192", "queues of 512")])
 # 6,000 photos with five captions each, in 700 steps of 128; the CLIP knows them, but not those of the test
 study("user-photos", "train_user.py",
       "--data flickr8k --clip {clip:everything} --dim 256 --epochs 3 --batch-weight 1 --momentum 0.99 "
       f"{SLOW_CLIP} --lr 1e-3|3e-3|1e-2",
       {"none": "--enhance none", "both": ""}, [("both", "none")])
 # how slowly the momentum encoders follow, in small batches again; 0: the keys are the model's own
-study("user-momentum", "train_user.py", SMALL_BATCHES,
-      {f"m {m}": f"--momentum {m} {SLOW_CLIP} --lr 1e-3 --queue 2048" for m in ("0", "0.99", "0.999")},
-      [("m 0.99", "m 0"), ("m 0.999", "m 0.99")])
+study("user-momentum", "train_user.py", SMALL_BATCHES, {
+    "no queue": f"{RATES} --queue 0",
+    "m 0": "--lr 3e-4|1e-3|3e-3|1e-2 --queue 2048 --momentum 0",
+    "m 0.99": f"{RATES} --queue 2048 --momentum 0.99",
+    "m 0.999": f"{RATES} --queue 2048 --momentum 0.999",
+}, [("m 0", "no queue"), ("m 0.99", "m 0"), ("m 0.999", "m 0.99")])
 
 
 # ---- Cross-Modal Adapter: what is tuned, on how much data, sharing
@@ -383,57 +386,62 @@ def study_of_parts(name, base, parts, rates=TUNE):
           [(f"adapter, {part}", f"{tune}, {part}") for part in parts for tune in ("lora", "full")])
 
 
-# from a CLIP that knows no products to all 12,823 of them and a sixteenth, in 200 steps each
+# from a CLIP that knows no products to titles and descriptions of all of them and of parts, each in about 390
+# steps
 TO_PRODUCTS = "--clip {clip:no-products} --batch-size 128"
-study_of_parts("adapter-products", "", {
-    "all products": f"--data products {TO_PRODUCTS} --epochs 2",
-    "1/16 of them": f"--data {{products-16}} {TO_PRODUCTS} --epochs 32 --eval-every 8",
-})
-# and to a half, a quarter and an eighth
 HALF = f"--data {{products-2}} {TO_PRODUCTS} --epochs 4 --eval-every 2"
 PRODUCT_RATES = {
     "adapter": "--tune adapter --lr 3e-3|1e-2|3e-2|1e-1",
     "lora": "--tune lora --lr 3e-3|1e-2|3e-2|1e-1",
     "full": "--tune full --lr 3e-4|1e-3|3e-3|1e-2",
 }
-study_of_parts("adapter-products-half", "", {
+study_of_parts("adapter-products", "", {
+    "all products": f"--data {{products-1}} {TO_PRODUCTS} --epochs 2",
     "1/2 of them": HALF,
     "1/4 of them": f"--data {{products-4}} {TO_PRODUCTS} --epochs 8 --eval-every 4",
     "1/8 of them": f"--data {{products-8}} {TO_PRODUCTS} --epochs 16 --eval-every 4",
+    "1/16 of them": f"--data {{products-16}} {TO_PRODUCTS} --epochs 32 --eval-every 8",
 }, PRODUCT_RATES)
 # every way of tuning, on a half
 study("adapter-products-ways", "train_adapter.py", HALF, TUNE | PRODUCT_RATES | {
     "prompt": "--tune prompt --lr 1e-2|3e-2|1e-1|3e-1",
     "bitfit": "--tune bitfit --lr 1e-2|3e-2|1e-1|3e-1",
 }, [("adapter", other) for other in TUNE if other != "adapter"])
-# from a CLIP that knows other shapes to a quarter and a sixteenth of the new ones, in 48 and 50 steps
-SIXTEENTH = {"1/16 of the shapes": "--data {shapes-16} --epochs 50 --eval-every 10 --batch-size 24"}
-study_of_parts("adapter-few", "--clip {clip:source} --frames 4", {
-    "1/4 of the shapes": "--data {shapes-4} --epochs 16 --eval-every 4 --batch-size 32",
-} | SIXTEENTH)
-# and to a half and an eighth
-study_of_parts("adapter-half", "--clip {clip:source} --frames 4", {
+# from a CLIP that knows other shapes to parts of the new ones, in 240 to 250 steps; without
+# the crops and mirroring that pictures in files have by default, and rendered ones not
+SIXTEENTH = "--data {shapes-16} --epochs 50 --eval-every 10 --batch-size 24"
+study_of_parts("adapter-parts", "--clip {clip:source} --frames 4 --crop 0", {
     "1/2 of the shapes": "--data {shapes-2} --epochs 8 --eval-every 2 --batch-size 32",
+    "1/4 of the shapes": "--data {shapes-4} --epochs 16 --eval-every 4 --batch-size 32",
     "1/8 of the shapes": "--data {shapes-8} --epochs 25 --eval-every 5 --batch-size 25",
+    "1/16 of the shapes": SIXTEENTH,
 }, TUNE | {
-    "adapter": "--tune adapter --lr 1e-3|3e-3|1e-2|3e-2|1e-1",
-    "lora": "--tune lora --lr 1e-3|3e-3|1e-2|3e-2",
+    "adapter": "--tune adapter --lr 1e-3|3e-3|1e-2|3e-2",
+    "lora": "--tune lora --lr 1e-3|3e-3|1e-2",
 })
 # from a CLIP that knows nearly everything: single views of two thirds of these shapes; they need lower rates
-study_of_parts("adapter-known", "--clip {clip:primitives} --frames 4", {
-    "all shapes": "--data primitives-target --epochs 4 --batch-size 32",
-} | SIXTEENTH, {
+LOWER_RATES = {
     "adapter": "--tune adapter --lr 3e-4|1e-3|3e-3|1e-2",
     "lora": "--tune lora --lr 3e-4|1e-3|3e-3|1e-2",
     "full": "--tune full --lr 1e-5|3e-5|1e-4|3e-4",
-})
-# from a CLIP that knows no photos to 6,000 of them, in 184 steps
+}
+study_of_parts("adapter-known", "--clip {clip:primitives} --frames 4", {
+    "all shapes": "--data primitives-target --epochs 4 --batch-size 32",
+    "1/16 of the shapes": SIXTEENTH,
+}, LOWER_RATES)
+# the sixteenth without crops and mirroring, with rates that are lower still
+study_of_parts("adapter-known-few", "--clip {clip:primitives} --frames 4 --crop 0",
+               {"1/16 of the shapes": SIXTEENTH},
+               {tune: arguments.replace("--lr ", "--lr 3e-6|" if tune == "full" else "--lr 1e-4|")
+                for tune, arguments in LOWER_RATES.items()})
+# every way of tuning, from a CLIP that knows no photos to 6,000 of them, in 936 steps
 study("adapter-photos", "train_adapter.py",
-      "--data flickr8k --clip {clip:no-photos} --batch-size 128 --epochs 4 --eval-every 2", {
-          "adapter": TUNE["adapter"],
-          "lora": TUNE["lora"],
+      "--data flickr8k --clip {clip:no-photos} --batch-size 128 --epochs 4 --eval-every 2", TUNE | {
+          "adapter": "--tune adapter --lr 1e-2|3e-2|1e-1",
+          "prompt": "--tune prompt --lr 3e-2|1e-1|3e-1",
+          "bitfit": "--tune bitfit --lr 3e-2|1e-1|3e-1",
           "full": "--tune full --lr 3e-4|1e-3|3e-3",
-      }, [("adapter", "lora"), ("adapter", "full")])
+      }, [("adapter", other) for other in TUNE if other != "adapter"])
 study("adapter-size", "train_adapter.py", f"{TO_SHAPES} {TUNE['adapter']}", {
     "r 2, d_s 16": "--rank 2",
     "r 8, d_s 16": "",
