@@ -25,7 +25,8 @@ The loss, the queues and SGE are the paper's, and the settings for Flickr30K and
 and initial weights are those of the authors' code. That code has no CGE: its layers are a reconstruction from
 what an author wrote in issue 4 of github.com/zhangy0822/USER, which leaves the activation and the width open.
 CLIP's patches in place of regions, CLIP in place of BERT, the enhancement of texts, the settings from scratch
-and the masking of what shows the same thing are ours.
+and the masking of what shows the same thing are ours. So is --unit-norm, which gives x_l unit norm first, as
+g has it: patches of the CLIPs trained here have a norm of about 12, beside which a_l g is short.
 
     python train_user.py                                   # built-in shapes, tiny CLIP from scratch, minutes
     python train_user.py --data flickr30k --root path/to/flickr30k --clip ViT-B/32  # the paper's schedule
@@ -75,6 +76,9 @@ def settings(argv=None):
                    help="lambda_b: weight of the batch's loss (default 20; coco and from scratch 1)")
     p.add_argument("--dim", type=eval.positive_int,
                    help="dimensions of the common space (default 1024; from scratch 256)")
+    p.add_argument("--unit-norm", action="store_true",
+                   help="give local features of images unit norm before they are enhanced, so that g, which "
+                        "has it, is as long as they are; the authors' code leaves them as they are")
     p.add_argument("--smooth", type=eval.positive, default=1.0, help="lambda of guided enhancement")
     p.add_argument("--dropout", type=eval.fraction, default=0.4, help="in SGE")
     p.add_argument("--augment", type=eval.fraction, default=0.2,
@@ -253,10 +257,11 @@ class USER(nn.Module):
 
     enhance: none, sge, cge or both, of images; enhance_texts: of texts as well. smooth: lambda of guided
     enhancement. regions: the width of the region features that take the place of pictures, or None.
+    unit_norm: local features of images get unit norm first.
     """
 
     def __init__(self, clip_model, enhance="both", enhance_texts=False, dim=1024, smooth=1.0, dropout=0.4,
-                 regions=None, seed=0):
+                 regions=None, unit_norm=False, seed=0):
         super().__init__()
         text_width = clip_model.config.embed_dim
         image_width = regions or text_width
@@ -268,6 +273,7 @@ class USER(nn.Module):
         self.enhance = enhance
         self.smooth = smooth
         self.regions = regions
+        self.unit_norm = unit_norm
         self.frozen = False
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -325,6 +331,8 @@ class USER(nn.Module):
         else:
             clip_embedding, x = self.clip.encode_image(images, tokens=True)
             x = x[:, 1:].float()  # (B, patches, D): the class token is the global embedding, no patch
+        if self.unit_norm:
+            x = F.normalize(x, dim=-1)
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         x = self.enhanced(x, mask, self.image_sge, self.image_cge, clip_embedding)
         x = self.image_fc(x) + on_rows(self.image_mlp, x, mask)
@@ -411,7 +419,8 @@ def restore(checkpoint, path):
     """The model of a checkpoint of this script, for eval.py."""
     options = checkpoint["settings"]
     model = USER(clip.load(path, "cpu")[0], options["enhance"], options.get("enhance_texts", False),
-                 options["dim"], options["smooth"], options["dropout"], checkpoint["regions"])
+                 options["dim"], options["smooth"], options["dropout"], checkpoint["regions"],
+                 options.get("unit_norm", False))
     clip.load_heads(model, checkpoint["heads"])
     return model
 
@@ -451,7 +460,7 @@ def main(argv=None):
     embed_dim = clip_model.config.embed_dim
     regions = region_width(args, embed_dim, train, val, test) if args.regions else None
     model = USER(clip_model, args.enhance, args.enhance_texts, args.dim, args.smooth, args.dropout, regions,
-                 args.seed).to(device)
+                 args.unit_norm, args.seed).to(device)
     if not args.clip_lr:
         model.freeze_clip()
     momentum_model = queue = modules = None

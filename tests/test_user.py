@@ -138,6 +138,8 @@ def plain_image(model, images):
     else:
         clip_embedding, tokens = model.clip.encode_image(images, tokens=True)
         sets = [x[1:] for x in tokens]
+    if model.unit_norm:
+        sets = [x / x.square().sum(1, keepdim=True).sqrt() for x in sets]
     rows = torch.cat(plain_enhanced(model, sets, model.image_sge, model.image_cge, clip_embedding))
     first, norm, _, last = model.image_mlp
     rows = model.image_fc(rows) + last(norm(first(rows)).clamp(min=0))
@@ -163,10 +165,13 @@ EMBEDDINGS = torch.randn(4, 16, generator=torch.Generator().manual_seed(3))  # C
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("enhance, enhance_texts, clip_input", [
-    ("none", True, None), ("sge", True, None), ("cge", True, None), ("both", True, None),
-    ("both", False, None), ("both", False, PICTURES), ("cge", True, EMBEDDINGS), ("sge", False, EMBEDDINGS)])
-def test_the_encoders_are_the_plain_version_of_each_sample(enhance, enhance_texts, clip_input, training):
+@pytest.mark.parametrize("enhance, enhance_texts, clip_input, unit_norm", [
+    ("none", True, None, False), ("sge", True, None, False), ("cge", True, None, False),
+    ("both", True, None, False), ("both", False, None, False), ("both", False, PICTURES, False),
+    ("cge", True, EMBEDDINGS, False), ("sge", False, EMBEDDINGS, False),
+    ("both", True, None, True), ("none", True, EMBEDDINGS, True)])
+def test_the_encoders_are_the_plain_version_of_each_sample(enhance, enhance_texts, clip_input, unit_norm,
+                                                           training):
     """In value and in the gradient of every weight, CLIP's included; captions of several lengths; pictures,
     or regions with pictures or CLIP's embeddings of the same images."""
     regions = None if clip_input is None else 6
@@ -175,7 +180,8 @@ def test_the_encoders_are_the_plain_version_of_each_sample(enhance, enhance_text
     if regions:
         images = data.Regions(FEATURES, clip_input)
         in_double = data.Regions(FEATURES.double(), clip_input.double())
-    model = shaken(USER(small_clip(), enhance, enhance_texts, 12, 3.0, 0.0, regions)).train(training)
+    model = USER(small_clip(), enhance, enhance_texts, 12, 3.0, 0.0, regions, unit_norm=unit_norm)
+    model = shaken(model).train(training)
     plain = copy.deepcopy(model).double()
     tokens = model.tokenizer(CAPTIONS, 16)
     for found, expected in ((model.encode_image(images), plain_image(plain, in_double)),
@@ -447,8 +453,8 @@ def test_augmentation_at_its_ends():
 
 # ---------------------------------------------------------------- settings
 
-SHARED = dict(enhance="both", enhance_texts=False, loss="uto", momentum=0.999, smooth=1.0, dropout=0.4,
-              augment=0.2, weight_decay=1e-4, batch_size=128)
+SHARED = dict(enhance="both", enhance_texts=False, unit_norm=False, loss="uto", momentum=0.999, smooth=1.0,
+              dropout=0.4, augment=0.2, weight_decay=1e-4, batch_size=128)
 PRETRAINED = SHARED | dict(lr=5e-4, clip_lr=5e-5, dim=1024)
 
 
@@ -636,7 +642,7 @@ def evaluated(out):
 
 @pytest.mark.parametrize("enhance, more", [("none", ["--queue", 0, "--loss", "triplet"]),
                                            ("sge", ["--loss", "infonce", "--batch-weight", 0]),
-                                           ("cge", ["--smooth", 9, "--enhance-texts"])])
+                                           ("cge", ["--smooth", 9, "--enhance-texts", "--unit-norm"])])
 def test_baselines_run_and_eval_repeats_their_metrics(enhance, more, squares, tmp_path):
     more = ["--epochs", 1, "--dim", 10, "--queue", 8, "--enhance", enhance, *more]
     main(arguments(squares, "--out", tmp_path, *more))
@@ -646,6 +652,7 @@ def test_baselines_run_and_eval_repeats_their_metrics(enhance, more, squares, tm
     assert evaluated(tmp_path) == metrics(tmp_path)["test"]
     model = eval.restore(tmp_path / "best.pt", "cpu")[0]
     assert model.smooth == (9 if enhance == "cge" else 1) and model.enhance == enhance
+    assert model.unit_norm == (enhance == "cge")
     assert (model.image_sge is not None) == (enhance == "sge") and model.text_sge is None
     assert (model.text_cge is not None) == (enhance == "cge")
 
