@@ -28,6 +28,7 @@ import shlex
 import statistics
 import sys
 
+import numpy as np
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -66,6 +67,9 @@ CLIPS = {
     "source": "train_mxm.py --data primitives-source --loss clip --epochs 20",
     "small-source": "train_mxm.py --data primitives-source --clip small --loss clip --epochs 20",
 }
+# Folders of features that stand in for a detector's regions: {name: (data set, the CLIP whose patches they
+# are, the CLIP whose embeddings of the pictures come with them)}. `{name}` in the arguments is such a folder.
+REGIONS = {"regions": ("flickr8k", "no-photos", "everything")}
 STUDIES = {}  # study -> (script, {row: arguments})
 CLAIMS = {}  # study -> [(row, the row it is compared with)]: what a paper says is ahead of what
 FROZEN = {}  # study -> (data set, task): the CLIP whose features it reads is also judged as it is
@@ -122,6 +126,16 @@ study("mxm-relation", "train_mxm.py", RATES, {
     "hybrid, teacher": sampled("hybrid", 64, 1, 4, 6, "--soft-relation teacher --teacher {clip:primitives}"),
     "hybrid, oracle": sampled("hybrid", 64, 1, 4, 6, "--soft-relation oracle"),
 }, [(f"hybrid, {relation}", "hard") for relation in ("features", "words", "teacher", "oracle")])
+# what each adds in half of these steps, and in the default run's 14 epochs
+of_lengths = {}
+for length, epochs in (("3 epochs", "--epochs 3"), ("14 epochs", "")):
+    of_lengths[f"hard, {length}"] = f"{epochs} --loss hard".strip()
+    of_lengths[f"hybrid, words, {length}"] = epochs
+    for relation, needs in (("features", ""), ("teacher", " --teacher {clip:primitives}"), ("oracle", "")):
+        arguments = f"{epochs} --soft-relation {relation}{needs}"
+        of_lengths[f"hybrid, {relation}, {length}"] = arguments.strip()
+study("mxm-relation-length", "train_mxm.py", "", of_lengths,
+      [(row, f"hard, {row.split(', ')[-1]}") for row in of_lengths if row.startswith("hybrid")])
 DESIGN_CLAIMS = [("hard", "hard-uniform"), ("hard", "mil-nce"),
                  ("hybrid, words", "soft, words"), ("hybrid, words", "hard")]
 # the design of the loss on the same batch; hard-uniform and mil-nce are others' ways with several positives
@@ -141,6 +155,14 @@ study("mxm-photos-loss", "train_mxm.py",
           "soft, words": "--loss soft --captions 5 --soft-relation words",
           "hybrid, words": "--loss hybrid --captions 5 --soft-relation words",
       }, DESIGN_CLAIMS)
+# the teacher learned from the same photos, among others, in 40 epochs
+study("mxm-photos-teacher", "train_mxm.py",
+      "--data flickr8k --batch-size 128 --lr 1e-4|3e-4|1e-3 --epochs 10 --eval-every 5", {
+          "hard": "--loss hard --captions 5",
+          "hybrid, words": "--loss hybrid --captions 5 --soft-relation words",
+          "hybrid, teacher":
+              "--loss hybrid --captions 5 --soft-relation teacher --teacher {clip:everything}",
+      }, [("hybrid, words", "hard"), ("hybrid, teacher", "hard")])
 
 # what the hybrid loses to its soft part by: the share of the soft relation, or that it rises from 0?
 AT_ONCE = "hybrid, share of 0.5 from the first step"
@@ -224,6 +246,13 @@ study("mxm-garments-hybrid", "train_mxm.py", "--data {garments}", {
         f"--lr 1e-4|3e-4|1e-3 {sampled('hybrid', 64, 1, 4, 20, '--soft-relation words')}",
 }, [("hard, 1 x 4", "clip, 1 x 1"), ("hybrid, words, 1 x 4", "clip, 1 x 1"),
     ("hybrid, words, 1 x 4", "hard, 1 x 4")])
+# the same at one rate, tested on products as well, of which they learn nothing
+study("mxm-garments-transfer", "train_mxm.py", "--data {garments} --lr 3e-4", {
+    "clip, 1 x 1": sampled("clip", 64, 1, 1, 20),
+    "hard, 1 x 4": sampled("hard", 64, 1, 4, 20),
+    "hybrid, words, 1 x 4": sampled("hybrid", 64, 1, 4, 20, "--soft-relation words"),
+}, [("hard, 1 x 4", "clip, 1 x 1"), ("hybrid, words, 1 x 4", "hard, 1 x 4")])
+TRANSFER["mxm-garments-transfer"] = "products"
 # one pair in as much time as several captions: more epochs, as many as the CPU seconds of both rows allow
 EQUAL_TIME = {
     "shapes": "--lr 1e-4|3e-4|1e-3|3e-3",
@@ -276,13 +305,9 @@ for task, rates in (("subCategory", HIGHER_RATES), ("articleType", FIVE_RATES)):
     FROZEN[f"cmr-real-{task}"] = "clip-features", task
 # features of the CLIP that was trained here
 OF_EVERYTHING = f"--data products --task {{task}} --clip {{clip:everything}} {SMALL} --epochs 15"
-some = ("contrastive", "triplet", "supervised-contrastive", "label-regression", "cross-entropy", "pcl")
-study("cmr-products-subCategory", "train_clip4cmr.py",
-      f"{OF_EVERYTHING.replace('{task}', 'subCategory')} {FIVE_RATES}", {loss: CMR[loss] for loss in some},
-      [("pcl", loss) for loss in some[:-1]])
-study("cmr-products-articleType", "train_clip4cmr.py",
-      f"{OF_EVERYTHING.replace('{task}', 'articleType')} {HIGHER_RATES}", CMR, CMR_CLAIMS)
 for task in ("subCategory", "articleType"):
+    study(f"cmr-products-{task}", "train_clip4cmr.py",
+          f"{OF_EVERYTHING.replace('{task}', task)} {HIGHER_RATES}", CMR, CMR_CLAIMS)
     FROZEN[f"cmr-products-{task}"] = "products", task
 
 # what a lack of one modality costs, and what the dimension matters, on each kind of features
@@ -326,6 +351,15 @@ study("user-parts", "train_user.py", f"{USER} --lr 1e-3|3e-3|1e-2", {
     "cge": "--enhance cge",
     "both": "",
 }, [("sge", "none"), ("cge", "none"), ("both", "none")])
+# the same with patches as long as what is added to them, which has unit norm; theirs is about 12
+study("user-norm", "train_user.py", f"{USER} --lr 1e-3|3e-3|1e-2", {
+    "none, as they are": "--enhance none",
+    "none": "--enhance none --unit-norm",
+    "sge": "--enhance sge --unit-norm",
+    "cge": "--enhance cge --unit-norm",
+    "both": "--unit-norm",
+}, [("none", "none, as they are"), ("sge", "none"), ("cge", "none"), ("both", "none"),
+    ("both", "none, as they are")])
 # with and without queues, both at the rate that is best with them
 study("user-queue-128", "train_user.py", f"{USER} --lr 3e-3",
       {"queues of 2,048": "", "no queue": "--queue 0"}, [("queues of 2,048", "no queue")])
@@ -353,6 +387,12 @@ study("user-photos", "train_user.py",
       "--data flickr8k --clip {clip:everything} --dim 256 --epochs 3 --batch-weight 1 --momentum 0.99 "
       f"{SLOW_CLIP} --lr 1e-3|3e-3|1e-2",
       {"none": "--enhance none", "both": ""}, [("both", "none")])
+# as in the paper, local features that lack what CLIP knows: patches of a CLIP that has seen no photo
+study("user-regions", "train_user.py",
+      "--data flickr8k --root {regions} --regions --clip {clip:no-photos} --dim 256 --epochs 3 "
+      f"--batch-weight 1 --momentum 0.99 {SLOW_CLIP} --lr 1e-3|3e-3|1e-2",
+      {"none": "--enhance none", "sge": "--enhance sge", "cge": "--enhance cge", "both": ""},
+      [("sge", "none"), ("cge", "none"), ("both", "none"), ("both", "cge")])
 # how slowly the momentum encoders follow, in small batches again; 0: the keys are the model's own
 study("user-momentum", "train_user.py", SMALL_BATCHES, {
     "no queue": f"{RATES} --queue 0",
@@ -838,9 +878,18 @@ def machine_of(out):
     return made["machine"] if made else f"not recorded (tables written with {machine()})"
 
 
+def named(name):
+    """The arguments of a study's rows, and the CLIPs that its regions come from."""
+    rows = " ".join(STUDIES[name][1].values()) if name in STUDIES else ""
+    for folder, (_, *clips) in REGIONS.items():
+        if f"{{{folder}}}" in rows:
+            rows += "".join(f" {{clip:{clip_name}}}" for clip_name in clips)
+    return rows
+
+
 def sources(name):
     """The data sets that a study reads, also through the CLIPs that it starts from."""
-    rows = " ".join(STUDIES[name][1].values()) if name in STUDIES else " ".join(CLIPS.values())
+    rows = named(name) if name in STUDIES else " ".join(CLIPS.values())
     commands = rows + "".join(f" {command}" for clip_name, command in CLIPS.items()
                               if f"{{clip:{clip_name}}}" in rows)
     found = set(re.findall(r"data ([a-z]\S+)", commands))
@@ -941,6 +990,34 @@ def write_file(name, path, roots):
     os.replace(f"{path}.part", path)
 
 
+@torch.no_grad()
+def write_regions(name, args):
+    """Write one of REGIONS as `data.load_regions` reads it, where it is not there."""
+    source, of_patches, of_images = REGIONS[name]
+    precomp = os.path.join(args.out, name, "precomp")
+    if os.path.exists(os.path.join(precomp, "test_clip.npy")):
+        return
+    os.makedirs(precomp, exist_ok=True)
+    local, _ = clip.load(clip_weights(of_patches, args), "cpu")
+    guide, _ = clip.load(clip_weights(of_images, args), "cpu")
+    local.eval()
+    guide.eval()
+    for split, file in (("train", "train"), ("val", "dev"), ("test", "test")):
+        instances, _ = data.load(*located(source, args.roots), split)
+        patches = []
+        embeddings = []
+        for batch in eval.evaluation_loader(local, instances, local.tokenizer).batches():
+            pictures = data.to_device(batch, torch.device("cpu"))["images"][:, 0]
+            _, tokens = local.encode_image(pictures, tokens=True)
+            patches.append(tokens[:, 1:])  # the first is the class token
+            embeddings.append(guide.encode_image(pictures))
+        base = os.path.join(precomp, file)
+        with open(f"{base}_caps.txt", "w") as f:
+            f.writelines(" ".join(caption.split()) + "\n" for x in instances for caption in x.captions)
+        np.save(f"{base}_ims.npy", torch.cat(patches).numpy())
+        np.save(f"{base}_clip.npy", torch.cat(embeddings).numpy())
+
+
 def picture_file(image, path, name):
     """The path of an image. One that is rendered is drawn, at the size of `tiny`, beside path."""
     if not callable(image):
@@ -1008,12 +1085,14 @@ def tuned_options(arguments):
 def command_of(script, arguments, args):
     """A command without --out, with the files, the CLIPs and the data sets' folders put in."""
     files = {name: os.path.abspath(os.path.join(args.out, f"{name}.jsonl")) for name in FILES}
+    folders = {name: os.path.abspath(os.path.join(args.out, name)) for name in REGIONS}
     weights = {f"clip:{name}": clip_weights(name, args) for name in CLIPS}
+    made = files | folders | weights
     words = shlex.split(f"{script} {arguments}")
-    words = [(files | weights).get(word[1:-1], word) if word[0] == "{" else word for word in words]
+    words = [made.get(word[1:-1], word) if word[0] == "{" else word for word in words]
     for option, root in (("--data", "--root"), ("--noise-data", "--noise-root")):
         name = words[words.index(option) + 1] if option in words else None
-        if name in args.roots:
+        if name in args.roots and root not in words:
             words += [root, args.roots[name]]
     return shlex.join(words)
 
@@ -1038,7 +1117,7 @@ def needed_clips(args):
     """The CLIPs that the studies start from, by name."""
     names = []
     for name in args.study:
-        rows = " ".join(STUDIES[name][1].values()) if name in STUDIES else ""
+        rows = named(name)
         for clip_name in CLIPS:
             trained_on_files = "{" in CLIPS[clip_name]
             if f"{{clip:{clip_name}}}" in rows or (name == "pretrain" and trained_on_files):
@@ -1149,7 +1228,7 @@ def needed_files(args):
     """The names of FILES that the studies read, also through their CLIPs."""
     commands = " ".join(CLIPS[name] for name in needed_clips(args))
     for name in args.study:
-        commands += " ".join(STUDIES[name][1].values()) if name in STUDIES else ""
+        commands += named(name)
     return [name for name in FILES if f"{{{name}}}" in commands]
 
 
@@ -1163,6 +1242,10 @@ def run_all(args):
         if not os.path.exists(path):
             write_file(name, path, args.roots)
     execute_all(of_clips(needed_clips(args), args), context, args)
+    rows = "".join(named(name) for name in args.study)
+    for name in REGIONS:
+        if f"{{{name}}}" in rows:
+            write_regions(name, args)
     execute_all(tuning(args), context, args)
     for name in args.study:
         if name in STUDIES:

@@ -4,9 +4,11 @@ import multiprocessing
 import os
 import re
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import clip
@@ -96,6 +98,9 @@ def test_the_commands(capsys):
         assert f"python {line}" in lines
     foreign = [line for line in lines if "--noise-data" in line]
     assert foreign and all("--root goods --noise-root 'my photos'" in line for line in foreign)
+    regions = [line for line in lines if "--regions" in line]
+    folder = os.path.abspath("runs/regions")
+    assert regions and all(f"--root {folder} " in line and "my photos" not in line for line in regions)
     of_folder = {}
     for line in lines:
         command, out = line.split(" --out ")
@@ -264,6 +269,32 @@ def test_views_that_are_rendered_are_drawn(tmp_path, monkeypatch):
     assert len(part) == 2 and len(part[1].images) == 12 and part[1].group == whole[1].group
     for file, view in zip(part[1].images, whole[1].images):
         assert np.array_equal(np.asarray(Image.open(file)), np.asarray(view(32)))
+
+
+def test_regions_are_patches_of_one_clip_and_come_with_embeddings_of_another(tmp_path, monkeypatch):
+    instances, _ = data.load("primitives", None, "test")
+    instances = [replace(x, captions=[f"{x.captions[0]} {n}" for n in range(5)]) for x in instances[:3]]
+    args = study.settings(["user-regions", "--out", str(tmp_path)])
+    assert study.needed_clips(args) == ["everything", "no-photos"] and study.sources("user-regions") == [
+        "flickr8k", "hm", "products"]
+    tokenizer = clip.Tokenizer.train(instances[0].captions, 600)
+    models = {}
+    for seed, name in enumerate(("no-photos", "everything")):
+        models[name] = clip.build("tiny", tokenizer, seed=seed).eval()
+        os.makedirs(study.clip_folder(name, args))
+        clip.save_checkpoint(study.clip_weights(name, args), {"clip": clip.describe(models[name])})
+    monkeypatch.setattr(study.data, "load", lambda name, root, split: (instances, {}))
+    study.write_regions("regions", args)
+    pictures = torch.stack([clip.transform(32)(x.images[0](32)) for x in instances])
+    with torch.no_grad():
+        _, tokens = models["no-photos"].encode_image(pictures, tokens=True)
+        embeddings = models["everything"].encode_image(pictures)
+    monkeypatch.undo()
+    read, _ = data.load_regions("flickr8k", str(tmp_path / "regions"), "val")
+    assert [x.captions for x in read] == [x.captions for x in instances]
+    for x, patches, embedding in zip(read, tokens[:, 1:], embeddings):
+        torch.testing.assert_close(torch.from_numpy(x.images[0].features()), patches)
+        torch.testing.assert_close(torch.from_numpy(x.images[0].clip_input(None)), embedding)
 
 
 def test_a_frozen_clip_is_judged_as_it_is(tmp_path):
