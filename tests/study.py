@@ -388,11 +388,13 @@ study("user-photos", "train_user.py",
       f"{SLOW_CLIP} --lr 1e-3|3e-3|1e-2",
       {"none": "--enhance none", "both": ""}, [("both", "none")])
 # as in the paper, local features that lack what CLIP knows: patches of a CLIP that has seen no photo
-study("user-regions", "train_user.py",
-      "--data flickr8k --root {regions} --regions --clip {clip:no-photos} --dim 256 --epochs 3 "
-      f"--batch-weight 1 --momentum 0.99 {SLOW_CLIP} --lr 1e-3|3e-3|1e-2",
+WITH_REGIONS = ("--data flickr8k --root {regions} --regions --clip {clip:no-photos} --dim 256 --epochs 3 "
+                f"--batch-weight 1 --momentum 0.99 {SLOW_CLIP} --lr 1e-3|3e-3|1e-2")
+study("user-regions", "train_user.py", WITH_REGIONS,
       {"none": "--enhance none", "sge": "--enhance sge", "cge": "--enhance cge", "both": ""},
       [("sge", "none"), ("cge", "none"), ("both", "none"), ("both", "cge")])
+study("user-regions-norm", "train_user.py", f"{WITH_REGIONS} --unit-norm",
+      {"none": "--enhance none", "cge": "--enhance cge"}, [("cge", "none")])
 # how slowly the momentum encoders follow, in small batches again; 0: the keys are the model's own
 study("user-momentum", "train_user.py", SMALL_BATCHES, {
     "no queue": f"{RATES} --queue 0",
