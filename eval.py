@@ -1446,9 +1446,11 @@ def open_run(out, settings, resume, first=True):
             raise clip.CheckpointError(f"--resume: there is no {last}; give --out the run's folder, "
                                        "or start without --resume")
         checkpoint = clip.load_checkpoint(last)
+        old = checkpoint["settings"]
         for name, now in settings.items():
-            before = checkpoint["settings"].get(name)
-            if name not in FREE and before != now:
+            before = old.get(name)
+            off_and_newer = name not in old and not now  # an option that the script did not have yet
+            if name not in FREE and not off_and_newer and before != now:
                 option = name.replace("_", "-")
                 raise clip.CheckpointError(f"--resume: --{option} was {before} in {last} and is {now} now; "
                                            "repeat the old value, or start a new run in another --out")

@@ -112,6 +112,9 @@ def test_open_run_resumes(tmp_path):
     assert eval.open_run(out, settings, True, first=False)["step"] == 6
     assert (out / "log.jsonl").read_text() == "".join(lines) and not (out / "config.json").exists()
     assert eval.open_run(out, settings | {"workers": 2}, True)["step"] == 6
+    assert eval.open_run(out, settings | {"newer": False}, True)["step"] == 6  # an option that is off
+    with pytest.raises(clip.CheckpointError, match="--newer was None .* and is True now"):
+        eval.open_run(out, settings | {"newer": True}, True)
     assert (out / "log.jsonl").read_text() == "".join(lines[:2])
     assert sorted(os.listdir(out)) == ["config.json", "last.pt", "log.jsonl"]
     with pytest.raises(clip.CheckpointError, match="--lr was 0.1 .* 0.2 now"):
