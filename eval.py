@@ -1061,8 +1061,10 @@ def one_line_errors():
     A bug keeps its traceback.
     """
     clear = "\r\033[K" if sys.stderr.isatty() else ""  # a progress line may stand there
+    code = 1
     try:
         yield
+        code = 0
     except (clip.CheckpointError, data.DataError) as e:
         print(f"{clear}error: {e}", file=sys.stderr)
         code = 2
@@ -1073,12 +1075,12 @@ def one_line_errors():
         if dist.is_initialized():  # where another process has ended, `watch` says so and stops this one
             time.sleep(5 * GRACE)
         raise
-    else:
-        return
     finally:
         main_has_ended.set()
-    sys.stdout.flush()
-    sys.exit(code)
+        leave(failed=code > 0)
+    if code > 0:
+        sys.stdout.flush()
+        sys.exit(code)
 
 
 # ---------------------------------------------------------------- processes, data and CLIP of a run
@@ -1104,6 +1106,16 @@ def join(args):
         watch(rank, world, device)
     data.seed_everything(args.seed)
     return rank, world, device
+
+
+def leave(failed):
+    """Leave the processes that `join` has joined.
+
+    Without this Python may end while threads of gloo still run, and be aborted ("terminate called without an
+    active exception"). With nccl all processes must leave together, so one that has failed just ends.
+    """
+    if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
+        dist.destroy_process_group()
 
 
 main_has_ended = threading.Event()  # set by `one_line_errors`: what this process had to say has been said

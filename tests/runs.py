@@ -19,6 +19,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import clip
@@ -327,6 +328,7 @@ def become(script, argv, case):
                 module.main()
         else:
             runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")
+        assert not dist.is_initialized()  # or Python may be aborted when it ends
         code = 0
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1
