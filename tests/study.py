@@ -187,6 +187,16 @@ study("mxm-batch", "train_mxm.py", "", of_batches,
       [(f"hybrid, batches of {size}", f"clip, batches of {size}") for size in BATCHES]
       + [(f"{loss}, batches of 64", f"{loss}, batches of {size}")
          for loss in ("clip", "hybrid") for size in (16, 256)])
+# the same on photos, in ten passes
+photo_batches = {}
+for size in (32, 128, 512):
+    for loss, needs in (("clip", ""), ("hard", " --captions 5")):
+        photo_batches[f"{loss}, batches of {size}"] = (
+            f"--batch-size {size} --lr 1e-4|3e-4|1e-3 --epochs 10 --eval-every 5 --loss {loss}{needs}")
+study("mxm-photos-batch", "train_mxm.py", "--data flickr8k", photo_batches,
+      [(f"hard, batches of {size}", f"clip, batches of {size}") for size in (32, 128, 512)]
+      + [(f"{loss}, batches of 128", f"{loss}, batches of {size}")
+         for loss in ("clip", "hard") for size in (32, 512)])
 
 
 def of_captions(epochs):
@@ -383,9 +393,10 @@ study("user-queue", "train_user.py", SMALL_BATCHES, {
 }, [("queues of 512", "no queue"), ("queues of 2,048", "no queue"), ("queues of 8,192", "no queue"),
     ("queues of 8,192", "queues of 512")])
 # 6,000 photos with five captions each, in 700 steps of 128; the CLIP knows them, but not those of the test
-study("user-photos", "train_user.py",
-      "--data flickr8k --clip {clip:everything} --dim 256 --epochs 3 --batch-weight 1 --momentum 0.99 "
-      f"{SLOW_CLIP} --lr 1e-3|3e-3|1e-2",
+USER_PHOTOS = ("--data flickr8k --clip {clip:everything} --dim 256 --epochs 3 --batch-weight 1 --momentum 0.99 "
+               f"{SLOW_CLIP} --lr 1e-3|3e-3|1e-2")
+study("user-photos", "train_user.py", USER_PHOTOS, {"none": "--enhance none", "both": ""}, [("both", "none")])
+study("user-photos-norm", "train_user.py", f"{USER_PHOTOS} --unit-norm",
       {"none": "--enhance none", "both": ""}, [("both", "none")])
 # as in the paper, local features that lack what CLIP knows: patches of a CLIP that has seen no photo
 WITH_REGIONS = ("--data flickr8k --root {regions} --regions --clip {clip:no-photos} --dim 256 --epochs 3 "
