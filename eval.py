@@ -27,6 +27,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 
 import numpy as np
@@ -1061,26 +1062,52 @@ def one_line_errors():
     A bug keeps its traceback.
     """
     clear = "\r\033[K" if sys.stderr.isatty() else ""  # a progress line may stand there
-    code = 1
-    try:
-        yield
-        code = 0
-    except (clip.CheckpointError, data.DataError) as e:
-        print(f"{clear}error: {e}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print(f"{clear}stopped", file=sys.stderr)
-        code = 130
-    except RuntimeError:
-        if dist.is_initialized():  # where another process has ended, `watch` says so and stops this one
-            time.sleep(5 * GRACE)
-        raise
-    finally:
-        main_has_ended.set()
-        leave(failed=code > 0)
-    if code > 0:
+    with one_of_several_ends_at_once():
+        try:
+            yield
+        except (clip.CheckpointError, data.DataError) as e:
+            print(f"{clear}error: {e}", file=sys.stderr)
+            code = 2
+        except KeyboardInterrupt:
+            print(f"{clear}stopped", file=sys.stderr)
+            code = 130
+        except RuntimeError:
+            if dist.is_initialized():  # where another process has ended, `watch` says so and stops this one
+                time.sleep(5 * GRACE)
+            raise
+        else:
+            return
+        finally:
+            main_has_ended.set()
         sys.stdout.flush()
         sys.exit(code)
+
+
+@contextlib.contextmanager
+def one_of_several_ends_at_once():
+    """After the block, end a process that is one of several, with the exit code and the traceback that Python
+    would end with.
+
+    Python takes its time to end, in which gloo's threads go on. Such a process can be aborted ("terminate
+    called without an active exception"), and in torch 2.6 wait for ever in `destroy_process_group`.
+    """
+    code = 0
+    try:
+        yield
+    except BaseException as e:
+        if not dist.is_initialized():
+            raise
+        code = 1
+        if not isinstance(e, SystemExit):
+            traceback.print_exc()
+        elif isinstance(e.code, int):
+            code = e.code
+        else:  # a text, which Python prints
+            print(e.code, file=sys.stderr)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 # ---------------------------------------------------------------- processes, data and CLIP of a run
@@ -1106,16 +1133,6 @@ def join(args):
         watch(rank, world, device)
     data.seed_everything(args.seed)
     return rank, world, device
-
-
-def leave(failed):
-    """Leave the processes that `join` has joined.
-
-    Without this Python may end while threads of gloo still run, and be aborted ("terminate called without an
-    active exception"). With nccl all processes must leave together, so one that has failed just ends.
-    """
-    if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
-        dist.destroy_process_group()
 
 
 main_has_ended = threading.Event()  # set by `one_line_errors`: what this process had to say has been said

@@ -328,7 +328,7 @@ def become(script, argv, case):
                 module.main()
         else:
             runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")
-        assert not dist.is_initialized()  # or Python may be aborted when it ends
+        assert not dist.is_initialized()  # one of several processes has ended by itself
         code = 0
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1

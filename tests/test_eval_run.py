@@ -86,6 +86,26 @@ def test_other_errors_keep_their_traceback():
         pass
 
 
+@pytest.mark.parametrize("error, code, last", [
+    (data.DataError("no such data"), 2, "error: no such data"),
+    (KeyboardInterrupt(), 130, "stopped"),
+    (SystemExit(130), 130, ""),
+    (SystemExit("error: the loss is nan"), 1, "error: the loss is nan"),
+    (KeyError("x"), 1, "KeyError: 'x'"),
+    (None, 0, "")])
+def test_one_of_several_processes_ends_at_once(error, code, last, monkeypatch, capsys):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with eval.one_line_errors():
+        if error:
+            raise error
+    assert codes == [code]
+    said = capsys.readouterr().err
+    assert said.rstrip("\n").rpartition("\n")[2] == last
+    assert said.startswith("Traceback") == isinstance(error, KeyError)
+
+
 def test_open_run_moves_an_old_run_aside(tmp_path, capsys):
     out = tmp_path / "run"
     for number in range(3):
