@@ -350,10 +350,10 @@ for ending, (base, fractions) in IMBALANCED.items():
 USER = ("--data products --clip {clip:everything} --dim 256 --epochs 5 --eval-every 5 --batch-weight 1 "
         "--momentum 0.99 --lr-drop 0.8 --clip-lr 3e-4")
 USER_RATES = "--lr 3e-4|1e-3|3e-3|1e-2"
-study("user-loss", "train_user.py", f"{USER} {USER_RATES}", {
-    "UTO": "",
-    "InfoNCE": "--loss infonce",
-    "triplet": "--loss triplet",
+study("user-loss", "train_user.py", USER, {
+    "UTO": USER_RATES,
+    "InfoNCE": f"{USER_RATES} --loss infonce",
+    "triplet": f"{USER_RATES}|3e-2 --loss triplet",
 }, [("UTO", "InfoNCE"), ("UTO", "triplet")])
 study("user-parts", "train_user.py", f"{USER} --lr 1e-3|3e-3|1e-2", {
     "none": "--enhance none",
@@ -393,11 +393,14 @@ study("user-queue", "train_user.py", SMALL_BATCHES, {
 }, [("queues of 512", "no queue"), ("queues of 2,048", "no queue"), ("queues of 8,192", "no queue"),
     ("queues of 8,192", "queues of 512")])
 # 6,000 photos with five captions each, in 700 steps of 128; the CLIP knows them, but not those of the test
-USER_PHOTOS = ("--data flickr8k --clip {clip:everything} --dim 256 --epochs 3 --batch-weight 1 --momentum 0.99 "
-               f"{SLOW_CLIP} --lr 1e-3|3e-3|1e-2")
-study("user-photos", "train_user.py", USER_PHOTOS, {"none": "--enhance none", "both": ""}, [("both", "none")])
-study("user-photos-norm", "train_user.py", f"{USER_PHOTOS} --unit-norm",
+USER_PHOTOS = ("--data flickr8k --clip {clip:everything} --dim 256 --epochs 3 --batch-weight 1 "
+               f"--momentum 0.99 {SLOW_CLIP}")
+study("user-photos", "train_user.py", f"{USER_PHOTOS} --lr 1e-3|3e-3|1e-2",
       {"none": "--enhance none", "both": ""}, [("both", "none")])
+study("user-photos-norm", "train_user.py", USER_PHOTOS, {
+    "none": "--lr 3e-4|1e-3|3e-3|1e-2 --unit-norm --enhance none",
+    "both": "--lr 1e-3|3e-3|1e-2 --unit-norm",
+}, [("both", "none")])
 # as in the paper, local features that lack what CLIP knows: patches of a CLIP that has seen no photo
 WITH_REGIONS = ("--data flickr8k --root {regions} --regions --clip {clip:no-photos} --dim 256 --epochs 3 "
                 f"--batch-weight 1 --momentum 0.99 {SLOW_CLIP} --lr 1e-3|3e-3|1e-2")
@@ -936,8 +939,13 @@ def section(name, made, machines, seeds):
 
 def common_command(name):
     """A study's script and the arguments with which all of its rows begin."""
-    script, rows = STUDIES[name]
-    return " ".join(os.path.commonprefix([[script, *arguments.split()] for arguments in rows.values()]))
+    script, arguments = STUDIES[name]
+    rows = [[script, *row.split()] for row in arguments.values()]
+    words = os.path.commonprefix(rows)
+    following = {row[len(words)] for row in rows if len(row) > len(words)}
+    if words[-1].startswith("--") and not all(word.startswith("--") for word in following):
+        words.pop()  # an option of which each row has its own value
+    return " ".join(words)
 
 
 def with_section(text, name, made):
