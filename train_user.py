@@ -69,6 +69,8 @@ def settings(argv=None):
                    help="enhance the words of captions too; the authors' code enhances images alone")
     p.add_argument("--loss", choices=("uto", "infonce", "triplet"), default="uto",
                    help="of the batch and of the queues; infonce and triplet are baselines")
+    p.add_argument("--mu", type=eval.positive,
+                   help="of UTO (default 90, the paper's): the larger, the more the hardest negative counts")
     p.add_argument("--queue", type=eval.non_negative_int,
                    help="keys per queue; 0: no queues, no momentum encoders (default 2048; coco 4096)")
     p.add_argument("--momentum", type=eval.fraction, default=0.999, help="m of the momentum encoders")
@@ -390,19 +392,23 @@ class Queue(nn.Module):
 
 # kind -> (loss of a batch, both directions; loss of queries, their keys and a queue, one direction)
 LOSSES = {
-    "uto": (partial(losses.uto_loss, mu=MU, gamma=GAMMA), partial(losses.uto_queue_loss, mu=MU, gamma=GAMMA)),
+    "uto": (losses.uto_loss, losses.uto_queue_loss),
     "infonce": (losses.info_nce_loss, losses.info_nce_queue_loss),
     "triplet": (losses.hardest_triplet_loss, losses.hardest_triplet_queue_loss),
 }
 
 
-def total_loss(kind, batch_weight, images, texts, group, keys, queue):
+def total_loss(kind, batch_weight, images, texts, group, keys, queue, mu=MU):
     """lambda_b times the loss of the batch, plus the losses of both queues.
 
     images, texts (N, D): unit norm; row j of both is one pair and shows group (N,).
     keys: the momentum embeddings (images, texts) of the same pairs; keys and queue are None without queues.
+    mu: UTO's.
     """
     batch_loss, queue_loss = LOSSES[kind]
+    if kind == "uto":
+        batch_loss = partial(batch_loss, mu=mu, gamma=GAMMA)
+        queue_loss = partial(queue_loss, mu=mu, gamma=GAMMA)
     same = group[:, None] == group[None, :]  # (N, N): what shows the same thing is no negative
     loss = batch_weight * batch_loss(images, texts, same)
     if queue is None:
@@ -513,7 +519,7 @@ def main(argv=None):
         images = losses.gather(images.float())  # (B, dim)
         texts = losses.gather(texts.float())
         group = losses.gather(train_group[batch["index"]])
-        loss = total_loss(args.loss, args.batch_weight, images, texts, group, keys, queue)
+        loss = total_loss(args.loss, args.batch_weight, images, texts, group, keys, queue, args.mu or MU)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         eval.average_gradients(model.parameters())

@@ -373,6 +373,10 @@ def test_total_loss_is_its_sum(kind):
         assert alone.item() == pytest.approx(weight * batch, rel=1e-5)
         loss = total_loss(kind, weight, images, texts, group, (image_keys, text_keys), queue)
         assert loss.item() == pytest.approx(weight * batch + to_texts + to_images, rel=1e-5)
+    if kind == "uto":
+        steep = losses.uto_loss(images, texts, same, mu=20.0, gamma=0.5).item()
+        loss = total_loss(kind, 1.0, images, texts, group, None, None, 20.0)
+        assert loss.item() == pytest.approx(steep, rel=1e-5) and abs(steep - batch) > 1e-3
 
 
 # ---------------------------------------------------------------- augmentation
@@ -453,8 +457,8 @@ def test_augmentation_at_its_ends():
 
 # ---------------------------------------------------------------- settings
 
-SHARED = dict(enhance="both", enhance_texts=False, unit_norm=False, loss="uto", momentum=0.999, smooth=1.0,
-              dropout=0.4, augment=0.2, weight_decay=1e-4, batch_size=128)
+SHARED = dict(enhance="both", enhance_texts=False, unit_norm=False, loss="uto", mu=None, momentum=0.999,
+              smooth=1.0, dropout=0.4, augment=0.2, weight_decay=1e-4, batch_size=128)
 PRETRAINED = SHARED | dict(lr=5e-4, clip_lr=5e-5, dim=1024)
 
 
@@ -508,10 +512,10 @@ def spy(patch, owner, name, record=lambda result, *a: (*a, result)):
     return calls
 
 
-def seen_by_loss(result, kind, weight, images, texts, group, keys, queue):
+def seen_by_loss(result, kind, weight, images, texts, group, keys, queue, mu):
     embeddings = images.detach(), texts.detach()
     return SimpleNamespace(kind=kind, weight=weight, embeddings=embeddings, group=group, keys=keys,
-                           queue=in_order(queue))
+                           queue=in_order(queue), mu=mu)
 
 
 def seen_by_encoder(result, model, tokens):
@@ -545,7 +549,7 @@ def spied(squares, tmp_path_factory):
         main(arguments(squares, "--out", run.out, "--epochs", 4, "--lr", 2e-3, "--clip-lr", 4e-4,
                        "--weight-decay", 0.3, "--dim", 12, "--batch-size", 20, "--queue", 52,
                        "--momentum", 0.75, "--augment", 0.5, "--lr-drop", 0.5, "--batch-weight", 3,
-                       "--dropout", 0))
+                       "--dropout", 0, "--mu", 35))
     assert len(run.steps) == 12
     return run
 
@@ -564,7 +568,7 @@ def test_learning_rates(spied):
 
 def test_an_epoch_is_one_pass_over_pairs(spied, squares):
     """Every caption once, with the group of its image."""
-    assert {(x.kind, x.weight) for x in spied.losses} == {("uto", 3.0)}
+    assert {(x.kind, x.weight, x.mu) for x in spied.losses} == {("uto", 3.0, 35.0)}
     instances, _ = data.load(squares)
     group = eval.layout(instances)["image_group"].tolist()
     model, tokenizer, _ = eval.restore(spied.out / "last.pt", "cpu")
