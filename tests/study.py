@@ -189,12 +189,16 @@ study("mxm-batch", "train_mxm.py", "", of_batches,
          for loss in ("clip", "hybrid") for size in (16, 256)])
 # the same on photos, in ten passes
 photo_batches = {}
-for size in (32, 128, 512):
+for size, rates in ((32, "3e-5|1e-4|3e-4|1e-3"), (128, "1e-4|3e-4|1e-3"), (512, "1e-4|3e-4|1e-3")):
     for loss, needs in (("clip", ""), ("hard", " --captions 5")):
         photo_batches[f"{loss}, batches of {size}"] = (
-            f"--batch-size {size} --lr 1e-4|3e-4|1e-3 --epochs 10 --eval-every 5 --loss {loss}{needs}")
+            f"--batch-size {size} --lr {rates} --epochs 10 --eval-every 5 --loss {loss}{needs}")
+# one caption in as much time as five
+AT_EQUAL_TIME = "clip, batches of 32, 20 epochs"
+photo_batches[AT_EQUAL_TIME] = "--batch-size 32 --lr 3e-5|1e-4|3e-4 --epochs 20 --eval-every 10 --loss clip"
 study("mxm-photos-batch", "train_mxm.py", "--data flickr8k", photo_batches,
       [(f"hard, batches of {size}", f"clip, batches of {size}") for size in (32, 128, 512)]
+      + [("hard, batches of 32", AT_EQUAL_TIME)]
       + [(f"{loss}, batches of 128", f"{loss}, batches of {size}")
          for loss in ("clip", "hard") for size in (32, 512)])
 
@@ -350,11 +354,13 @@ for ending, (base, fractions) in IMBALANCED.items():
 USER = ("--data products --clip {clip:everything} --dim 256 --epochs 5 --eval-every 5 --batch-weight 1 "
         "--momentum 0.99 --lr-drop 0.8 --clip-lr 3e-4")
 USER_RATES = "--lr 3e-4|1e-3|3e-3|1e-2"
+# with mu = 20 UTO weighs negatives as InfoNCE does at its temperature of 0.05
 study("user-loss", "train_user.py", USER, {
     "UTO": USER_RATES,
+    "UTO, mu 20": "--lr 1e-3|3e-3|1e-2 --mu 20",
     "InfoNCE": f"{USER_RATES} --loss infonce",
     "triplet": f"{USER_RATES}|3e-2 --loss triplet",
-}, [("UTO", "InfoNCE"), ("UTO", "triplet")])
+}, [("UTO", "InfoNCE"), ("UTO", "triplet"), ("UTO, mu 20", "UTO"), ("UTO, mu 20", "InfoNCE")])
 study("user-parts", "train_user.py", f"{USER} --lr 1e-3|3e-3|1e-2", {
     "none": "--enhance none",
     "sge": "--enhance sge",
@@ -403,12 +409,16 @@ study("user-photos-norm", "train_user.py", USER_PHOTOS, {
 }, [("both", "none")])
 # as in the paper, local features that lack what CLIP knows: patches of a CLIP that has seen no photo
 WITH_REGIONS = ("--data flickr8k --root {regions} --regions --clip {clip:no-photos} --dim 256 --epochs 3 "
-                f"--batch-weight 1 --momentum 0.99 {SLOW_CLIP} --lr 1e-3|3e-3|1e-2")
-study("user-regions", "train_user.py", WITH_REGIONS,
-      {"none": "--enhance none", "sge": "--enhance sge", "cge": "--enhance cge", "both": ""},
-      [("sge", "none"), ("cge", "none"), ("both", "none"), ("both", "cge")])
-study("user-regions-norm", "train_user.py", f"{WITH_REGIONS} --unit-norm",
-      {"none": "--enhance none", "cge": "--enhance cge"}, [("cge", "none")])
+                f"--batch-weight 1 --momentum 0.99 {SLOW_CLIP}")
+REGIONS_CLAIMS = [("sge", "none"), ("cge", "none"), ("both", "none"), ("both", "cge")]
+study("user-regions", "train_user.py", f"{WITH_REGIONS} --lr 1e-3|3e-3|1e-2",
+      {"none": "--enhance none", "sge": "--enhance sge", "cge": "--enhance cge", "both": ""}, REGIONS_CLAIMS)
+study("user-regions-norm", "train_user.py", WITH_REGIONS, {
+    "none": "--lr 1e-3|3e-3|1e-2 --unit-norm --enhance none",
+    "sge": "--lr 1e-3|3e-3|1e-2 --unit-norm --enhance sge",
+    "cge": "--lr 3e-4|1e-3|3e-3|1e-2 --unit-norm --enhance cge",
+    "both": "--lr 1e-3|3e-3|1e-2 --unit-norm",
+}, REGIONS_CLAIMS)
 # how slowly the momentum encoders follow, in small batches again; 0: the keys are the model's own
 study("user-momentum", "train_user.py", SMALL_BATCHES, {
     "no queue": f"{RATES} --queue 0",
