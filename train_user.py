@@ -105,6 +105,8 @@ def settings(argv=None):
                 f"batch of keys; give --queue {args.batch_size} or more, or 0")
     if args.batch_size < 2:
         p.error("--batch-size 1: batch norm and the losses compare what is in a batch; give it 2 or more")
+    if args.mu and args.loss != "uto":
+        p.error(f"--mu: --loss {args.loss} has none, only uto has")
     if args.dim < 2:
         p.error("--dim 1: the common space needs 2 dimensions or more")
     if args.regions and args.data == "primitives":

@@ -488,6 +488,7 @@ def test_settings_are_the_papers(words, expected):
     ("--smooth", 0, "positive"), ("--dropout", 2, "a share"), ("--augment", -0.1, "a share"),
     ("--lr-drop", 1.1, "a share"), ("--clip-lr", -1, "0 or more"), ("--enhance", "all", "--enhance"),
     ("--loss", "clip", "--loss"), ("--batch-size", 1, "2 or more"), ("--dim", 1, "2 dimensions"),
+    ("--mu", 0, "positive"), ("--mu", "20 --loss infonce", "only uto"),
     ("--data", "primitives --regions", "have none")])
 def test_bad_settings(option, value, says, squares, tmp_path, capsys):
     argv = arguments(squares, "--out", tmp_path / "run", option, *str(value).split())
