@@ -1097,17 +1097,22 @@ def one_of_several_ends_at_once():
     except BaseException as e:
         if not dist.is_initialized():
             raise
-        code = 1
-        if not isinstance(e, SystemExit):
-            traceback.print_exc()
-        elif isinstance(e.code, int):
-            code = e.code
-        else:  # a text, which Python prints
-            print(e.code, file=sys.stderr)
+        code = exit_code(e)
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def exit_code(error):
+    """Print what Python prints where `error` ends it. Returns the exit code that Python ends with."""
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+        return 1
+    if isinstance(error.code, int):
+        return error.code
+    print(error.code, file=sys.stderr)
+    return 1
 
 
 # ---------------------------------------------------------------- processes, data and CLIP of a run

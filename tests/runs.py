@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import traceback
 from dataclasses import replace
 
 import numpy as np
@@ -330,12 +329,8 @@ def become(script, argv, case):
             runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")
         assert not dist.is_initialized()  # one of several processes has ended by itself
         code = 0
-    except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else 1
-        if code != e.code:
-            print(e.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as e:
+        code = eval.exit_code(e)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
