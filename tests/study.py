@@ -188,8 +188,9 @@ study("mxm-batch", "train_mxm.py", "", of_batches,
       + [(f"{loss}, batches of 64", f"{loss}, batches of {size}")
          for loss in ("clip", "hybrid") for size in (16, 256)])
 # the same on photos, in ten passes
+PHOTO_BATCHES = {32: "3e-5|1e-4|3e-4|1e-3", 128: "1e-4|3e-4|1e-3", 512: "1e-4|3e-4|1e-3"}  # and their rates
 photo_batches = {}
-for size, rates in ((32, "3e-5|1e-4|3e-4|1e-3"), (128, "1e-4|3e-4|1e-3"), (512, "1e-4|3e-4|1e-3")):
+for size, rates in PHOTO_BATCHES.items():
     for loss, needs in (("clip", ""), ("hard", " --captions 5")):
         photo_batches[f"{loss}, batches of {size}"] = (
             f"--batch-size {size} --lr {rates} --epochs 10 --eval-every 5 --loss {loss}{needs}")
@@ -197,7 +198,7 @@ for size, rates in ((32, "3e-5|1e-4|3e-4|1e-3"), (128, "1e-4|3e-4|1e-3"), (512, 
 AT_EQUAL_TIME = "clip, batches of 32, 20 epochs"
 photo_batches[AT_EQUAL_TIME] = "--batch-size 32 --lr 3e-5|1e-4|3e-4 --epochs 20 --eval-every 10 --loss clip"
 study("mxm-photos-batch", "train_mxm.py", "--data flickr8k", photo_batches,
-      [(f"hard, batches of {size}", f"clip, batches of {size}") for size in (32, 128, 512)]
+      [(f"hard, batches of {size}", f"clip, batches of {size}") for size in PHOTO_BATCHES]
       + [("hard, batches of 32", AT_EQUAL_TIME)]
       + [(f"{loss}, batches of 128", f"{loss}, batches of {size}")
          for loss in ("clip", "hard") for size in (32, 512)])
