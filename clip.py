@@ -30,8 +30,6 @@ import pickle
 import struct
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
@@ -45,17 +43,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-
 class CheckpointError(ValueError):
     """A model name, download, weight file or checkpoint that cannot be used; one line says what to do."""
 
     def __init__(self, message):
         super().__init__(printable(message))
+
+
+class DownloadError(CheckpointError):
+    """A file that could not be fetched; the message says where to put it by hand."""
 
 
 def printable(message):
@@ -429,15 +425,18 @@ class CLIP(nn.Module):
         return logits, logits.t()
 
 
-def build(name, tokenizer=None, seed=0, image_size=None):
+def build(name, tokenizer=None, seed=0, image_size=None, context_length=None):
     """A CLIP of a named architecture with random weights that depend on `seed` alone, in training mode.
 
-    tokenizer: sets the vocabulary and travels with the model.
+    tokenizer: sets the vocabulary and travels with the model. image_size, context_length: pixels of a picture's
+    side and tokens of a text, where they are not the architecture's.
     Raises CheckpointError for an unknown name or an image size that no whole number of patches fills.
     """
     config = MODELS[_known(name)][0]
     if image_size:
         config = replace(config, image_resolution=image_size)
+    if context_length:
+        config = replace(config, context_length=context_length)
     if tokenizer:
         config = replace(config, vocab_size=tokenizer.vocab_size)
     _check_size(config, config.image_resolution)
@@ -461,6 +460,17 @@ def resize_images(model, image_size):
     holder.positional_embedding = nn.Parameter(torch.cat([first, grid]))
     model.visual.input_resolution = image_size
     model.config = replace(model.config, image_resolution=image_size)
+    return model
+
+
+def shorten_context(model, context_length):
+    """Keep the first `context_length` positions of a text, in place: what shorter texts give stays the same, and
+    longer ones are cut. Returns the model. Raises CheckpointError where it has fewer positions."""
+    expect(context_length <= model.context_length, f"--context {context_length}",
+           f"this CLIP has {model.context_length} positions for the tokens of a text; choose that or less")
+    model.positional_embedding = nn.Parameter(model.positional_embedding.data[:context_length].clone())
+    model.context_length = context_length
+    model.config = replace(model.config, context_length=context_length)
     return model
 
 
@@ -560,7 +570,8 @@ def available_models():
     return [name for name, (_, sha256) in MODELS.items() if sha256]
 
 
-def load(name, device=None, jit=False, download_root=None, image_size=None, quick_gelu=None):
+def load(name, device=None, jit=False, download_root=None, image_size=None, quick_gelu=None,
+         context_length=None):
     """A pretrained CLIP and its preprocessing, as OpenAI's `clip.load`.
 
     name: a published model's name, or a file or folder, told apart by content: OpenAI's TorchScript archive
@@ -570,6 +581,7 @@ def load(name, device=None, jit=False, download_root=None, image_size=None, quic
     download_root: as for `download`.
     image_size: another input size; the positional embeddings are interpolated.
     quick_gelu: the activation, for files that do not tell it (open_clip's without a config beside them).
+    context_length: fewer tokens of a text than the weights have positions for, see `shorten_context`.
     Returns (model in eval mode, on `device`, in float32; preprocess). Raises CheckpointError.
     """
     path = os.fspath(name)
@@ -580,12 +592,27 @@ def load(name, device=None, jit=False, download_root=None, image_size=None, quic
         if sha256 is None:
             raise CheckpointError(f"{path!r} was never published: train it "
                                   f"(python train_mxm.py --clip {path}) and load the checkpoint")
-        file = path.replace("/", "-").replace("@", "-")
-        path = download(f"{MODEL_URL}/{sha256}/{file}.pt", sha256, download_root)
+        path = download_model(path, sha256, download_root)
     state, hints = read_weights(path)
     model = from_state_dict(state, hints, image_size, quick_gelu, where=path)
+    if context_length:
+        shorten_context(model, context_length)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), transform(model.visual.input_resolution)
+
+
+def download_model(name, sha256, root):
+    """The path of a published model's file. Where it cannot be had, the error names all that is missing."""
+    file = name.replace("/", "-").replace("@", "-")
+    try:
+        return download(f"{MODEL_URL}/{sha256}/{file}.pt", sha256, root)
+    except DownloadError as e:
+        problem = f"{name}: {e}"
+    try:
+        download(MERGES_URL, MERGES_SHA256, root)
+    except DownloadError as e:
+        problem += f"; its tokenizer's {e}"
+    raise DownloadError(problem)
 
 
 def _known(name):
@@ -607,103 +634,27 @@ def file_sha256(path):
 
 
 def download(url, sha256, root=None):
-    """Fetch `url` once into `root` (default $CLIP_CACHE, then ~/.cache/clip), verified, and return its path.
+    """The path of a published file, fetched once into `root` (default $CLIP_CACHE, then ~/.cache/clip).
 
-    An interrupted download goes on where it stopped; one of another process is waited for.
-    Raises CheckpointError where the file cannot be fetched, or does not have this SHA-256 (hex).
+    sha256: what the file's must be, 64 hex digits. Raises DownloadError where it cannot be had.
     """
     root = root or os.environ.get("CLIP_CACHE") or os.path.expanduser("~/.cache/clip")
     path = os.path.join(root, url.rsplit("/", 1)[-1])
-    part = path + ".part"
-    if os.path.isfile(path) and file_sha256(path) == sha256:
-        return path
-    with locked(part):
-        if os.path.isfile(path):
-            if file_sha256(path) == sha256:  # another process has fetched it meanwhile
-                return path
-            warnings.warn(f"{path} does not have the published checksum; fetching it again")
-        fetch(url, part, by_hand=f"fetch it elsewhere and put it at {path}")
-        if file_sha256(part) != sha256:
-            os.unlink(part)
-            raise CheckpointError(f"{url}: what came does not have the published checksum; try again, "
-                                  f"or put the right file at {path}")
-        os.replace(part, path)
+    if os.path.isfile(path) and file_sha256(path) != sha256:
+        warnings.warn(f"{path} does not have the published checksum; fetching it again")
+        os.unlink(path)
+    if not os.path.isfile(path):
+        fetch(url, path, sha256)
     return path
 
 
-@contextlib.contextmanager
-def locked(part):
-    """While this context lasts, no other process is in it for the same unfinished download: the others wait.
-
-    Its folder is made, and no empty file stays behind. Windows has no such locks: there nobody waits.
-    Raises CheckpointError where the folder or the file cannot be written.
-    """
+def fetch(url, path, sha256=None):
+    """Download `url` to the file `path`, with progress on a terminal. Raises DownloadError."""
     try:
-        os.makedirs(os.path.dirname(part) or ".", exist_ok=True)
-        with contextlib.nullcontext() if fcntl is None else _lock(part):
-            try:
-                yield
-            finally:
-                if os.path.isfile(part) and not os.path.getsize(part):
-                    os.unlink(part)
-    except OSError as e:
-        raise CheckpointError(f"{part}: cannot be written ({_line(e)}); choose another folder") from None
-
-
-def _lock(part):
-    """Open the file and wait for its lock, which lasts until the file is closed."""
-    while True:
-        f = open(part, "ab")
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(f, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(f.fileno()), os.stat(part)):
-                return f
-        f.close()  # whoever held it has renamed or removed it meanwhile
-
-
-def fetch(url, part, by_hand="fetch it by hand and see README.md for the layout"):
-    """Download `url` to the file `part`, after what an interrupted download left there (by an HTTP range).
-
-    A server that knows no ranges sends all of it again. The length is verified; a terminal shows progress.
-    Returns `part`. Raises CheckpointError, with the advice `by_hand` where another try may not help; what has
-    come stays in `part` for the next time, unless it cannot be the beginning of the file.
-    """
-    show = sys.stderr.isatty()
-    try:
-        os.makedirs(os.path.dirname(part) or ".", exist_ok=True)
-        size = os.path.getsize(part) if os.path.exists(part) else 0
-        headers = {"Range": f"bytes={size}-"} if size else {}
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as source:
-            total = int(source.headers.get("Content-Length") or -1)
-            if source.status == 206:  # a part of the file, as asked for
-                answer = regex.fullmatch(r"bytes (\d+)-\d+/(\d+)", source.headers.get("Content-Range") or "")
-                expect(answer and int(answer[1]) == size, url, "the server sent another part than asked for; "
-                       f"delete {part} and run the command again")
-                total = int(answer[2])
-            else:
-                size = 0
-            with open(part, "ab" if size else "wb") as f:
-                while chunk := source.read(1 << 20):
-                    f.write(chunk)
-                    size += len(chunk)
-                    if show:
-                        progress = f"{size >> 20} of {max(total, size) >> 20} MiB"
-                        print(f"\r{url.rsplit('/', 1)[-1]}: {progress}", end="", file=sys.stderr)
-        if show:
-            print(file=sys.stderr)
-    except urllib.error.HTTPError as e:
-        if e.code == 416 and size:  # nothing follows what we have, yet it was never found complete
-            os.unlink(part)
-            raise CheckpointError(f"{url}: the partial download does not fit it and was removed; "
-                                  "run the command again") from None
-        raise CheckpointError(f"{url}: the server answers {e.code} {e.reason}; {by_hand}") from None
-    except (OSError, http.client.HTTPException) as e:
-        raise CheckpointError(f"{url}: could not be fetched ({getattr(e, 'reason', None) or e}); "
-                              f"run the command again to go on where it stopped, or {by_hand}") from None
-    expect(total in (-1, size), url,
-           f"the connection broke after {size} of {total} bytes; run the command again to go on")
-    return part
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        torch.hub.download_url_to_file(url, path, sha256, progress=sys.stderr.isatty())
+    except (OSError, RuntimeError, http.client.HTTPException) as e:  # RuntimeError: another checksum
+        raise DownloadError(f"{url} could not be fetched ({_line(e)}); put the file at {path} by hand") from None
 
 
 def transform(resolution):

@@ -978,42 +978,33 @@ def text2shape_by_hand(root):
 
 def fetch_missing(name, root=None):
     """Fetch a data set into its folder (default data/<name>) where it is not there and that is possible: of
-    the known ones only text2shape. Goes on where an earlier call stopped; of several processes one fetches,
-    the others wait. A folder with captions and with voxels or views is taken as it is, also without the
-    published split. Raises DataError where it cannot be fetched."""
+    the known ones only text2shape. A folder with captions and with voxels or views is taken as it is, also
+    without the published split. Raises DataError where it cannot be fetched."""
     if name != "text2shape":
         return
     root = root or os.path.join("data", name)
     names = {*list_folder(root)}
     archives = [os.path.basename(path) for path, _, _ in TEXT2SHAPE_FILES if path.endswith(".zip")]
-    unfinished = names.intersection(archives + [archive + ".part" for archive in archives])
-    if CAPTION_FILE in names and names & {VOXEL_FOLDER, "views"} and not unfinished:
+    if CAPTION_FILE in names and names & {VOXEL_FOLDER, "views"} and not names.intersection(archives):
         return
     note(f"{root}: Text2Shape is not there, or not all of it; fetching it from {TEXT2SHAPE_URL}: the voxels "
          "of 15,000 chairs and tables (at most 2 GB when unpacked), 75,000 descriptions and the published "
          "split (--no-download refuses)")
-    try:
-        with clip.locked(os.path.join(root, "text2shape.part")):
-            download_text2shape(root)
-    except clip.CheckpointError as e:
-        raise DataError(str(e)) from None
-
-
-def download_text2shape(root):
-    """Fetch and unpack what is missing of voxels, published split and captions, in this order."""
     for path, result, mark in TEXT2SHAPE_FILES:
-        url = f"{TEXT2SHAPE_URL}/{path}"
         file = os.path.join(root, os.path.basename(path))
+        if not os.path.exists(file) and os.path.exists(os.path.join(root, result)):
+            continue
         if not os.path.exists(file):
-            if os.path.exists(os.path.join(root, result)):
-                continue
-            part = clip.fetch(url, file + ".part", text2shape_by_hand(root))
-            with open(part, "rb") as f:
+            try:
+                clip.fetch(f"{TEXT2SHAPE_URL}/{path}", file)
+            except clip.DownloadError as e:
+                raise DataError(f"{e}; {text2shape_by_hand(root)}") from None
+            with open(file, "rb") as f:
                 start = f.read(4096)
             if mark not in start:  # some error page
-                os.unlink(part)
-                raise DataError(f"{url}: the server sent something else; {text2shape_by_hand(root)}")
-            os.replace(part, file)
+                os.unlink(file)
+                raise DataError(f"{TEXT2SHAPE_URL}/{path}: the server sent something else; "
+                                f"{text2shape_by_hand(root)}")
         if file.endswith(".zip"):  # removed when all is unpacked, so one that is there still has to be
             unpack(file, root)
             os.unlink(file)
@@ -1861,7 +1852,8 @@ class Loader:
         texts = [caption for x in self.instances for caption in x.captions]
         self.tokens, cut = tokenizer.rows(texts, self.context_length)
         if cut:
-            note(f"{cut} of {len(texts)} captions are longer than {self.context_length} tokens and were cut")
+            note(f"{cut} of {len(texts)} captions are longer than {self.context_length} tokens and were cut "
+                 "(--context says how many tokens of a text are read)")
         images = [len(x.images) for x in self.instances]
         captions = [len(x.captions) for x in self.instances]
         for kind, asked, counts in (("views", self.views, images), ("captions", self.captions, captions)):

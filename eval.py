@@ -1011,9 +1011,13 @@ def common_arguments(description, **defaults):
                         "mirrored where no caption says left or right; 0 or 1: whole pictures (default for "
                         "photos and your own data 0.5 from scratch, 0.9 with pretrained weights; off for "
                         "shapes and videos)")
-    p.add_argument("--clip", default="tiny",
-                   help="tiny, small: from scratch; a published name, a file or a folder: pretrained weights")
+    p.add_argument("--clip",
+                   help="the CLIP to start from: a published name, a file or a folder: pretrained weights; tiny "
+                        "or small: random weights (default ViT-B/32; for the built-in shapes tiny)")
     p.add_argument("--image-size", type=positive_int, help="another input size than the model's own")
+    p.add_argument("--context", type=positive_int,
+                   help="tokens of a text that are read, start and end among them; longer texts are cut (default: "
+                        "what the CLIP has positions for, 32 of tiny, 48 of small, 77 of published ones)")
     p.add_argument("--vocab-size", type=vocabulary, default=1024,
                    help="symbols of the vocabulary learned for a model from scratch")
     p.add_argument("--epochs", type=positive_int,
@@ -1038,6 +1042,14 @@ def common_arguments(description, **defaults):
     p.add_argument("--out", help="folder of the run (default runs/<method>-<data>)")
     p.set_defaults(**defaults)
     return p
+
+
+def parse(parser, argv):
+    """The arguments of a script, with the CLIP to start from: real data start from a real one."""
+    args = parser.parse_args(argv)
+    if args.clip is None:
+        args.clip = "tiny" if args.data.startswith("primitives") else "ViT-B/32"
+    return args
 
 
 def complete(args, method, defaults):
@@ -1249,6 +1261,16 @@ def load_splits(args, device, load=None):
     return splits
 
 
+def load_clip(args, path, device):
+    """The pretrained CLIP of a name or path, with the run's --image-size and --context."""
+    try:
+        with first_process_first(device):
+            model, _ = clip.load(path, device, image_size=args.image_size, context_length=args.context)
+        return model
+    except clip.DownloadError as e:
+        raise clip.CheckpointError(f"{e}; or train a small CLIP from scratch with --clip tiny") from None
+
+
 def build_or_load(args, train, device):
     """-> (CLIP, tokenizer).
 
@@ -1257,13 +1279,45 @@ def build_or_load(args, train, device):
     """
     if args.clip in clip.SCRATCH:
         tokenizer = clip.Tokenizer.train([caption for x in train for caption in x.captions], args.vocab_size)
-        model = clip.build(args.clip, tokenizer, args.seed, args.image_size).to(device)
+        model = clip.build(args.clip, tokenizer, args.seed, args.image_size, args.context).to(device)
     else:
-        model, _ = clip.load(args.clip, device, image_size=args.image_size)
+        model = load_clip(args, args.clip, device)
         tokenizer = model.tokenizer or clip.default_tokenizer()
     if args.compile:
         clip.compile_blocks(model)
     return model, tokenizer
+
+
+def about(args, model, loader):
+    """What a run's first line says of its CLIP: its name, weights and pixels, and on a CPU how long an epoch takes.
+
+    That is the time of encoding a few images and texts, times three (the backward pass takes twice as long as
+    the forward pass), times those that the loader shows in an epoch.
+    """
+    weights = sum(p.numel() for p in model.parameters())
+    text = f"CLIP {args.clip}, {weights / 1e6:.1f} M weights, {model.config.image_resolution} pixels"
+    if next(model.parameters()).device.type != "cpu" or not isinstance(loader, data.Loader):
+        return text
+    n = 2 if weights > 1e7 else 32
+    images = torch.zeros(n, 3, model.config.image_resolution, model.config.image_resolution)
+    texts = torch.randint(1, 500, (n, min(16, model.config.context_length)))
+    texts[:, -1] = 501
+    was_training = model.training
+    model.eval()
+    seconds = []
+    for encode, inputs in ((model.encode_image, images), (model.encode_text, texts)):
+        with torch.no_grad(), clip.autocast(args.amp, model):
+            encode(inputs)  # the first call also prepares
+            began = time.perf_counter()
+            encode(inputs)
+            seconds.append((time.perf_counter() - began) / n)
+    model.train(was_training)
+    _, world = processes()
+    of_a_sample = (loader.views or loader.frames or 1) * seconds[0] + (loader.captions or 1) * seconds[1]
+    total = 3 * of_a_sample * loader.batch_size * len(loader) / world
+    spent = next(f"{total / unit:.0f} {name}" for unit, name in ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+                 if total >= 2 * unit or unit == 1)
+    return f"{text}; an epoch takes about {spent} on this CPU"
 
 
 def warmup_cosine(step, steps, warmup, peak=1.0):

@@ -131,7 +131,7 @@ def settings(argv=None):
                         f"(default: {PATIENCE}, or more where these span fewer than {PATIENCE_STEPS} steps)")
     p.add_argument("--cache", default=os.path.join("runs", "features"),
                    help="folder in which the features of frozen CLIPs are kept")
-    args = p.parse_args(argv)
+    args = eval.parse(p, argv)
     if args.features and (args.finetune or args.task):
         p.error("--features: these are read from files, so there is no CLIP to --finetune and no --task "
                 "to choose; leave both out")
@@ -329,7 +329,7 @@ def restore(checkpoint, path):
     elif args.finetune:
         clip_model, _ = clip.load(path, "cpu")
     else:
-        clip_model, _ = clip.load(args.clip, "cpu", image_size=args.image_size)
+        clip_model, _ = clip.load(args.clip, "cpu", image_size=args.image_size, context_length=args.context)
         check_clip(checkpoint, clip.identity(clip_model), path)
     heads = checkpoint["heads"]
     widths = (len(heads["image_mean"]), len(heads["text_mean"]))
@@ -509,6 +509,8 @@ def main(argv=None):
             model.clip.load_state_dict(checkpoint["clip"]["state_dict"])
 
     run = eval.Run(args, "train_clip4cmr", optimizer, steps, len(loader), pack, unpack)
+    if model.clip:
+        run.say(eval.about(args, model.clip, loader))
     run.say(f"{args.data}: {len(labels):,} instances of {len(classes)} classes, "
             f"{'trained' if args.finetune else 'frozen'} features; at most {steps:,} steps on {device.type}")
     # On little data ten epochs are a few dozen steps, and a chance peak on val would stop a run that still

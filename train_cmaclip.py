@@ -84,7 +84,7 @@ def settings(argv=None):
                    help="also test with noise in a quarter, half and all of the images or of the texts")
     p.add_argument("--precision", type=eval.positive_fraction, default=0.9,
                    help="recall is also reported at this precision, reached on val")
-    args = p.parse_args(argv)
+    args = eval.parse(p, argv)
     if args.freeze and args.clip in clip.SCRATCH:
         p.error(f"--freeze: {args.clip} starts from random weights, which are worth nothing frozen; "
                 "give --clip a pretrained one")
@@ -636,6 +636,7 @@ def main(argv=None):
 
     run = eval.Run(args, "train_cmaclip", optimizer, steps, len(loader), pack, unpack)
     parameters = sum(p.numel() for part in groups.values() for p in part)
+    run.say(eval.about(args, clip_model, loader))
     run.say(f"{args.data}: {len(train):,} instances, {len(classes)} tasks ({', '.join(classes)}), "
             f"fusion {args.fusion}; {parameters / 1e6:.2f} M trained parameters; "
             f"{steps:,} steps on {device.type}")

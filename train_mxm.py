@@ -74,7 +74,7 @@ def settings(argv=None):
     p.add_argument("--teacher", metavar="CLIP",
                    help="of --soft-relation teacher: best.pt of a run on the same data, or a CLIP as of "
                         "--clip; it is frozen, and reads the training data once")
-    args = p.parse_args(argv)
+    args = eval.parse(p, argv)
     if args.loss == "clip" and (args.views or 1) != (args.captions or 1):
         p.error("--loss clip pairs an instance's k-th view with its k-th caption: "
                 "give --views and --captions the same number (default 1)")
@@ -245,6 +245,7 @@ def main(argv=None):
         model.load_state_dict(checkpoint["clip"]["state_dict"])
 
     run = eval.Run(args, "train_mxm", optimizer, steps, len(loader), pack, unpack)
+    run.say(eval.about(args, model, loader))
     run.say(f"{args.data}: {len(train):,} instances, {V} views x {L} captions of each per step; "
             f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
             f"{model.config.image_resolution} pixels; {steps:,} steps on {device.type}")

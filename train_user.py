@@ -94,7 +94,7 @@ def settings(argv=None):
     p.add_argument("--regions", action="store_true",
                    help="read region features from <root>/precomp in place of pictures; CGE takes CLIP's "
                         "embedding from the pictures, or from precomp/{train,dev,test}_clip.npy (images, D)")
-    args = p.parse_args(argv)
+    args = eval.parse(p, argv)
     from_scratch = args.clip in clip.SCRATCH
     pretrained = COCO if args.data == "coco" else PRETRAINED
     eval.complete(args, "user", SCRATCH if from_scratch else pretrained)
@@ -497,6 +497,7 @@ def main(argv=None):
         clip.load_heads(model, checkpoint["heads"])
 
     run = eval.Run(args, "train_user", optimizer, steps, len(loader), pack, unpack, modules)
+    run.say(eval.about(args, clip_model, loader))
     run.say(f"{args.data}: {len(train):,} instances, enhancement {args.enhance}, {args.loss}, "
             f"queues of {args.queue:,}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
             f"{steps:,} steps on {device.type}")
