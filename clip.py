@@ -1156,6 +1156,12 @@ def describe(model):
             "merges": model.tokenizer.merges if model.tokenizer else None}
 
 
+def from_description(description, where="the checkpoint"):
+    """The CLIP of `describe`, of the configuration that stands there, in evaluation mode. Raises CheckpointError."""
+    config = Config(**description["config"])
+    return from_state_dict(description["state_dict"], {key: getattr(config, key) for key in HINTS} | {"tokenizer": description["merges"]}, where=where).eval()
+
+
 def describe_heads(model):
     """The weights of a module that has a CLIP as its `clip`, without the CLIP's: a state dict on the CPU."""
     return {name: value for name, value in weights(model).items() if not name.startswith("clip.")}

@@ -37,6 +37,7 @@ from operator import itemgetter
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import clip
@@ -1370,6 +1371,39 @@ def word_terms(instances):
         of_captions += [sorted(of_caption) for of_caption in words]
         of_instances.append(sorted(set.union(*words)))
     return of_captions, of_instances
+
+
+class SharedTerms:
+    """scores(captions (C,), instances (N,)) -> (C, N) in 0..1: the share of a caption's terms that each
+    instance has, where rare terms count more:
+
+        score of caption c and instance j = sum of idf(w) over the terms of c that j has / sum over all of c's
+        idf(w) = log((instances + 1) / instances that have w)
+
+    of_captions, of_instances: lists of lists of terms, as of word_terms.
+    """
+
+    def __init__(self, of_captions, of_instances, device):
+        count = Counter(term for terms in of_instances for term in terms)
+        number = {term: k for k, term in enumerate(count)}
+
+        def padded(rows):
+            out = torch.full((len(rows), max(map(len, rows))), len(number), dtype=torch.int32)
+            for numbers, terms in zip(out.numpy(), rows):
+                numbers[:len(terms)] = [number[term] for term in terms]
+            return out.to(device)
+        self.captions = padded(of_captions)
+        self.instances = padded(of_instances)
+        idf = [math.log((len(of_instances) + 1) / count[term]) for term in number]
+        self.idf = torch.tensor([*idf, 0.0], device=device)  # the last one pads
+
+    def __call__(self, captions, instances):
+        terms = self.captions[captions].long()  # (C, most terms)
+        weight = self.idf[terms]
+        weight = weight / weight.sum(1, keepdim=True)
+        has = torch.zeros(len(self.idf), len(instances), device=terms.device)  # (terms, N)
+        has[self.instances[instances].long().t(), torch.arange(len(instances), device=terms.device)] = 1
+        return F.embedding_bag(terms, has, per_sample_weights=weight, mode="sum")
 
 
 # ---------------------------------------------------------------- features in place of pictures and texts

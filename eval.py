@@ -19,13 +19,12 @@ import importlib
 import io
 import json
 import math
-import multiprocessing.connection
 import os
+import re
 import signal
-import socket
+import subprocess
 import sys
 import textwrap
-import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -39,12 +38,10 @@ from PIL import Image, ImageDraw, ImageFont
 import clip
 import data
 
-METHODS = ("train_clip4cmr", "train_user", "train_mxm", "train_adapter", "train_cmaclip")
 TIE = 1e-6  # scores closer than this are equal: rounding differs between the rows of one matrix product
 LARGE = 1 << 28  # bytes: features larger than this stay on disk
 BLOCK = 1 << 22  # scores held at a time: larger is slower, because memory is mapped anew for every block
 SAVE_SECONDS = 300  # last.pt is written after every epoch, and at least this often
-GRACE = 1.0  # seconds that a process has to end by itself, with its own words, after another one has ended
 WAYS = ("text_to_image", "image_to_text")
 ALL = slice(None)
 
@@ -461,7 +458,7 @@ def encode_texts(model, loader, amp):
 
 
 @torch.no_grad()
-def embed(model, instances, tokenizer, amp="auto", workers=0, loader=None):
+def embed(model, instances, amp="auto", workers=0, loader=None):
     """Features of unit norm, float32, on the model's device.
 
     Returns images (N, D), the renormalised mean over an instance's views, and texts (C, D), all captions in
@@ -469,7 +466,7 @@ def embed(model, instances, tokenizer, amp="auto", workers=0, loader=None):
     """
     was_training = model.training
     model.eval()
-    loader = loader or evaluation_loader(model, instances, tokenizer, workers)
+    loader = loader or evaluation_loader(model, instances, workers)
     images = []
     for views, mask in encode_images(model, loader, amp):
         owner = torch.arange(len(mask), device=mask.device).repeat_interleave(mask.sum(1))
@@ -534,15 +531,15 @@ def write_embeddings(path, embedded):
     clip.write_file(path, lambda f: np.savez(f, **arrays))
 
 
-def evaluation_loader(model, instances, tokenizer, workers=0, **options):
+def evaluation_loader(model, instances, workers=0, **options):
     """All views and captions in order; a batch holds about 256 pictures."""
-    batch_size = max(1, 256 // max(len(x.images) for x in instances))
+    most = min(max(len(x.images) for x in instances), options.get("frames") or math.inf)
     config = model.config
-    return data.Loader(instances, tokenizer, config.context_length, config.image_resolution, batch_size,
-                       workers=workers, **options)
+    return data.Loader(instances, tokenizer_of(model), config.context_length, config.image_resolution,
+                       max(1, 256 // most), workers=workers, **options)
 
 
-def frozen_features(model, instances, classes, tokenizer, cache, amp="auto", workers=0):
+def frozen_features(model, instances, classes, cache, amp="auto", workers=0):
     """data.Features of a frozen CLIP, computed once, every view and every caption by itself.
 
     They are kept under the folder `cache` by a hash of the weights and of what is embedded. They are streamed
@@ -554,7 +551,7 @@ def frozen_features(model, instances, classes, tokenizer, cache, amp="auto", wor
         return (image, os.path.getsize(file), os.path.getmtime(file)) if file else image
 
     # the repr of one list of all this, a part at a time: of a million instances it would take a gigabyte
-    inputs = hashlib.sha256(repr([clip.identity(model), model.config, amp, tokenizer.merges])[:-1].encode())
+    inputs = hashlib.sha256(repr([clip.identity(model), model.config, amp, tokenizer_of(model).merges])[:-1].encode())
     for number, x in enumerate(instances):
         row = (x.id, [identity_of(image) for image in x.images], x.captions)
         inputs.update(((", " if number else ", [") + repr(row)).encode())
@@ -567,7 +564,7 @@ def frozen_features(model, instances, classes, tokenizer, cache, amp="auto", wor
     first_of_machine = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0
 
     def encode(kind):
-        loader = evaluation_loader(model, instances, tokenizer, workers, cache_bytes=0)  # each is read once
+        loader = evaluation_loader(model, instances, workers, cache_bytes=0)  # each is read once
         if kind == "text":
             return encode_texts(model, loader, amp)
         return (features for features, _ in encode_images(model, loader, amp))
@@ -589,7 +586,7 @@ def frozen_features(model, instances, classes, tokenizer, cache, amp="auto", wor
             else:  # it helps to encode
                 for _ in encode(kind):
                     pass
-            any_process(False, device)  # all wait until the file is there
+            barrier()  # all wait until the file is there
         try:
             array = np.load(path, mmap_mode="r" if os.path.getsize(path) > LARGE else None)
             if array.shape != (rows, model.config.embed_dim) or array.dtype != np.float32:
@@ -615,9 +612,9 @@ def caption_owner(instances):
     return torch.arange(len(instances)).repeat_interleave(torch.tensor([len(x.captions) for x in instances]))
 
 
-def evaluate(model, instances, tokenizer, amp="auto", workers=0, loader=None):
+def evaluate(model, instances, amp="auto", workers=0, loader=None):
     """Retrieval metrics of a model on instances, both ways."""
-    images, texts = embed(model, instances, tokenizer, amp, workers, loader)
+    images, texts = embed(model, instances, amp, workers, loader)
     return retrieval_metrics(images.cpu(), texts.cpu(), **layout(instances))
 
 
@@ -975,17 +972,12 @@ vocabulary = number(int, lambda v: v >= 514,
 
 
 def usable_device(text):
+    """An argparse type: the name of a device that this machine has."""
     try:
-        device = torch.device(text)
-        if device.type == "cuda":
-            usable = (device.index or 0) < torch.cuda.device_count()
-        else:
-            usable = torch.zeros(1, device=device).item() == 0
+        torch.zeros(1, device=text).item()
     except (RuntimeError, AssertionError):  # no such name, or a kind that this machine does not have
-        usable = False
-    if not usable:
         choices = "cpu or cuda" if torch.cuda.is_available() else "cpu"
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; try {choices}")
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; try {choices}") from None
     return text
 
 
@@ -996,66 +988,86 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def common_arguments(description, **defaults):
-    """A parser with the arguments that every script has, with the same names and meanings; a script adds its
-    own."""
+def arguments(description, file, kinds, data="primitives"):
+    """A parser with the arguments that every script has, with the same names and meanings; the script adds its own.
+
+    file: the script's, whose name is that of the method: a copy of a script is a method of its own.
+    kinds: {kind of run: its settings}, such as {"from scratch": {"lr": 1e-3}, "pretrained": {"lr": 1e-5}}; a kind
+        that has the name of a data set is for it. `parse` fills these in; --help shows them all.
+    data: the data set that is used where none is named.
+    """
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="primitives",
-                   help="a data set's name, or a .jsonl or .csv file of your own")
-    p.add_argument("--root", help="folder of the data set (default data/<name>)")
-    p.add_argument("--download", action=argparse.BooleanOptionalAction, default=True,
-                   help="fetch the data set where it is not there and that is possible (text2shape): done "
-                        "unless --no-download refuses")
-    p.add_argument("--crop", type=fraction, metavar="AREA",
-                   help="train on random crops of at least this share of a picture's area, half of them "
-                        "mirrored where no caption says left or right; 0 or 1: whole pictures (default for "
-                        "photos and your own data 0.5 from scratch, 0.9 with pretrained weights; off for "
-                        "shapes and videos)")
-    p.add_argument("--clip",
-                   help="the CLIP to start from: a published name, a file or a folder: pretrained weights; tiny "
-                        "or small: random weights (default ViT-B/32; for the built-in shapes tiny)")
-    p.add_argument("--image-size", type=positive_int, help="another input size than the model's own")
-    p.add_argument("--context", type=positive_int,
-                   help="tokens of a text that are read, start and end among them; longer texts are cut (default: "
-                        "what the CLIP has positions for, 32 of tiny, 48 of small, 77 of published ones)")
-    p.add_argument("--vocab-size", type=vocabulary, default=1024,
-                   help="symbols of the vocabulary learned for a model from scratch")
-    p.add_argument("--epochs", type=positive_int,
-                   help="passes over the training instances; of train_user.py and train_adapter.py over the "
-                        "image-caption pairs, as the papers count")
-    p.add_argument("--batch-size", type=positive_int,
-                   help="instances (or pairs) per step, over all processes")
-    p.add_argument("--lr", type=positive, help="peak learning rate")
-    p.add_argument("--weight-decay", type=non_negative)
-    p.add_argument("--eval-every", type=positive_int,
-                   help="epochs between evaluations on val (default: so many that a run has five at most)")
-    p.add_argument("--seed", type=non_negative_int, default=0)
-    p.add_argument("--device", type=usable_device,
-                   help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    p.add_argument("--workers", type=non_negative_int,
-                   help="processes that prepare batches (default 1; 0 where a CPU computes on all of its "
-                        "cores, since all would wait for the one that a worker takes its turn on)")
-    p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto",
-                   help="bfloat16 autocast in the encoders")
-    p.add_argument("--compile", action="store_true", help="torch.compile the encoders' blocks")
-    p.add_argument("--resume", action="store_true", help="go on from <out>/last.pt")
-    p.add_argument("--out", help="folder of the run (default runs/<method>-<data>)")
-    p.set_defaults(**defaults)
+    p.kinds = kinds
+    p.method = os.path.splitext(os.path.basename(file))[0]
+    p._optionals.title = "of this method"
+    common = p.add_argument_group("common to all scripts").add_argument
+    common("--data", default=data, help="a data set's name, or a .jsonl or .csv file of your own")
+    common("--root", help="folder of the data set (default: data/<name>)")
+    common("--download", action=argparse.BooleanOptionalAction, default=True,
+           help="fetch the data set where it is not there and that is possible (text2shape)")
+    common("--crop", type=fraction, metavar="AREA",
+           help="train on random crops of at least this share of a picture's area, half of them mirrored where no "
+                "caption says left or right; 0 or 1: whole pictures (default: for photos and your own data 0.5 from "
+                "scratch, 0.9 with pretrained weights; off for shapes and videos)")
+    common("--clip", help="the CLIP to start from. Pretrained: a published name, a file or a folder; from scratch: "
+                          "tiny or small (default: ViT-B/32; for the built-in shapes a tiny one)")
+    common("--image-size", type=positive_int, help="pixels of a picture's side (default: what the CLIP has)")
+    common("--context", type=positive_int,
+           help="tokens of a text that are read, start and end among them; longer texts are cut (default: what the "
+                "CLIP has positions for: 32 of tiny, 48 of small, 77 of published ones)")
+    common("--vocab-size", type=vocabulary, default=1024,
+           help="symbols of the vocabulary learned for a model from scratch")
+    common("--epochs", type=positive_int,
+           help="passes over the training instances; of train_user.py and train_adapter.py over the image-caption "
+                "pairs, as the papers count")
+    common("--batch-size", type=positive_int, help="instances (or pairs) per step, over all processes")
+    common("--lr", type=positive, help="peak learning rate")
+    common("--weight-decay", type=non_negative, help="of AdamW")
+    common("--eval-every", type=positive_int,
+           help="epochs between evaluations on val (default: so many that a run has five at most)")
+    common("--seed", type=non_negative_int, default=0, help="of all that is drawn")
+    common("--device", type=usable_device, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    common("--workers", type=non_negative_int,
+           help="processes that prepare batches (default: 1; 0 where a CPU computes on all of its cores, since all "
+                "would wait for the one that a worker takes its turn on)")
+    common("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16 autocast in the encoders")
+    common("--compile", action="store_true", help="torch.compile the encoders' blocks")
+    common("--resume", action="store_true", help="go on from <out>/last.pt")
+    common("--out", help="folder of the run (default: runs/<method>-<data>)")
     return p
 
 
-def parse(parser, argv):
-    """The arguments of a script, with the CLIP to start from: real data start from a real one."""
+def show_defaults(parser):
+    """Let --help say the default of every option, of each kind of run where they differ."""
+    for action in parser._actions:
+        of_kinds = {kind: values[action.dest] for kind, values in parser.kinds.items() if action.dest in values}
+        if len(set(of_kinds.values())) > 1:
+            default = ", ".join(f"{value} {kind}" for kind, value in of_kinds.items())
+        elif of_kinds:
+            default = next(iter(of_kinds.values()))
+        elif action.default in (None, False, argparse.SUPPRESS):
+            continue
+        else:
+            default = action.default
+        action.help = f"{action.help or ''} (default: {default})"
+
+
+def parse(parser, argv=None):
+    """The arguments of a script's command line, with the defaults of its kind of run.
+
+    Real data start from a real CLIP, the built-in shapes from a small one: tiny with random weights, or for a
+    script that trains none from scratch SMALL_CLIP.
+    """
+    show_defaults(parser)
     args = parser.parse_args(argv)
-    if args.clip is None:
-        args.clip = "tiny" if args.data.startswith("primitives") else "ViT-B/32"
-    return args
-
-
-def complete(args, method, defaults):
-    """Fill in what the command line left open: `defaults` of the script, evaluations, the folder. Returns
-    args."""
-    for name, value in defaults.items():
+    built_in = args.data.startswith("primitives")
+    if args.clip is None and built_in:
+        args.clip = "tiny" if "from scratch" in parser.kinds else SMALL_CLIP
+    args.clip = args.clip or "ViT-B/32"
+    kinds = (args.data, "from scratch" if args.clip in clip.SCRATCH else "", "built-in shapes" if built_in else "",
+             "pretrained")
+    kind = next(kind for kind in kinds if kind in parser.kinds)
+    for name, value in parser.kinds[kind].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.workers is None:
@@ -1063,7 +1075,8 @@ def complete(args, method, defaults):
         args.workers = 0 if on_cpu and torch.get_num_threads() >= os.cpu_count() else 1
     args.eval_every = args.eval_every or math.ceil(args.epochs / 5)
     data_name, _ = os.path.splitext(os.path.basename(args.data))
-    args.out = args.out or os.path.join("runs", f"{method}-{data_name}")
+    args.method = parser.method
+    args.out = args.out or os.path.join("runs", f"{parser.method.removeprefix('train_')}-{data_name}")
     return args
 
 
@@ -1071,49 +1084,38 @@ def complete(args, method, defaults):
 def one_line_errors():
     """Turn bad input into one line on stderr and exit code 2, Ctrl-C outside the loop into 130.
 
-    A bug keeps its traceback.
+    A bug keeps its traceback. A process that is one of several ends at once, see `exit_now`.
     """
     clear = "\r\033[K" if sys.stderr.isatty() else ""  # a progress line may stand there
-    with one_of_several_ends_at_once():
-        try:
-            yield
-        except (clip.CheckpointError, data.DataError) as e:
-            print(f"{clear}error: {e}", file=sys.stderr)
-            code = 2
-        except KeyboardInterrupt:
-            print(f"{clear}stopped", file=sys.stderr)
-            code = 130
-        except RuntimeError:
-            if dist.is_initialized():  # where another process has ended, `watch` says so and stops this one
-                time.sleep(5 * GRACE)
-            raise
-        else:
-            return
-        finally:
-            main_has_ended.set()
-        sys.stdout.flush()
-        sys.exit(code)
-
-
-@contextlib.contextmanager
-def one_of_several_ends_at_once():
-    """After the block, end a process that is one of several, with the exit code and the traceback that Python
-    would end with.
-
-    Python takes its time to end, in which gloo's threads go on. Such a process can be aborted ("terminate
-    called without an active exception"), and in torch 2.6 wait for ever in `destroy_process_group`.
-    """
     code = 0
     try:
         yield
+    except (clip.CheckpointError, data.DataError) as e:
+        print(f"{clear}error: {e}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(f"{clear}stopped", file=sys.stderr)
+        code = 130
     except BaseException as e:
         if not dist.is_initialized():
             raise
         code = exit_code(e)
     if dist.is_initialized():
+        exit_now(code)
+    if code:
         sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        sys.exit(code)
+
+
+def exit_now(code):
+    """End this process, one of several, without what Python does at its end, in which gloo's threads go on.
+
+    Such a process can be aborted ("terminate called without an active exception"), and in torch 2.6 wait for ever
+    in `destroy_process_group`. torchrun ends the others where one has failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def exit_code(error):
@@ -1132,61 +1134,19 @@ def exit_code(error):
 def join(args):
     """Join the processes that torchrun started (gloo on CPU, nccl on GPU) and seed every generator.
 
-    Returns (rank, world, device): the number of this process, how many there are, and where it computes.
-    Without torchrun that is (0, 1, device).
+    Returns the device that this process computes on.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)  # which asks for a number
     else:
         clip.fast_float32()
-        clip.keep_memory()
-    if world > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         forever = datetime.timedelta(days=1)  # the others wait while the first downloads or pretrains
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=forever)
-        watch(rank, world, device)
     data.seed_everything(args.seed)
-    return rank, world, device
-
-
-main_has_ended = threading.Event()  # set by `one_line_errors`: what this process had to say has been said
-
-
-def watch(rank, world, device):
-    """Stop this process with one line where another one ends too early, whatever has ended it.
-
-    Otherwise nccl would wait for it for ever, and gloo fail with a traceback. Every process keeps a
-    connection to the first one, over which nothing is sent: the end of a process closes it. The first process
-    then stops, and with it all others.
-    """
-    port = torch.zeros(1, dtype=torch.int64, device=device)
-    if rank == 0:
-        both = socket.has_dualstack_ipv6()
-        server = socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET,
-                                      backlog=world, dualstack_ipv6=both)
-        port += server.getsockname()[1]
-    dist.broadcast(port, 0)
-    if rank == 0:
-        connections = [server.accept()[0] for _ in range(world - 1)]
-    else:
-        connections = [socket.create_connection((os.environ["MASTER_ADDR"], port.item()))]
-
-    def close():
-        for connection in connections:
-            connection.close()
-    os.register_at_fork(after_in_child=close)  # a loader's worker outlives a killed process by seconds
-
-    def wait():
-        multiprocessing.connection.wait(connections)  # until one of them is closed
-        time.sleep(GRACE)
-        if not main_has_ended.is_set():
-            print("error: another process of this run has ended, so this one stops; the same command with "
-                  "--resume goes on, with any number of processes", file=sys.stderr, flush=True)
-            os._exit(1)  # the main thread may wait for the other process, and cannot be woken
-    threading.Thread(target=wait, daemon=True).start()
+    return device
 
 
 def processes():
@@ -1214,16 +1174,22 @@ def any_process(flag, device):
     return flag.item() > 0
 
 
+def barrier():
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 @contextlib.contextmanager
-def first_process_first(device):
+def rank_zero_first():
     """The first process runs the block while the others wait; then they run it and find what the first has
     made."""
-    first = int(os.environ.get("RANK", 0)) == 0
-    if not first:
-        any_process(False, device)
+    rank, _ = processes()
+    if rank:
+        barrier()
     yield
-    if first:
-        any_process(False, device)
+    if not rank:
+        barrier()
 
 
 def average_gradients(parameters):
@@ -1238,7 +1204,7 @@ def average_gradients(parameters):
         gradient.copy_(part.view_as(gradient))
 
 
-def load_splits(args, device, load=None):
+def load_splits(args, load=None):
     """-> [(instances, classes) of train, of val, of test], fetched first unless --no-download refuses.
 
     load: a function (name, root, split) in place of data.load.
@@ -1247,7 +1213,7 @@ def load_splits(args, device, load=None):
     was not given is chosen by the kind of data and CLIP (`data.default_crop`).
     """
     if args.download:
-        with first_process_first(device):
+        with rank_zero_first():
             data.fetch_missing(args.data, args.root)
     if load:
         splits = [load(args.data, args.root, split) for split in ("train", "val", "test")]
@@ -1261,18 +1227,53 @@ def load_splits(args, device, load=None):
     return splits
 
 
-def load_clip(args, path, device):
-    """The pretrained CLIP of a name or path, with the run's --image-size and --context."""
-    try:
-        with first_process_first(device):
-            model, _ = clip.load(path, device, image_size=args.image_size, context_length=args.context)
-        return model
-    except clip.DownloadError as e:
-        raise clip.CheckpointError(f"{e}; or train a small CLIP from scratch with --clip tiny") from None
+SMALL_CLIP = os.path.join("runs", "mxm-primitives-source", "best.pt")  # what it is: see `small_clip`
+
+
+def small_clip():
+    """Train the CLIP that built-in shapes are adapted from: a tiny one, by CLIP's own loss on primitives-source.
+
+    It is trained once, by train_mxm.py in a process of its own, and kept in `runs/`.
+    """
+    if os.path.exists(SMALL_CLIP):
+        return
+    data.note(f"a small CLIP is trained first, once, and kept as {SMALL_CLIP}")
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train_mxm.py")
+    command = [sys.executable, script, "--data", "primitives-source", "--loss", "clip", "--batch-size", "128",
+               "--epochs", "12", "--eval-every", "12", "--out", os.path.dirname(SMALL_CLIP)]
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if subprocess.run(command, env=alone, stdout=subprocess.DEVNULL).returncode:
+        raise clip.CheckpointError(f"{SMALL_CLIP}: could not be trained; `python {' '.join(command[1:])}` says why")
+
+
+def load_clip(args, device):
+    """The pretrained CLIP that --clip names, with the run's --image-size and --context."""
+    with rank_zero_first():
+        if args.clip == SMALL_CLIP:
+            small_clip()
+        try:
+            model, _ = clip.load(args.clip, device, image_size=args.image_size, context_length=args.context)
+        except clip.DownloadError as e:
+            raise clip.CheckpointError(f"{e}; or train a small CLIP from scratch with --clip tiny") from None
+    return model
+
+
+def frozen_clip(checkpoint, name="frozen_clip"):
+    """The CLIP that a checkpoint was trained on without holding it, loaded from where its --clip says.
+
+    Raises CheckpointError where its weights are no longer those whose hash stands in the checkpoint.
+    """
+    args = argparse.Namespace(**checkpoint["settings"])
+    model, _ = clip.load(args.clip, "cpu", image_size=args.image_size, context_length=args.context)
+    identity = clip.identity(model)
+    if identity != checkpoint[name]:
+        raise clip.CheckpointError(f"{args.clip} is the CLIP {identity[:12]} now, and what was trained belongs to "
+                                   f"{str(checkpoint[name])[:12]}; give its weights with --clip")
+    return model
 
 
 def build_or_load(args, train, device):
-    """-> (CLIP, tokenizer).
+    """The CLIP that a run starts from, in training mode.
 
     --clip tiny or small: random weights, and a vocabulary that is learned from the training captions.
     Otherwise pretrained weights, with the tokenizer that they were trained with.
@@ -1281,11 +1282,23 @@ def build_or_load(args, train, device):
         tokenizer = clip.Tokenizer.train([caption for x in train for caption in x.captions], args.vocab_size)
         model = clip.build(args.clip, tokenizer, args.seed, args.image_size, args.context).to(device)
     else:
-        model = load_clip(args, args.clip, device)
-        tokenizer = model.tokenizer or clip.default_tokenizer()
+        model = load_clip(args, device)
     if args.compile:
         clip.compile_blocks(model)
-    return model, tokenizer
+    return model.train()
+
+
+def training_loader(args, instances, model, **options):
+    """A data.Loader of the training batches that a run asks for, of each this process's part."""
+    rank, world = processes()
+    return data.Loader(instances, tokenizer_of(model), model.config.context_length, model.config.image_resolution,
+                       args.batch_size, train=True, seed=args.seed, workers=args.workers, rank=rank, world=world,
+                       crop=args.crop, **options)
+
+
+def tokenizer_of(model):
+    """The model's own tokenizer, or OpenAI's."""
+    return model.tokenizer or clip.default_tokenizer()
 
 
 def about(args, model, loader):
@@ -1300,8 +1313,8 @@ def about(args, model, loader):
         return text
     n = 2 if weights > 1e7 else 32
     images = torch.zeros(n, 3, model.config.image_resolution, model.config.image_resolution)
-    texts = torch.randint(1, 500, (n, min(16, model.config.context_length)))
-    texts[:, -1] = 501
+    texts = torch.full((n, min(16, model.config.context_length)), 1)
+    texts[:, -1] = 2  # the end
     was_training = model.training
     model.eval()
     seconds = []
@@ -1315,9 +1328,8 @@ def about(args, model, loader):
     _, world = processes()
     of_a_sample = (loader.views or loader.frames or 1) * seconds[0] + (loader.captions or 1) * seconds[1]
     total = 3 * of_a_sample * loader.batch_size * len(loader) / world
-    spent = next(f"{total / unit:.0f} {name}" for unit, name in ((3600, "hours"), (60, "minutes"), (1, "seconds"))
-                 if total >= 2 * unit or unit == 1)
-    return f"{text}; an epoch takes about {spent} on this CPU"
+    unit, name = next(part for part in ((3600, "hours"), (60, "minutes"), (0, "seconds")) if total >= 2 * part[0])
+    return f"{text}; an epoch takes about {total / max(unit, 1):.0f} {name} on this CPU"
 
 
 def warmup_cosine(step, steps, warmup, peak=1.0):
@@ -1329,12 +1341,19 @@ def warmup_cosine(step, steps, warmup, peak=1.0):
     return peak * (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
 
 
+def decayed_groups(parameters, decay):
+    """Groups for AdamW: matrices, which decay, and vectors (gains, biases, logit_scale), which do not."""
+    parameters = [p for p in parameters if p.requires_grad]
+    return [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+
+
 # ---------------------------------------------------------------- a run
 
 class Run:
     """What is around a training loop: the folder, the log, the checkpoints, the progress line, stopping.
 
-        run = eval.Run(args, "train_mxm", optimizer, steps, len(loader), pack, unpack)
+        run = eval.Run(args, optimizer, steps, len(loader), {"clip": model})
         for step, batch in run.batches(loader):   # from where an interrupted run stopped
             ...                                   # learning rate, forward, loss, backward: the script's own
             run.check(loss, norm)                 # a NaN stops the run before it reaches the weights
@@ -1343,55 +1362,74 @@ class Run:
                 run.keep_best(score, message, val=metrics)
 
     It calls neither the model nor the loss nor the optimizer. Everything that changes is in the weights, the
-    optimizer and `state`, so a resumed run ends with the same bits. pack() gives what a checkpoint holds of
-    the model, and unpack(checkpoint) is its inverse. modules: {name: module} that going on needs and
-    evaluation does not; only last.pt holds their weights.
+    optimizer and `state`, so a resumed run ends with the same bits.
+
+    saved: what a checkpoint holds beside the settings, {name: value}. A CLIP is held as its description, another
+        module as its weights without those of its `clip`. Other values say what the run belongs to (names of
+        classes, the hash of a frozen CLIP): it goes on only where they are the same.
+    only_last: {name: module} that going on needs and evaluation does not; last.pt holds them.
 
     All processes evaluate and stop at the same steps; only the first one writes.
     """
 
-    def __init__(self, args, method, optimizer, steps, steps_per_epoch, pack, unpack, modules=None):
+    def __init__(self, args, optimizer, steps, steps_per_epoch, saved, only_last=None):
         self.args = args
-        self.method = method
         self.optimizer = optimizer
         self.steps = steps
         self.steps_per_epoch = steps_per_epoch
-        self.pack = pack
-        self.modules = modules or {}
-        self.first = int(os.environ.get("RANK", 0)) == 0
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]  # a group may be empty
-        self.device = parameters[0].device
+        self.saved = saved
+        self.only_last = only_last or {}
+        self.first = processes()[0] == 0
+        self.device = next(p.device for group in optimizer.param_groups for p in group["params"])
         self.state = {"step": 0, "loss_sum": 0.0, "best": -1.0, "waited": 0, "finished": False}
         self.record = None  # what the log says of the epoch that has just ended
         self.seconds = []  # of each step, without the loading of its batch
+        self.norm = 0.0  # of the latest gradient
         checkpoint = None
         if self.first or args.resume:
             checkpoint = open_run(args.out, vars(args), args.resume, self.first)
         if checkpoint:
-            unpack(checkpoint)
-            for name, module in self.modules.items():
-                module.load_state_dict(checkpoint[name])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            self.state |= checkpoint["state"]
+            self.load(checkpoint)
         elif self.first:
             self.save("last.pt")  # so that there is always one; and a full disk is found before any work
-        any_process(False, self.device)  # the others wait for it
+        barrier()  # the others wait for it
         if not os.path.exists(os.path.join(args.out, "last.pt")):
             raise clip.CheckpointError(f"--out {args.out}: another machine has made this folder, and it is "
                                        "not here; choose one on a disk that all machines share")
         self.progress = Progress(steps, self.state["step"], quiet=not self.first)
         self.say = self.progress.line
-        self.saved = time.time()
+        self.saved_at = time.time()
         self.stop = StopSignal()
 
     def save(self, name):
         """Write last.pt, from which a run goes on, or best.pt, which holds what evaluation needs."""
-        checkpoint = {"method": self.method, "settings": vars(self.args), **self.pack(),
-                      "state": self.state, "step": self.state["step"]}
+        checkpoint = {"method": self.args.method, "settings": vars(self.args), "state": self.state,
+                      "step": self.state["step"]}
+        for key, value in self.saved.items():
+            if isinstance(value, clip.CLIP):
+                value = clip.describe(value)
+            elif isinstance(value, torch.nn.Module):
+                value = clip.describe_heads(value)
+            checkpoint[key] = value
         if name == "last.pt":
             checkpoint["optimizer"] = self.optimizer.state_dict()
-            checkpoint |= {key: clip.weights(module) for key, module in self.modules.items()}
+            checkpoint |= {key: clip.weights(module) for key, module in self.only_last.items()}
         clip.save_checkpoint(os.path.join(self.args.out, name), checkpoint)
+
+    def load(self, checkpoint):
+        """The inverse of `save`, of last.pt, in place."""
+        for key, value in self.saved.items():
+            if isinstance(value, clip.CLIP):
+                value.load_state_dict(checkpoint[key]["state_dict"])
+            elif isinstance(value, torch.nn.Module):
+                clip.load_heads(value, checkpoint[key])
+            elif value != checkpoint[key]:
+                raise clip.CheckpointError(f"--resume: {self.args.out}/last.pt was made with another "
+                                           f"{key.replace('_', ' ')}; start a new run in another --out")
+        for key, module in self.only_last.items():
+            module.load_state_dict(checkpoint[key])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.state |= checkpoint["state"]
 
     def batches(self, loader):
         """Yield (step, batch) from where the run stands to its end. After each step: log, save, stop if asked
@@ -1407,22 +1445,23 @@ class Run:
                     log_line(self.args.out, **self.record)
                 self.state["finished"] = any_process(self.state["finished"], self.device)
             stopping = any_process(self.stop.requested, self.device)  # asked once: a later signal waits
-            if self.first and (self.record or stopping or time.time() - self.saved > SAVE_SECONDS):
+            if self.first and (self.record or stopping or time.time() - self.saved_at > SAVE_SECONDS):
                 self.save("last.pt")
-                self.saved = time.time()
+                self.saved_at = time.time()
             self.record = None
             if self.state["finished"]:
                 return
             if stopping:
                 self.say(f"stopped at step {self.state['step']}; the same command with --resume goes on")
-                any_process(False, self.device)  # the others stay until the first has saved: see `watch`
+                barrier()  # torchrun ends the others as soon as one ends: the first has to have saved
                 raise SystemExit(130)
 
     def check(self, loss, norm):
         """Stop the run where the loss or its gradient's norm is NaN or infinite, before the weights take it
         up."""
-        if not math.isfinite(loss.item() + norm.item()):
-            raise SystemExit(f"error: the loss is {loss.item()}, its gradient's norm {norm.item()} at step "
+        self.norm = norm.item()
+        if not math.isfinite(loss.item() + self.norm):
+            raise SystemExit(f"error: the loss is {loss.item()}, its gradient's norm {self.norm} at step "
                              f"{self.state['step']}; try a lower --lr or --amp off. "
                              f"{self.args.out}/last.pt holds an earlier step")
 
@@ -1440,7 +1479,9 @@ class Run:
             return False
         mean_loss = state["loss_sum"] / self.steps_per_epoch
         state["loss_sum"] = 0.0
-        self.record = {"step": state["step"], "epoch": epoch, "loss": mean_loss, **values}
+        self.record = {"step": state["step"], "epoch": epoch, "loss": mean_loss, **values, "norm": self.norm,
+                       "lr": max(group["lr"] for group in self.optimizer.param_groups),
+                       "seconds": round(sum(self.seconds[-self.steps_per_epoch:]), 3)}
         return epoch % self.args.eval_every == 0 or epoch == self.args.epochs
 
     def keep_best(self, score, message, **evaluations):
@@ -1516,7 +1557,7 @@ class StopSignal:
 
 
 # settings that may differ when a run goes on
-FREE = ("resume", "out", "workers", "device", "download", "root", "noise_root")
+FREE = ("resume", "out", "workers", "device", "download", "root")
 
 
 def open_run(out, settings, resume, first=True):
@@ -1534,11 +1575,12 @@ def open_run(out, settings, resume, first=True):
             raise clip.CheckpointError(f"--resume: there is no {last}; give --out the run's folder, "
                                        "or start without --resume")
         checkpoint = clip.load_checkpoint(last)
-        old = checkpoint["settings"]
+        if checkpoint["method"] != settings["method"]:
+            raise clip.CheckpointError(f"--resume: {last} is a run of {checkpoint['method']}.py, and this is "
+                                       f"{settings['method']}.py; give --out a run of this script")
         for name, now in settings.items():
-            before = old.get(name)
-            off_and_newer = name not in old and not now  # an option that the script did not have yet
-            if name not in FREE and not off_and_newer and before != now:
+            before = checkpoint["settings"].get(name)
+            if name not in FREE and before != now:
                 option = name.replace("_", "-")
                 raise clip.CheckpointError(f"--resume: --{option} was {before} in {last} and is {now} now; "
                                            "repeat the old value, or start a new run in another --out")
@@ -1599,16 +1641,18 @@ def check_writable(path):
         raise clip.CheckpointError(f"{path}: cannot be written; choose a file in a folder that can be")
 
 
-def report(args, device):
+def report(args, device, **untuned):
     """Evaluate best.pt on the test split; the first process prints its table and writes metrics.json.
 
     The built-in shapes have a second test split, `unseen`: configurations that training never shows.
+    untuned: {row: model} of further models to evaluate in the same way, such as the CLIP before it was tuned.
     """
     rank, _ = processes()
-    model, _, checkpoint = restore(os.path.join(args.out, "best.pt"), device)
+    model, checkpoint = restore(os.path.join(args.out, "best.pt"), device)
     results = {}
     for split in ("test", "unseen") if args.data == "primitives" else ("test",):
-        rows, text = evaluation(model, checkpoint, args.data, args.root, split, args.amp, args.workers)
+        asked = argparse.Namespace(**vars(args) | {"split": split, "gallery": None})
+        rows, text = evaluation([(model, checkpoint)], asked)
         results[split] = rows
         if rank == 0:
             print(text)
@@ -1616,38 +1660,38 @@ def report(args, device):
         path = os.path.join(args.out, "metrics.json")
         write_json(path, results)
         print(f"written to {path}")
-    any_process(False, device)  # the others stay until the first is done: they would be taken for lost
+    barrier()  # torchrun ends the others as soon as one ends: they stay until the first is done
 
 
 # ---------------------------------------------------------------- checkpoints: restore, evaluate, search
 
 def script(checkpoint):
-    """The module that made a checkpoint."""
-    return importlib.import_module(checkpoint["method"])
+    """The module of the script that made a checkpoint: any train_*.py beside this file, a copy of one too."""
+    name = checkpoint["method"]
+    folder = os.path.dirname(os.path.abspath(__file__))
+    plain = isinstance(name, str) and re.fullmatch(r"train_\w+", name)
+    if not plain or not os.path.isfile(os.path.join(folder, f"{name}.py")):
+        raise clip.CheckpointError(f"a checkpoint of {name!r}, and there is no such train_*.py beside eval.py")
+    return importlib.import_module(name)
 
 
 def restore(path, device=None, clip_path=None):
-    """-> (model, tokenizer, checkpoint) of a checkpoint file.
+    """-> (model, checkpoint) of a checkpoint file. The script that it names rebuilds the model.
 
-    The script that the checkpoint names rebuilds the model; no other module is imported. clip_path: for the
-    checkpoint of an adapter, which holds no CLIP: where its CLIP lies now.
+    clip_path: for a checkpoint that holds no CLIP: where its CLIP lies now.
     """
     checkpoint = clip.load_checkpoint(path)
-    if checkpoint.get("method") not in METHODS:
-        raise clip.CheckpointError(f"{path}: made by {checkpoint.get('method')!r}, "
-                                   f"which is none of {', '.join(METHODS)}")
     try:
         if clip_path:
             checkpoint["settings"]["clip"] = clip_path
-        model = script(checkpoint).restore(checkpoint, path)
+        model = script(checkpoint).restore(checkpoint)
+    except clip.CheckpointError as e:
+        raise clip.CheckpointError(f"{path}: {e}") from None
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ZeroDivisionError) as e:
         raise clip.CheckpointError(f"{path}: a damaged checkpoint, or one of another version "
                                    f"({type(e).__name__}: {str(e)[:100]})") from None
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    tokenizer = model.tokenizer
-    if tokenizer is None and model.config:  # without a config it reads features, not words
-        tokenizer = clip.default_tokenizer()
-    return model, tokenizer, checkpoint
+    return model, checkpoint
 
 
 def run_names(files):
@@ -1656,60 +1700,71 @@ def run_names(files):
     return folders if len(set(folders)) == len(folders) else list(files)
 
 
-def embed_split(model, checkpoint, name, root, split, amp="auto", workers=0):
-    """-> `Embedded` of a split: of all its instances, compared by the cosine of their features.
+def asked_of(checkpoint, args):
+    """What is asked of one checkpoint: args with the data and root that it was trained on, where none are given."""
+    settings = checkpoint["settings"]
+    name = args.data or settings["data"]
+    root = args.root or (settings["root"] if name == settings["data"] else None)
+    return argparse.Namespace(**vars(args) | {"data": name, "root": root})
 
-    A script with another similarity, or with classes, has an `embed_split` of its own.
+
+def embed_split(model, checkpoint, args):
+    """-> `Embedded` of the split that is asked for: all its instances, compared by the cosine of their features.
+
+    args: data, root, split, amp, workers. A script with another similarity, or with classes, has an `embed_split`
+    of its own.
     """
-    load = data.load_regions if checkpoint.get("regions") else data.load
-    instances, tasks = load(name, root, split)
-    tokenizer = model.tokenizer or clip.default_tokenizer()
-    return Embedded(instances, *embed(model, instances, tokenizer, amp, workers), tasks)
+    instances, tasks = data.load(args.data, args.root, args.split)
+    return Embedded(instances, *embed(model, instances, args.amp, args.workers), tasks)
 
 
-def embed_by_script(model, checkpoint, *split_and_options):
-    """`embed_split` of the script that made a checkpoint, or the one above where it has none."""
-    return getattr(script(checkpoint), "embed_split", embed_split)(model, checkpoint, *split_and_options)
+def embed_with_all(models, args):
+    """-> `averaged` of the asked split by the models of all checkpoints, each by its script's `embed_split`."""
+    parts = []
+    for model, checkpoint in models:
+        of_script = getattr(script(checkpoint), "embed_split", embed_split)
+        parts.append(of_script(model, checkpoint, asked_of(checkpoint, args)))
+    return averaged(parts)
 
 
-def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gallery=None):
-    """What a checkpoint's model reaches on a split -> ({row: metrics}, the text of a table).
+def evaluation(models, args, title="model"):
+    """What the models of some checkpoints reach together on a split -> ({row: metrics}, the text of a table).
 
-    A script that classifies defines `evaluation` itself; then that is called. gallery: a path for a picture
-    of queries and their top results.
+    models: [(model, checkpoint)], as of `restore`. args: data, root, split, amp, workers, and gallery: a path for a
+    picture, or None. A script that classifies defines `evaluation` itself, of one model.
     """
+    model, checkpoint = models[0]
     if hasattr(script(checkpoint), "evaluation"):
-        return script(checkpoint).evaluation(model, checkpoint, name, root, split, amp, workers, gallery)
-    embedded = embed_by_script(model, checkpoint, name, root, split, amp, workers)
-    return retrieval_evaluation(embedded, name, split, gallery=gallery)
+        return script(checkpoint).evaluation(model, checkpoint, asked_of(checkpoint, args))
+    return retrieval_evaluation(embed_with_all(models, args), asked_of(checkpoint, args), title)
 
 
-def retrieval_evaluation(embedded, name, split, title="model", gallery=None):
+def retrieval_evaluation(embedded, args, title="model"):
     """As `evaluation`, of an `Embedded`. title: what the row is called."""
     instances, images, texts = embedded.instances, embedded.images, embedded.texts
-    if gallery and not instances[0].images:
+    if args.gallery and not instances[0].images:
         raise clip.CheckpointError("--gallery: this model was trained on features from files; "
                                    "there are no pictures to show")
     if embedded.classes:
         labels_captions_query = data.class_layout(instances, embedded.classes)
         rows = class_retrieval(images, texts, *labels_captions_query, embedded.classes)
     elif embedded.scores:
-        rows = {"model": score_metrics(*embedded.scores, **layout(instances)), **bounds(name, instances)}
+        rows = {"model": score_metrics(*embedded.scores, **layout(instances)), **bounds(args.data, instances)}
     else:
-        rows = retrieval_rows(name, images, texts, instances)
+        rows = retrieval_rows(args.data, images, texts, instances)
     rows = {row.replace("model", title): metrics for row, metrics in rows.items()}
-    named = {f"{split} {row}": metrics for row, metrics in rows.items()}
+    named = {f"{args.split} {row}": metrics for row, metrics in rows.items()}
     if embedded.classes:
         text = class_table(named)
     else:
-        text = table(named, shapes=name in ("primitives", "text2shape"))
-        text += f"\n{split}: rSum {rows[title]['rSum']:.1f}"
+        text = table(named, shapes=args.data in ("primitives", "text2shape"))
+        text += f"\n{args.split}: rSum {rows[title]['rSum']:.1f}"
     if "ceiling" in rows:
         reached, ceiling = (rows[row]["text_to_image"]["R@1"] for row in (title, "ceiling"))
         text += f", {100 * reached / ceiling:.0f}% of the ceiling's text-to-shape RR@1"
-    if gallery:
+    if args.gallery:
         text_scores, image_scores = embedded.scores or cosine_scores(images, texts)
-        draw_gallery(gallery, instances, lambda c: text_scores(torch.tensor([c]))[0],
+        draw_gallery(args.gallery, instances, lambda c: text_scores(torch.tensor([c]))[0],
                      lambda i: image_scores(torch.tensor([i]))[0])
     return rows, text
 
@@ -1717,17 +1772,16 @@ def retrieval_evaluation(embedded, name, split, title="model", gallery=None):
 def answer(models, args):
     """Print what the words of --query find among a split's images; --gallery draws it.
 
-    models: what `restore` returns of each checkpoint.
+    models: [(model, checkpoint)], as of `restore`.
     """
     parts = []
     queries = []
-    for model, tokenizer, checkpoint in models:
-        if not tokenizer or not hasattr(model, "encode_text"):
+    for model, checkpoint in models:
+        if not getattr(model, "config", None) or not hasattr(model, "encode_text"):
             raise clip.CheckpointError(f"--query: this model of {checkpoint['method']} "
                                        "reads no words to search with")
-        name, root = where(checkpoint, args)
-        parts.append(embed_split(model, checkpoint, name, root, args.split, args.amp, args.workers))
-        words = tokenizer([args.query], model.config.context_length, truncate=True)
+        parts.append(embed_split(model, checkpoint, asked_of(checkpoint, args)))
+        words = tokenizer_of(model)([args.query], model.config.context_length, truncate=True)
         with torch.no_grad():
             query = model.encode_text(words).float()
         queries.append(F.normalize(query, dim=-1))
@@ -1743,29 +1797,13 @@ def answer(models, args):
         gallery_picture(args.gallery, [(args.query, pictures)])
 
 
-def where(checkpoint, args):
-    """-> (name, root) of the data to evaluate a checkpoint on: as asked for, else those it was trained on."""
-    settings = checkpoint["settings"]
-    name = args.data or settings["data"]
-    return name, args.root or (settings["root"] if name == settings["data"] else None)
-
-
-def embed_with_all(models, args):
-    """-> `averaged` of the asked split by the models of all checkpoints, which are as of `restore`."""
-    parts = []
-    for model, _, checkpoint in models:
-        name, root = where(checkpoint, args)
-        parts.append(embed_by_script(model, checkpoint, name, root, args.split, args.amp, args.workers))
-    return averaged(parts)
-
-
 def check_retrieval(checkpoints, args):
     """Raise CheckpointError where features or similarities of these checkpoints make no sense together."""
     for checkpoint in checkpoints:
         if hasattr(script(checkpoint), "evaluation"):
             raise clip.CheckpointError(f"{checkpoint['method']} classifies images together with their texts: "
                                        "it has no similarities to average and no --embeddings of each")
-    names = {where(checkpoint, args)[0] for checkpoint in checkpoints}
+    names = {asked_of(checkpoint, args).data for checkpoint in checkpoints}
     if len(names) > 1:
         raise clip.CheckpointError(f"--checkpoint: models of {' and '.join(sorted(names))}; "
                                    "say with --data on which they are to be evaluated")
@@ -1812,40 +1850,31 @@ def main(argv=None):
         if file:
             check_writable(file)
     models = [restore(file, args.device, args.clip) for file in args.checkpoint]
-    model, _, checkpoint = models[0]
-    method = script(checkpoint)
+    model, checkpoint = models[0]
     if next(model.parameters()).device.type == "cpu":
         clip.fast_float32()
-        clip.keep_memory()
-    name, root = where(checkpoint, args)
-    if args.attention and not hasattr(method, "attention_picture"):
+    asked = asked_of(checkpoint, args)
+    if args.attention and not hasattr(script(checkpoint), "attention_picture"):
         raise clip.CheckpointError(f"--attention: {checkpoint['method']} has no attention between the "
                                    "modalities; train_cmaclip has")
     if len(models) > 1 or args.embeddings:
-        check_retrieval([checkpoint for _, _, checkpoint in models], args)
+        check_retrieval([checkpoint for _, checkpoint in models], args)
     if args.query is not None:
         answer(models, args)
         return
-    if hasattr(method, "evaluation"):
-        rows, text = method.evaluation(model, checkpoint, name, root, args.split, args.amp, args.workers,
-                                       args.gallery)
-    else:
-        embedded = embed_with_all(models, args)
-        title = "model"
-        if len(models) > 1:
-            title = "mean of " + " + ".join(run_names(args.checkpoint))
-        rows, text = retrieval_evaluation(embedded, name, args.split, title, args.gallery)
+    title = "model" if len(models) == 1 else "mean of " + " + ".join(run_names(args.checkpoint))
+    rows, text = evaluation(models, args, title)
     print(text)
-    key = args.split if name == checkpoint["settings"]["data"] else f"{name} {args.split}"
+    key = args.split if asked.data == checkpoint["settings"]["data"] else f"{asked.data} {args.split}"
     add_metrics(path, key, rows)
     print(f"written to {path}")
     if args.embeddings:
-        write_embeddings(args.embeddings, embedded)
+        write_embeddings(args.embeddings, embed_with_all(models, args))
         print(f"written to {args.embeddings}")
     if args.gallery:
         print(f"written to {args.gallery}")
     if args.attention:
-        method.attention_picture(model, checkpoint, name, root, args.split, args.attention)
+        script(checkpoint).attention_picture(model, checkpoint, asked, args.attention)
         print(f"written to {args.attention}")
 
 
