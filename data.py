@@ -1406,6 +1406,39 @@ class SharedTerms:
         return F.embedding_bag(terms, has, per_sample_weights=weight, mode="sum")
 
 
+# ---------------------------------------------------------------- captions, as they are changed for training
+
+CHANGED = 0.2  # share of a caption's words that are changed: of these
+MASKED = 0.5  # this share is masked,
+REPLACED = 0.1  # this share is replaced, and the rest is dropped
+
+
+def changed_words(tokens, tokenizer):
+    """Training captions with a share of their words masked, replaced or dropped (USER, section 4.1).
+
+    tokens int32 (B, columns) -> the same, in which a caption keeps at least one word. A word is all of its
+    tokens. The start symbol, which stands nowhere else, is the mask. Draws from torch's generator.
+    """
+    out = torch.zeros_like(tokens)
+    for row, caption in zip(out.numpy(), tokens.numpy()):
+        ids = caption[1:caption.argmax()]  # (L,): between start and end (the largest id)
+        ends = np.array([tokenizer.symbols[id].endswith("</w>") for id in ids], bool)
+        word = ends.cumsum() - ends  # (L,): the number of the word that each token belongs to
+        words = int(word[-1]) + 1 if len(ids) else 0
+        chance, kind = torch.rand(2, words).numpy()
+        changed = chance < CHANGED
+        masked = changed & (kind < MASKED)
+        replaced = changed & ~masked & (kind < MASKED + REPLACED)
+        dropped = changed & ~masked & ~replaced
+        dropped[:1] &= not dropped.all()
+        random_ids = torch.randint(0, tokenizer.start, ids.shape, dtype=tokens.dtype).numpy()
+        ids = np.where(masked[word], tokenizer.start, ids)
+        ids = np.where(replaced[word], random_ids, ids)
+        ids = ids[~dropped[word]]
+        row[:len(ids) + 2] = [tokenizer.start, *ids, tokenizer.end]
+    return out
+
+
 # ---------------------------------------------------------------- features in place of pictures and texts
 
 FEATURE_KEYS = ("label", "image", "text", "ids")  # the label first: the others must have as many rows

@@ -1714,7 +1714,8 @@ def embed_split(model, checkpoint, args):
     args: data, root, split, amp, workers. A script with another similarity, or with classes, has an `embed_split`
     of its own.
     """
-    instances, tasks = data.load(args.data, args.root, args.split)
+    load = data.load_regions if checkpoint.get("regions") else data.load  # region features, of train_user.py
+    instances, tasks = load(args.data, args.root, args.split)
     return Embedded(instances, *embed(model, instances, args.amp, args.workers), tasks)
 
 
