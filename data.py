@@ -1053,13 +1053,15 @@ def unpack(archive, root):
 # ---------------------------------------------------------------- voxels and their views
 
 def read_nrrd(path):
-    """A Text2Shape voxel file: uint8 (n, n, n, 4), axes x, y, z, RGBA. NRRD: header, blank line, data."""
+    """A Text2Shape voxel file: uint8 (n, n, n, 4), axes x, y (up), z, RGBA. Raises DataError.
+
+    NRRD: header, blank line, data."""
     try:
         with open(path, "rb") as f:
             start = f.read(1 << 16)
             blank = re.search(rb"\r?\n\r?\n", start)
             expect(start.startswith(b"NRRD000") and blank, path, "not an NRRD file; get it again")
-            n, encoding = _nrrd_header(path, start[:blank.start()].decode("latin1"))
+            n, encoding, axes = _nrrd_header(path, start[:blank.start()].decode("latin1"))
             need = 4 * n ** 3
             f.seek(blank.end())
             body = f.read(need + (need >> 10) + (1 << 16))  # even what does not compress grows by less
@@ -1075,28 +1077,40 @@ def read_nrrd(path):
                "the gzip data ends before its checksum; the file is truncated, get it again")
     expect(len(body) == need, path,
            f"holds {len(body)} bytes of voxels, its sizes need {need}; the file is truncated or wrong")
-    voxels = np.frombuffer(body, np.uint8).reshape(n, n, n, 4)  # z, y, x: the first axis varies fastest
-    return np.ascontiguousarray(voxels.transpose(2, 1, 0, 3))
+    voxels = np.frombuffer(body, np.uint8).reshape(n, n, n, 4)  # the file's first axis varies fastest
+    voxels = voxels.transpose(*2 - abs(axes).argmax(0), 3)
+    return np.ascontiguousarray(voxels[tuple(slice(None, None, sign) for sign in axes.sum(0))])
 
 
 def _nrrd_header(path, header):
-    """-> (n, encoding) of the header of a file of n x n x n voxels."""
+    """-> (n, encoding, axes) of the header of a file of n x n x n voxels. axes: 1 or -1 where an axis of the
+    file (row) runs along or against x, y, z (column), else 0."""
     fields = {}
     for line in header.split("\n"):
         name, _, value = line.partition(": ")  # a comment or a key:=value has no such name
-        fields[name.strip().lower()] = value.strip()[:100]
+        fields[name.strip().lower()] = value.strip()
     expect("data file" not in fields and "datafile" not in fields, path,
            "its voxels are in another file (the header names a data file); expected both in one")
-    kind = fields.get("type", "?")
+    kind = fields.get("type", "?")[:100]
     expect(kind.lower() in ("uint8", "unsigned char", "uchar", "uint8_t"), path,
            f"type {kind}; expected uint8 RGBA voxels")
     sizes = fields.get("sizes", "?").split()
     n = int(sizes[1]) if len(sizes) == 4 and re.fullmatch("[0-9]{1,3}", sizes[1]) else 0
     expect(1 <= n <= 512 and sizes == ["4", str(n), str(n), str(n)], path,
-           f"sizes {' '.join(sizes)}; expected 4 n n n (channel, x, y, z), n up to 512")
-    encoding = fields.get("encoding", "?").lower()
+           f"sizes {' '.join(sizes)[:100]}; expected 4 n n n (channel and three axes), n up to 512")
+    encoding = fields.get("encoding", "?")[:100].lower()
     expect(encoding in ("gzip", "gz", "raw"), path, f"encoding {encoding}; expected gzip or raw")
-    return n, encoding
+    stated = fields.get("space directions", "none (0,1,0) (0,0,1) (1,0,0)")  # as Text2Shape's: y, z, x
+    try:
+        vectors = re.fullmatch("none" + r"\s*\(([^,()]+),([^,()]+),([^,()]+)\)" * 3, stated).groups()
+        along = np.array(vectors, float).reshape(3, 3)
+    except (AttributeError, ValueError):  # no match, no numbers
+        along = np.zeros((3, 3))
+    length = abs(along)
+    axes = np.where(length > 1e-3 * length.max(1, keepdims=True), np.sign(along), 0).astype(int)
+    expect((abs(axes).sum(0) == 1).all() and (abs(axes).sum(1) == 1).all(), path,
+           f"space directions {stated[:100]}; expected none and three vectors, along x, y and z in any order")
+    return n, encoding, axes
 
 
 VIEWS = 12  # a turntable: one view every 30 degrees,

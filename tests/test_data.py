@@ -7,8 +7,10 @@ Real photos lie in ../shared/data; tests that need them skip where it is absent.
 import collections
 import csv
 import functools
+import glob
 import gzip
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -38,6 +40,8 @@ from test_clip import server as web  # noqa: F401
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(ROOT, "..", "shared", "data")
+REAL = os.path.join(SHARED, "text2shape")
+REAL_SHAPES = sorted(glob.glob(os.path.join(REAL, data.VOXEL_FOLDER, "*", "*.nrrd")))
 
 
 # ---------------------------------------------------------------- helpers, for the other tests of data.py too
@@ -720,12 +724,17 @@ def test_unknown_names_and_missing_roots(tmp_path):
 
 # ---------------------------------------------------------------- Text2Shape
 
-def nrrd(voxels, encoding="gzip", newline="\n", sizes=None, extra=(), kind="uint8"):
-    """The bytes of a voxel file as published: axes channel, x, y, z, the first varying fastest."""
-    sizes = sizes or " ".join(map(str, (voxels.shape[3], *voxels.shape[:3])))
+def nrrd(voxels, encoding="gzip", newline="\n", sizes=None, extra=(), kind="uint8", axes=(1, 2, 0),
+         signs=(1, 1, 1), directions=None):
+    """The bytes of a voxel file. Its first axis, which varies fastest, is the channel; the others run along
+    these of x, y, z (as published: y, z, x), or with a sign of -1 against them."""
+    vectors = np.diag(signs)[:, np.argsort(axes)] * 0.0028756132815033197
+    stated = " ".join(f"({','.join(map(repr, vector))})" for vector in vectors.tolist())
+    directions = f"space directions: none {stated}" if directions is None else directions
     header = ["NRRD0004", "# Complete NRRD file format specification at:", f"type: {kind}", "dimension: 4",
-              f"sizes: {sizes}", *extra, f"encoding: {encoding}", "", ""]
-    body = voxels.transpose(2, 1, 0, 3).tobytes()
+              "space dimension: 3", f"sizes: {sizes or '4 ' + ' '.join(map(str, voxels.shape[:3]))}",
+              *([directions] if directions else []), *extra, f"encoding: {encoding}", "", ""]
+    body = voxels.transpose(*axes[::-1], 3)[tuple(slice(None, None, sign) for sign in signs[::-1])].tobytes()
     return newline.join(header).encode("latin1") + (body if encoding == "raw" else gzip.compress(body))
 
 
@@ -733,25 +742,61 @@ def cube(seed, n=6):
     return np.random.default_rng(seed).integers(0, 256, (n, n, n, 4), dtype=np.uint8)
 
 
-COMMENTS = ["# a: comment", "type:=float", "space directions: none (1,0,0)"]
+COMMENTS = ["# a: comment", "type:=float", "space directions:=none (1,0,0)"]
 
 
 @pytest.mark.parametrize("options", [
     dict(), dict(encoding="raw"), dict(encoding="gz", newline="\r\n"), dict(encoding="raw", newline="\r\n"),
-    dict(sizes="  4 \t6  6 6 "), dict(kind="unsigned char", extra=COMMENTS)])
+    dict(sizes="  4 \t6  6 6 "), dict(kind="unsigned char", extra=COMMENTS),
+    dict(directions=""), dict(directions="space directions:  none(0, 2e-3,1e-19)\t( 0,-0.0,3) (1,0,0)")])
 def test_nrrd(tmp_path, options):
     (tmp_path / "a.nrrd").write_bytes(nrrd(cube(1), **options))
     assert np.array_equal(data.read_nrrd(str(tmp_path / "a.nrrd")), cube(1))
 
 
+def test_nrrd_axes(tmp_path):
+    """However the axes of a file lie, x, y and z are read; as published, y varies fastest and x slowest."""
+    path = tmp_path / "a.nrrd"
+    for axes in itertools.permutations(range(3)):
+        for signs in itertools.product((1, -1), repeat=3):
+            path.write_bytes(nrrd(cube(2), "raw", axes=axes, signs=signs))
+            assert np.array_equal(data.read_nrrd(str(path)), cube(2))
+    x, y, z = 1, 2, 3
+    body = bytearray(4 * 6 ** 3)
+    body[4 * (y + 6 * z + 36 * x)] = 7
+    path.write_bytes(nrrd(cube(2), "raw")[:-len(body)] + body)
+    assert np.argwhere(data.read_nrrd(str(path))).tolist() == [[x, y, z, 0]]
+
+
+@pytest.mark.parametrize("axes, signs", [((1, 2, 0), (1, 1, 1)), ((0, 2, 1), (1, -1, 1)),
+                                         ((2, 0, 1), (-1, 1, -1))])
+def test_nrrd_equals_pynrrd(tmp_path, axes, signs):
+    pynrrd = pytest.importorskip("nrrd")
+    (tmp_path / "a.nrrd").write_bytes(nrrd(cube(3), axes=axes, signs=signs))
+    for path in [str(tmp_path / "a.nrrd"), *REAL_SHAPES]:
+        theirs, header = pynrrd.read(path)  # axes as in the file
+        directions = header["space directions"][1:]
+        for i, vector in enumerate(directions, 1):
+            theirs = np.flip(theirs, i) if vector.sum() < 0 else theirs
+        order = [1 + np.flatnonzero(directions[:, axis]).item() for axis in range(3)]
+        assert np.array_equal(data.read_nrrd(path), theirs.transpose(*order, 0))
+
+
 GOOD_NRRD, RAW_NRRD = nrrd(cube(1)), nrrd(cube(1), "raw")
 BAD_SIZES = ["3 6 6 6", "4 6 6", "4 -6 -6 -6", "4 0 0 0", "4 \xb2 \xb2 \xb2", "4 513 513 513",
              "4 " + " ".join(["9" * 5000] * 3)]
+BAD_DIRECTIONS = [
+    "none (1,0,0)", "none (1,0,0) (0,1,0) (0,0,1) (0,0,0)", "(1,0,0) (0,1,0) (0,0,1) none", "",
+    "none (1,0,0) (0,1,0) (0,1,0)", "none (1,0,0) (0,1,0) (0,0,0)", "none (1,0,0) (0,1,0) (0,0,nan)",
+    "none (1,0,0) (0,1,0.1) (0,-0.1,1)", "none (1,0,0) (0,1,0) (0,0,x)", "none (1,0,0) (0,1,0) (0,0)",
+    "none (1e999,0,0) (0,1,0) (0,0,1)", "none (" + "1" * 5000]
 BAD_NRRD = [
     (b"", "not an NRRD"), (b"PK" + GOOD_NRRD, "not an NRRD"), (b"NRRD0004\n" + b"a" * 100000, "not an NRRD"),
     (nrrd(cube(1), kind="float"), "type float"), (GOOD_NRRD.replace(b"type:", b"tipe:"), r"type \?"),
     (nrrd(cube(1), sizes="4 6 6 7"), "sizes 4 6 6 7; expected 4 n n n"),
     *[(nrrd(cube(1), sizes=sizes), "sizes .*; expected 4 n n n") for sizes in BAD_SIZES],
+    *[(nrrd(cube(1), directions=f"space directions: {stated}"), "space directions .*; expected none and")
+      for stated in BAD_DIRECTIONS],
     (nrrd(cube(1), "hex"), "encoding hex"), (nrrd(cube(1), extra=["data file: b.raw"]), "in another file"),
     (GOOD_NRRD[:-300], "truncated"), (GOOD_NRRD[:-4], "truncated"),
     (GOOD_NRRD[:-8] + bytes([GOOD_NRRD[-8] ^ 1]) + GOOD_NRRD[-7:], "damaged gzip"),
@@ -825,6 +870,15 @@ def test_text2shape_without_splits_voxels_or_with_views(tmp_path, capsys):
     assert {x.id for x in instances} == train - {second, third} and instances[0].id == first
     assert [os.path.basename(view) for view in instances[0].images] == ["01.png", "02.png", "10.png"]
     refused("no shapes in split 'dev'", data.load, "text2shape", str(tmp_path), "dev")
+
+
+@pytest.mark.skipif(not REAL_SHAPES, reason="needs ../shared/data/text2shape")
+def test_real_text2shape():
+    parts = splits("text2shape", REAL)
+    assert [len(part) for part in parts.values()] == [5, 1, 1]
+    for x in itertools.chain(*parts.values()):
+        views = [data.pixels(image, 32) for image in x.images]
+        assert len(views) == 12 and len({view.tobytes() for view in views}) > 5
 
 
 def test_broken_text2shape(tmp_path):
