@@ -547,7 +547,7 @@ def text2shape(root, split):
         voxels = os.path.join(root, VOXEL_FOLDER, row.id, row.id + ".nrrd")
         views = [os.path.join(folder, name) for name in list_folder(folder, (".png",))]
         if not views and os.path.isfile(voxels):
-            views = [VoxelView(voxels, k) for k in range(VIEWS)]
+            views = [VoxelView(voxels, (k + 7) % VIEWS) for k in range(VIEWS)]  # the first from the front
         if views:
             labels = {"category": categories.index(category[row.id])}
             instances.append(Instance(row.id, views, row.captions, labels))
