@@ -1045,11 +1045,12 @@ def show_defaults(parser):
             default = ", ".join(f"{value} {kind}" for kind, value in of_kinds.items())
         elif of_kinds:
             default = next(iter(of_kinds.values()))
-        elif action.default in (None, False, argparse.SUPPRESS):
+        elif action.default is None or action.default is False or action.default == argparse.SUPPRESS:
             continue
         else:
             default = action.default
-        action.help = f"{action.help or ''} (default: {default})"
+        plain, _, _ = (action.help or "").partition(" (default: ")  # a general one, such as that of --context
+        action.help = f"{plain} (default: {default})"
 
 
 def parse(parser, argv=None):
