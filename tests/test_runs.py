@@ -126,7 +126,7 @@ def pretend(patch, name, *values):
     """The metric on val has these values, in order."""
     functions = {"train_adapter": (script(name), "video_metrics"),
                  "train_clip4cmr": (eval, "class_retrieval"),
-                 "train_cmaclip": (script(name), "scores")}
+                 "train_cmaclip": (eval, "task_metrics")}
     module, function = functions.get(RUNS[name][0], (eval, "evaluate"))
     plain = getattr(module, function)
     values = iter(values)
