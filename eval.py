@@ -1330,7 +1330,7 @@ def about(args, model, loader):
     of_a_sample = (loader.views or loader.frames or 1) * seconds[0] + (loader.captions or 1) * seconds[1]
     total = 3 * of_a_sample * loader.batch_size * len(loader) / world
     unit, name = next(part for part in ((3600, "hours"), (60, "minutes"), (0, "seconds")) if total >= 2 * part[0])
-    return f"{text}; an epoch takes about {total / max(unit, 1):.0f} {name} on this CPU"
+    return f"{text}; an epoch takes about {max(2, round(total / max(unit, 1)))} {name} on this CPU"
 
 
 def warmup_cosine(step, steps, warmup, peak=1.0):
