@@ -17,14 +17,9 @@ import clip
 import data
 import eval
 import losses
-import runs
 import train_mxm
-from runs import (SMALL, evaluated, in_process, kept_signals, log,  # noqa: F401 (fixtures act by being here)
-                  metrics, refused, squares)
-
-
-def arguments(squares, *more):
-    return runs.arguments(squares, "--clip", "tiny", *more)
+from runs import SMALL, arguments, evaluated, kept_signals, log, metrics, refused
+from runs import in_process, squares  # noqa: F401 (fixtures, of which the first acts by being here)
 
 
 @pytest.fixture(scope="module")

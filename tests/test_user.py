@@ -20,14 +20,11 @@ import data
 import eval
 import runs
 import train_user
-from runs import FILES, SMALL, in_process, log, metrics, refused  # noqa: F401 (a fixture acts by being here)
+from runs import FILES, SMALL, arguments, log, metrics, refused
+from runs import in_process  # noqa: F401 (a fixture that acts by being here)
 from train_user import GPO, LOSSES, SGE, USER, Queue, main, momentum_update, settings, total_loss
 
 CAPTIONS = ["a red square on blue", "wet", "a blue thing that is soft to touch", "red"]
-
-
-def arguments(name, *more):
-    return runs.arguments(name, "--clip", "tiny", *more)
 
 
 def small_clip(seed=0):
