@@ -149,7 +149,10 @@ class SGE(nn.Module):
 
 
 class CGE(nn.Module):
-    """The global representation of CLIP-guided enhancement: CLIP's own (B, E) -> g (B, D), unit norm."""
+    """The global representation of CLIP-guided enhancement: CLIP's own (B, E) -> g (B, D), unit norm.
+
+    No gradient flows back into CLIP: the authors take embeddings that were extracted in advance.
+    """
 
     def __init__(self, embed_dim, width):
         super().__init__()
@@ -159,7 +162,7 @@ class CGE(nn.Module):
         xavier(self)
 
     def forward(self, clip_embedding):
-        return F.normalize(self.projection(clip_embedding.float()), dim=-1)
+        return F.normalize(self.projection(clip_embedding.detach().float()), dim=-1)
 
 
 class GPO(nn.Module):

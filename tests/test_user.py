@@ -87,7 +87,8 @@ def plain_sge(sge, sets):
 
 def plain_cge(cge, clip_embedding):
     first_norm, first, norm, _, last = cge.projection
-    return F.normalize(last(norm(first(first_norm(clip_embedding))).clamp(min=0)), dim=1)
+    fixed = clip_embedding.detach()  # as if it had been extracted in advance
+    return F.normalize(last(norm(first(first_norm(fixed))).clamp(min=0)), dim=1)
 
 
 def plain_gpo_weights(gpo, L):
