@@ -51,6 +51,7 @@ import eval
 import losses
 
 FROZEN = dict(epochs=500, batch_size=300, lr=1e-4, weight_decay=0.0, eval_every=1)  # the authors'
+SHAPES = dict(epochs=40, batch_size=300, lr=1e-3, weight_decay=0.0, eval_every=4)  # about a minute
 BETAS = (0.5, 0.999)  # of Adam
 PATIENCE = 10  # evaluations without a better mAP on val after which a run stops; the authors'
 # Steps that these evaluations must span at least; ours. On little data ten epochs are a few dozen steps, and
@@ -93,7 +94,7 @@ CONSTANTS = {
 
 def settings(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    p = eval.arguments(__doc__, __file__, {"pretrained": FROZEN})
+    p = eval.arguments(__doc__, __file__, {"built-in shapes": SHAPES, "pretrained": FROZEN})
     p.add_argument("--loss", default="pcl", metavar="NAME[:WEIGHT]+...",
                    help="weighted sum of " + ", ".join(LOSSES))
     p.add_argument("--task", help="which of the data's labels are the classes (default: its first task)")
