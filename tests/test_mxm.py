@@ -152,8 +152,8 @@ def test_hard_loss():
 
 
 def test_soft_loss():
-    """The columns of a relation need not add up to 1: a caption that is about many images outside the batch has
-    less mass among the texts."""
+    """The columns of a relation need not add up to 1: a caption that is about many images outside the batch
+    has less mass among the texts."""
     P = torch.rand(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     leaves = (features(10, 0), features(9, 1), SCALE)
     expected = value_and_gradients(soft_by_loops, leaves, P)
