@@ -396,10 +396,10 @@ def restore(checkpoint):
 def embed_split(model, checkpoint, args):
     """-> `eval.Embedded` of the asked split: of the instances that have a class, whose metrics are those by
     class. A model that was trained on features from files has those alone."""
-    trained = argparse.Namespace(**checkpoint["settings"])
+    run = argparse.Namespace(**checkpoint["settings"])
     classes = checkpoint["classes"]
-    if trained.features:
-        splits, names = data.feature_splits(trained.features, args.root)
+    if run.features:
+        splits, names = data.feature_splits(run.features, args.root)
         data.expect(names == classes, "--features", f"files with the classes {', '.join(names)[:100]}; "
                     f"the model knows {', '.join(classes)[:100]}")
         data.expect(args.split in splits, "--split", f"features have {', '.join(splits)}, not {args.split!r}")
@@ -407,8 +407,8 @@ def embed_split(model, checkpoint, args):
         instances = [data.Instance(f"{args.split} {row}", [], [""], group=classes[label])
                      for row, label in enumerate(features.labels)]
     else:
-        instances, _ = data.load_split(args.data, args.root, args.split, trained.task, classes)
-        features = eval.frozen_features(model.clip, instances, classes, trained.cache, args.amp, args.workers)
+        instances, _ = data.load_split(args.data, args.root, args.split, run.task, classes)
+        features = eval.frozen_features(model.clip, instances, classes, run.cache, args.amp, args.workers)
     return eval.Embedded(instances, *embed_features(model, features), {}, classes)
 
 

@@ -40,7 +40,8 @@ def on_squares(squares, *more):
     beside = os.path.dirname(squares)
     return ["--data", str(squares), "--task", "outer", "--epochs", "2", "--batch-size", "7", "--dim", "16",
             "--lr", "1e-2", "--clip", os.path.join(beside, "clip.pt"),
-            "--cache", os.path.join(beside, "cache"), "--workers", "0", "--device", "cpu", "--amp", "off", *map(str, more)]
+            "--cache", os.path.join(beside, "cache"), "--workers", "0", "--device", "cpu", "--amp", "off",
+            *map(str, more)]
 
 
 @pytest.fixture(scope="module")
