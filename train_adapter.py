@@ -169,7 +169,7 @@ class Adapters(nn.Module):
         removals = []
         for key, module, _ in branches(clip_model):
             def adapt(module, inputs, h, key=key):
-                return self(key, h)
+                return self(key, h.transpose(0, -2)).transpose(0, -2)  # as it lies in memory
             removals.append(module.register_forward_hook(adapt).remove)
         return removals
 
@@ -325,6 +325,7 @@ class Tuned(nn.Module):
             parameter.requires_grad_(is_tuned(tune, name, parameter))
         self.clip = clip_model
         self.clip.tuned = True
+        self.clip.pack_texts = True  # what is added works on single rows
         self.removals = [] if self.extra is None else self.extra.attach(clip_model)
 
     def detach(self):
@@ -332,6 +333,7 @@ class Tuned(nn.Module):
         for remove in self.removals:
             remove()
         self.removals = []
+        self.clip.pack_texts = None
         self.clip.tuned = self.extra is None  # trained itself, a CLIP is no longer what it was
 
     def train(self, mode=True):
