@@ -75,9 +75,7 @@ def reading(path, advice, error=CheckpointError):
     except OneLineError:
         raise
     except Exception as e:
-        problem = "refused, damaged or of another kind"
-        if isinstance(e, OSError) and e.strerror:
-            problem = "cannot be read"
+        problem = "cannot be read" if getattr(e, "strerror", None) else "refused, damaged or of another kind"
         raise error(f"{path}: {problem} ({_line(e)}); {advice}") from None
 
 
@@ -110,7 +108,7 @@ class Config:
     quick_gelu: bool = True
     vision_mlp: int | None = None  # channels inside of a block's MLP; None: 4 times the width
     transformer_mlp: int | None = None
-    end_token: int | None = None  # where a text's feature is read, at its first place; None: at the largest id
+    end_token: int | None = None  # the id where a text's feature is read; None: the largest
     image_mean: tuple = IMAGE_MEAN
     image_std: tuple = IMAGE_STD
     image_resize: int | None = None  # a picture's shorter side before the crop; None: image_resolution
@@ -188,7 +186,7 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Multi-head self-attention with torch's parameter names (`in_proj_weight`, `out_proj`).
 
-    x: (L, B, width), as in OpenAI's code; packed texts are (N, width), and `packed` says where each row stands.
+    x: (L, B, width), as in OpenAI's code, or packed texts, (N, width), with `packed`.
     With `keep_weights` set, `weights` keeps the last call's softmax, (B, heads, L, L), for pictures.
     """
 
@@ -293,9 +291,12 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT (Dosovitskiy et al. 2021) with CLIP's extra norm before the blocks and a projection after them."""
+    """ViT (Dosovitskiy et al. 2021) with CLIP's extra norm before the blocks and a projection after them.
 
-    def __init__(self, resolution, patch_size, width, layers, heads, embed_dim, mlp, quick_gelu):
+    `proj` may be set to None, as for linear probes; features then have `width` numbers, not `embed_dim`.
+    """
+
+    def __init__(self, resolution, patch_size, width, layers, heads, mlp, embed_dim, quick_gelu):
         super().__init__()
         self.input_resolution = resolution
         self.output_dim = embed_dim
@@ -311,10 +312,7 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def forward(self, x, tokens=False):
-        """x: (B, 3, R, R) -> (B, embed_dim); with tokens also (B, 1 + patches, embed_dim), class first.
-
-        Without a projection (`proj` set to None, as for linear probes) there is the width in place of embed_dim.
-        """
+        """x: (B, 3, R, R) -> (B, embed_dim); with tokens also (B, 1 + patches, embed_dim), class first."""
         x = self._patches(x)  # (B, patches, width)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = x + self.positional_embedding.to(x.dtype)
@@ -325,7 +323,7 @@ class VisionTransformer(nn.Module):
         return (x[:, 0], x) if tokens else x
 
     def _patches(self, x):
-        """conv1 of the pictures. A convolution whose stride is its kernel is one matrix product of patches."""
+        """conv1 of pictures. A convolution whose stride is its kernel is one matrix product over the patches."""
         conv = self.conv1
         p = self.patch_size
         plain = _untouched(conv, nn.Conv2d) and conv.stride == conv.kernel_size == (p, p) \
@@ -435,11 +433,12 @@ class CLIP(nn.Module):
             self.visual = ModifiedResNet(c.vision_layers, c.embed_dim, c.vision_heads, c.image_resolution,
                                          c.vision_width)
         else:
-            self.visual = VisionTransformer(c.image_resolution, c.vision_patch_size, c.vision_width, c.vision_layers,
-                                            c.vision_heads, c.embed_dim, c.vision_mlp, c.quick_gelu)
+            self.visual = VisionTransformer(c.image_resolution, c.vision_patch_size, c.vision_width,
+                                            c.vision_layers, c.vision_heads, c.vision_mlp, c.embed_dim,
+                                            c.quick_gelu)
         width = c.transformer_width
-        self.transformer = Transformer(width, c.transformer_layers, c.transformer_heads, c.transformer_mlp, True,
-                                       c.quick_gelu)
+        self.transformer = Transformer(width, c.transformer_layers, c.transformer_heads, c.transformer_mlp,
+                                       causal=True, quick_gelu=c.quick_gelu)
         self.token_embedding = nn.Embedding(c.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(c.context_length, width))
         self.ln_final = nn.LayerNorm(width)
@@ -450,7 +449,7 @@ class CLIP(nn.Module):
         self.vocab_size = c.vocab_size
         self.tokenizer = None
         self.pack_texts = None
-        self.register_state_dict_post_hook(_state_hints)
+        self.register_state_dict_post_hook(_add_hints)
 
     @property
     def dtype(self):
@@ -474,17 +473,17 @@ class CLIP(nn.Module):
         return self.visual(image.to(self.dtype), tokens)
 
     def encode_text(self, text, tokens=False):
-        """text: (B, columns) token ids -> (B, embed_dim): the feature at the end token, the largest id of a row.
+        """text: (B, columns) token ids, the end token the largest id of its row -> (B, embed_dim).
 
-        Attention is causal, so what stands after the end changes nothing. Only real tokens are computed, packed
-        into one list of rows: several times less work than 77 columns. Where they stand is found on the CPU:
-        text on a GPU has to wait for all that was queued there before.
+        Attention is causal and the feature is read at the end token, so what stands after it changes nothing.
+        Only real tokens are computed, packed into one list of rows: several times less work than 77 columns.
+        Where they stand is found on the CPU: text on a GPU waits for all that was queued there before.
         tokens: also return the features (B, L, embed_dim), zero after the end, and their mask (B, L), True at
-        real tokens, where L is at least the longest text's length.
+        real tokens, where L is the longest text's length, or the columns where texts are not packed.
         Raises ValueError for a text longer than the context or an id outside the vocabulary.
         """
         if text.ndim != 2 or text.is_floating_point():
-            raise ValueError(f"text is {text.dtype}, {tuple(text.shape)}; token ids are integers (B, columns)")
+            raise ValueError(f"text is {text.dtype} {tuple(text.shape)}; token ids are integers (B, columns)")
         if _stands_for_any(text):
             return self._encode_columns(text, tokens)
         device = self.positional_embedding.device
@@ -525,10 +524,11 @@ class CLIP(nn.Module):
         """Whether the text encoder's layers may see packed rows, see `pack_texts`."""
         if self.pack_texts is not None:
             return self.pack_texts
-        parts = (self.token_embedding, self.transformer, self.ln_final)
-        hooked = any(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-                     for part in parts for module in part.modules())
-        return not hooked and type(self.transformer) is Transformer and all(
+        for part in (self.token_embedding, self.transformer, self.ln_final):
+            for module in part.modules():
+                if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+                    return False
+        return isinstance(self.transformer, Transformer) and all(
             isinstance(block, ResidualAttentionBlock) and isinstance(block.attn, Attention)
             for block in self.transformer.resblocks)
 
@@ -556,13 +556,15 @@ class CLIP(nn.Module):
 
 
 def _stands_for_any(x):
-    """Whether a tensor stands for others too: under tracing, compiling, exporting and vmap. What depends on its
-    numbers, as the lengths of texts, would be kept for all."""
+    """Whether a tensor stands for others too: in tracing, compiling, exporting and vmap.
+
+    What depends on its numbers there, as the lengths of texts do, would be kept for all others.
+    """
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor \
         or torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
-def _state_hints(model, state, prefix, metadata):
+def _add_hints(model, state, prefix, metadata):
     """A hook of `state_dict`: what no shape tells goes into the metadata, where only `load` looks."""
     metadata.update({key: getattr(model.config, key) for key in HINTS}, **_describe_tokenizer(model))
 
@@ -625,8 +627,8 @@ def shorten_context(model, context_length):
 def _check_size(config, image_size):
     """The model's step in pixels, of which image_size must be a multiple."""
     step = config.vision_patch_size or 32
-    expect(type(image_size) is int and image_size > 0 and image_size % step == 0, f"--image-size {image_size}",
-           f"must be a positive multiple of {step} for this model")
+    fits = type(image_size) is int and image_size > 0 and image_size % step == 0
+    expect(fits, f"--image-size {image_size}", f"must be a positive multiple of {step} for this model")
     return step
 
 
@@ -685,11 +687,12 @@ def autocast(amp, model):
     return contextlib.nullcontext()
 
 
-# ---------------------------------------------------------------- names, downloads, images
+# ---------------------------------------------------------------- loading, downloads, preprocessing
 
 MODEL_URL = "https://openaipublic.azureedge.net/clip/models"
 MERGES_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+
 
 def available_models():
     """Names of OpenAI's published models, as `load` takes them."""
@@ -701,12 +704,11 @@ def load(name, device=None, jit=False, download_root=None, image_size=None, quic
     """A pretrained CLIP and its preprocessing, as OpenAI's `clip.load`.
 
     name: a published model's name, or a file or folder, told apart by content: OpenAI's TorchScript archive
-        or plain state dict, a Hugging Face `CLIPModel` (folder or file, safetensors or bin), an open_clip
-        checkpoint, a checkpoint of this project.
-    jit: accepted for old scripts; the archive's code is never run.
-    download_root: as for `download`.
+        or plain state dict, a Hugging Face `CLIPModel` (safetensors or bin), an open_clip checkpoint, weights
+        of these kinds in another training's checkpoint, a checkpoint of this project.
+    jit: accepted for old scripts; the archive's code is never run. download_root: as for `download`.
     image_size: another input size; the positional embeddings are interpolated.
-    quick_gelu: the activation, for files that do not tell it (open_clip's without a config beside them).
+    quick_gelu: the activation, for files that do not tell it.
     context_length: fewer tokens of a text than the weights have positions for, see `shorten_context`.
     Returns (model in eval mode, on `device`, in float32; preprocess). Raises CheckpointError.
     """
@@ -715,14 +717,13 @@ def load(name, device=None, jit=False, download_root=None, image_size=None, quic
         warnings.warn("jit=True is ignored: the weights of the archive are read, its code is not run")
     if path in MODELS or not os.path.exists(path):
         sha256 = MODELS[_known(path)][1]
-        expect(sha256, repr(path), f"never published: train it (python train_mxm.py --clip {path}) and load "
-                                   "the checkpoint")
-        path = download_model(path, sha256, download_root)
+        train = f"train it (python train_mxm.py --clip {path}) and load the checkpoint"
+        expect(sha256, repr(path), f"never published: {train}")
+        path = _download_model(path, sha256, download_root)
     path = _weight_file(path)
     content, said = _read_file(path)
     if content.get("format") == CHECKPOINT_FORMAT:
-        expect(isinstance(content.get("clip"), dict), path, "holds no CLIP; give a checkpoint with one")
-        model = from_description(content["clip"], path)
+        model = from_description(content.get("clip"), path)
     else:
         model = from_state_dict(*_find_clip(content, said, path, quick_gelu), where=path)
     if image_size is not None and image_size != model.config.image_resolution:
@@ -731,15 +732,6 @@ def load(name, device=None, jit=False, download_root=None, image_size=None, quic
         shorten_context(model, context_length)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), Preprocess(model.config)
-
-
-def download_model(name, sha256, root):
-    """The path of a published model's file. Where it cannot be had, the error names its tokenizer's too."""
-    file = name.replace("/", "-").replace("@", "-")
-    try:
-        return download(f"{MODEL_URL}/{sha256}/{file}.pt", sha256, root)
-    except DownloadError as e:
-        raise DownloadError(f"{name}: {e}, and its tokenizer's beside it, of {MERGES_URL}") from None
 
 
 def _known(name):
@@ -751,13 +743,13 @@ def _known(name):
     return name
 
 
-def file_sha256(path):
-    """The SHA-256 of a file, 64 hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _download_model(name, sha256, root):
+    """The path of a published model's file. Where it cannot be had, the error names its tokenizer's too."""
+    file = name.replace("/", "-").replace("@", "-")
+    try:
+        return download(f"{MODEL_URL}/{sha256}/{file}.pt", sha256, root)
+    except DownloadError as e:
+        raise DownloadError(f"{name}: {e}, and its tokenizer's beside it, of {MERGES_URL}") from None
 
 
 def download(url, sha256, root=None):
@@ -785,13 +777,17 @@ def fetch(url, path, sha256=None):
         raise DownloadError(f"{url} {problem}") from None
 
 
-def transform(resolution):
-    """OpenAI's preprocessing of a picture of PIL's -> float (3, R, R)."""
-    return Preprocess(replace(MODELS["ViT-B/32"][0], image_resolution=resolution))
+def file_sha256(path):
+    """The SHA-256 of a file, 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 class Preprocess:
-    """A CLIP's preprocessing of a picture of PIL's -> float (3, R, R). `transforms`: its steps, torchvision's."""
+    """A CLIP's preprocessing: a picture of PIL's -> float (3, R, R). Its steps are torchvision's `transforms`."""
 
     def __init__(self, config):
         self.config = config
@@ -800,10 +796,10 @@ class Preprocess:
     def transforms(self):
         from torchvision import transforms as steps  # here, as it takes seconds, and few programs come here
         c = self.config
-        size = (c.image_resolution, c.image_resolution)
-        resize = size if c.squash else c.image_resize or c.image_resolution
-        return [steps.Resize(resize, steps.InterpolationMode(c.interpolation)), steps.CenterCrop(size), _as_rgb,
-                steps.ToTensor(), steps.Normalize(c.image_mean, c.image_std)]
+        square = (c.image_resolution, c.image_resolution)
+        size = square if c.squash else c.image_resize or c.image_resolution  # a number is of the shorter side
+        return [steps.Resize(size, steps.InterpolationMode(c.interpolation)), steps.CenterCrop(square),
+                _to_rgb, steps.ToTensor(), steps.Normalize(c.image_mean, c.image_std)]
 
     def __call__(self, image):
         for step in self.transforms:
@@ -811,20 +807,24 @@ class Preprocess:
         return image
 
 
-def _as_rgb(image):
+def _to_rgb(image):
     return image.convert("RGB")
+
+
+def transform(resolution):
+    """OpenAI's preprocessing for this size."""
+    return Preprocess(replace(MODELS["ViT-B/32"][0], image_resolution=resolution))
 
 
 # ---------------------------------------------------------------- reading weights
 
-WEIGHT_FILES = [  # the first that a folder has: open_clip's before those that may be timm's
-    name + index for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
-                              "pytorch_model.bin", "best.pt", "last.pt") for index in ("", ".index.json")]
 CHECKPOINT_FORMAT = "clip-methods-1"
+WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin",  # before timm's, with the next names
+                "model.safetensors", "pytorch_model.bin", "best.pt", "last.pt")
 HINTS = ("quick_gelu", "vision_heads", "transformer_heads", "image_resolution", "end_token", "image_mean",
          "image_std", "image_resize", "squash", "interpolation")  # what the shapes of the tensors do not tell
-PARTS = ("visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection",
-         "logit_scale")
+PARTS = ("visual", "transformer", "token_embedding", "positional_embedding", "positional_embedding_res",
+         "ln_final", "text_projection", "logit_scale")
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
 NAMES = (  # transformers' parts of names and OpenAI's, replaced in this order
     ("text_model.", ""), ("vision_model.", "visual."), ("encoder.layers.", "transformer.resblocks."),
@@ -836,31 +836,17 @@ NAMES = (  # transformers' parts of names and OpenAI's, replaced in this order
 OTHER_KINDS = (  # parts of names, and what has them
     ("vision_model.head.", "a SigLIP"), ("visual.trunk.", "a CLIP with an image tower of timm's"),
     ("text.transformer.e", "a CLIP with a text tower of transformers'"),
-    ("lora_A", "a CLIP with an adapter, to be merged first"))
-# Fields of transformers' and open_clip's configurations, and the values that are supported; None: all of them,
-# as the shapes of the tensors or HINTS tell them, or they are for training alone.
-FIELDS = {
-    "model_type": ("clip",), "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "num_channels": (3,),
-    "do_resize": (True,), "do_rescale": (True,), "rescale_factor": (1 / 255,), "do_normalize": (True,),
-    "resample": (2, 3), "pool_type": ("tok", "argmax", "eos"), "norm_kwargs": (None, {}, {"eps": 1e-5}),
-    "pos_embed_type": ("learnable",), "proj_type": ("linear",), "block_type": (None, "default"), "mode": ("RGB",),
-    "resize_mode": ("shortest", "squash"), "interpolation": ("bicubic", "bilinear"),
-    **dict.fromkeys((
-        "embed_dim", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale",
-        "cast_dtype", "vision_cfg", "text_cfg", "layers", "width", "head_width", "heads", "mlp_ratio", "patch_size",
-        "image_size", "patch_dropout", "output_tokens", "context_length", "vocab_size", "hf_tokenizer_name",
-        "tokenizer_mode", "tokenizer_kwargs", "pad_id", "eos_id", "attn_pooler_queries", "attn_pooler_heads",
-        "mean", "std", "size", "fill_color"))}
+    ("lora_A", "a CLIP with an adapter that is not merged"))
 
 
 def _weight_file(path):
     """The file of weights in a folder; the path itself where it is none."""
     if not os.path.isdir(path):
         return path
-    names = [name for name in WEIGHT_FILES if os.path.isfile(os.path.join(path, name))]
-    expect(names, path, "a folder with no weights in it; give a file, or a folder with one of "
-                        + ", ".join(WEIGHT_FILES[::2]))
-    return os.path.join(path, names[0])
+    files = [os.path.join(path, name + index) for name in WEIGHT_FILES for index in ("", ".index.json")]
+    files = [file for file in files if os.path.isfile(file)]
+    expect(files, path, f"a folder with no weights in it; give a file, or one with {' or '.join(WEIGHT_FILES)}")
+    return files[0]
 
 
 def read_weights(path):
@@ -870,6 +856,68 @@ def read_weights(path):
     """
     path = _weight_file(os.fspath(path))
     return _find_clip(*_read_file(path), path)
+
+
+def _find_clip(content, said, path, quick_gelu=None):
+    """`read_weights` of a file's content. said: hints that its format gives. quick_gelu: the activation."""
+    with reading(path, "give a file of CLIP weights"):
+        place, state, metadata = _pick(content, path)
+        hints = said | {key: metadata[key] for key in HINTS if key in metadata}  # `_add_hints` wrote them
+        if "merges" in metadata:
+            hints["tokenizer"] = _tokenizer_of(metadata)
+        if not hints and "input_resolution" in state:
+            hints = {"quick_gelu": True}  # OpenAI's archives alone have it
+        folder, name = os.path.split(path)
+        gelu = place.startswith("state_dict.") or name.startswith("open_clip_")
+        if any(key.startswith("text_model.") for key in state):
+            gelu = False
+            state = _from_hugging_face(state)
+            hints = hints or _read_hugging_face(folder)
+        hints = hints or _read_open_clip(folder)
+        if quick_gelu is not None:
+            hints["quick_gelu"] = quick_gelu
+        if "quick_gelu" not in hints:
+            hints["quick_gelu"] = not gelu
+            taken = "GELU, open_clip's default" if gelu else "QuickGELU, OpenAI's"
+            warnings.warn(f"{path}: does not say its activation; taking {taken} "
+                          f"(state it: clip.load(..., quick_gelu={gelu}))")
+        if "positional_embedding_res" in state:  # Long-CLIP's: the first 20 positions are CLIP's
+            longer = state.pop("positional_embedding_res")
+            state["positional_embedding"] = torch.cat([state["positional_embedding"][:20], longer[20:]])
+    return {key: value for key, value in state.items() if key.split(".")[-1] not in NO_WEIGHTS}, hints
+
+
+def _pick(content, path):
+    """-> (place, tensors, what was written beside them) of the CLIP in a nest of dicts.
+
+    Of several it is the first that is no average or teacher. A warning names the tensors that are left out.
+    """
+    found = list(_candidates(content))
+    copies = [any(word in place.lower() for word in ("ema", "teacher", "momentum")) for place, _, _ in found]
+    place, prefix, held = found[copies.index(min(copies))] if found else ("", "", content)
+    tensors = {key: value for key, value in held.items() if isinstance(value, torch.Tensor)}
+    state = {key.removeprefix(prefix).replace("_orig_mod.", ""): value
+             for key, value in tensors.items() if key.startswith(prefix)}
+    if "text.token_embedding.weight" in state:  # open_clip's custom text towers
+        state = {key.removeprefix("text."): value for key, value in state.items()}
+
+    others = [kind for part, kind in OTHER_KINDS if any(part in key for key in tensors)]
+    has_images = any(key.startswith(("visual.", "vision_model.")) for key in state)
+    lacks = "the image tower" if found else "the text tower" if has_images else "'token_embedding.weight'"
+    shown = ", ".join(map(repr, [*tensors][:3])) or "no tensors"
+    expect(not others, path, f"{' '.join(others)}, which is not supported; use the library that it is of")
+    expect(found and has_images, path,
+           f"not CLIP weights: {lacks} is missing; it holds {shown}. Give a file of CLIP weights")
+
+    tops = (*PARTS, *NO_WEIGHTS, "text_model", "vision_model", "visual_projection")
+    odd = [key for key in state if key.split(".")[0] not in tops]
+    left = [other for other, _, _ in found if other != place]
+    left += [key for key in tensors if not key.startswith(prefix)] + odd
+    if left:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        warnings.warn(f"{path}: left out, as no part of the CLIP: {', '.join(left[:5])}{more}")
+    state = {key: value for key, value in state.items() if key not in odd}
+    return place, state, getattr(held, "_metadata", {}).get(prefix.rstrip("."), {})
 
 
 def _candidates(held, place=""):
@@ -882,67 +930,6 @@ def _candidates(held, place=""):
     for key, inner in held.items():
         if isinstance(inner, dict):
             yield from _candidates(inner, f"{place}{key}.")
-
-
-def _pick(content, path):
-    """-> (place, tensors, what was written beside them) of the CLIP in a nest of dicts; of several, the first
-    that is no average or teacher. A warning names what is left out."""
-    found = list(_candidates(content))
-    copies = [any(word in place.lower() for word in ("ema", "teacher", "momentum")) for place, _, _ in found]
-    chosen, prefix, held = found[copies.index(min(copies))] if found else ("", "", content)
-    left = [place for place, _, _ in found if place != chosen]
-    state = {}
-    for key, value in held.items():
-        if isinstance(value, torch.Tensor) and key.startswith(prefix):
-            state[key.removeprefix(prefix).replace("_orig_mod.", "")] = value
-        elif isinstance(value, torch.Tensor):
-            left.append(key)
-    others = [kind for part, kind in OTHER_KINDS if any(part in key for key in state)]
-    has_images = any(key.startswith(("visual.", "vision_model.")) for key in state)
-    lacks = "the image tower" if found else "the text tower" if has_images else "'token_embedding.weight'"
-    shown = ", ".join(map(repr, [*state][:3])) or "no tensors"
-    expect(not others, path, f"{others and others[0]}, which is not supported; use the library that it is of")
-    expect(found and has_images, path, f"not CLIP weights: {lacks} is missing; it holds {shown}. Give a file "
-                                       "of CLIP weights")
-    if "text.token_embedding.weight" in state:  # open_clip's custom text towers
-        state = {key.removeprefix("text."): value for key, value in state.items()}
-    tops = PARTS + NO_WEIGHTS + ("text_model", "vision_model", "visual_projection", "positional_embedding_res")
-    odd = [key for key in state if key.split(".")[0] not in tops]
-    if left + odd:
-        warnings.warn(f"{path}: left out, as no part of the CLIP: {', '.join((left + odd)[:5])}"
-                      + ", ..." * (len(left + odd) > 5))
-    state = {key: value for key, value in state.items() if key not in odd}
-    return chosen, state, getattr(held, "_metadata", {}).get(prefix.rstrip("."), {})
-
-
-def _find_clip(content, said, path, quick_gelu=None):
-    """`read_weights` of what a file holds. said: its format's hints. quick_gelu: the activation, if not None."""
-    with reading(path, "give a file of CLIP weights"):
-        place, state, metadata = _pick(content, path)
-        hints = said | {key: metadata[key] for key in HINTS if key in metadata}  # `_state_hints` wrote them
-        if "merges" in metadata:
-            hints["tokenizer"] = _tokenizer_of(metadata)
-        if not hints and "input_resolution" in state:
-            hints = {"quick_gelu": True}  # only OpenAI's archives have it
-        folder, name = os.path.split(path)
-        if "text_model.embeddings.token_embedding.weight" in state:
-            gelu = False
-            state = _from_hugging_face(state)
-            hints = hints or _read_hugging_face(folder)
-        else:
-            gelu = place.startswith("state_dict.") or name.startswith("open_clip_")
-            hints = hints or _read_open_clip(folder)
-        if quick_gelu is not None:
-            hints["quick_gelu"] = quick_gelu
-        if "quick_gelu" not in hints:
-            hints["quick_gelu"] = not gelu
-            taken = "GELU, open_clip's default" if gelu else "QuickGELU, OpenAI's"
-            warnings.warn(f"{path}: does not say its activation; taking {taken} "
-                          f"(state it: clip.load(..., quick_gelu={gelu}))")
-        if "positional_embedding_res" in state:  # Long-CLIP's: the first 20 positions are CLIP's
-            longer = state.pop("positional_embedding_res")
-            state["positional_embedding"] = torch.cat([state["positional_embedding"][:20], longer[20:]])
-    return {key: value for key, value in state.items() if key.split(".")[-1] not in NO_WEIGHTS}, hints
 
 
 def _from_hugging_face(state):
@@ -962,8 +949,30 @@ def _from_hugging_face(state):
 
 # ---------------------------------------------------------------- reading configurations
 
+# Fields of transformers' and open_clip's configurations, and the values that are supported.
+FIELDS = {
+    "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "num_channels": (3,),
+    "do_resize": (True,), "do_rescale": (True,), "rescale_factor": (1 / 255,), "do_normalize": (True,),
+    "resample": (2, 3), "pool_type": ("tok", "argmax", "eos"), "norm_kwargs": (None, {}, {"eps": 1e-5}),
+    "pos_embed_type": ("learnable",), "proj_type": ("linear",), "block_type": (None, "default"),
+    "mode": ("RGB",), "resize_mode": ("shortest", "squash"), "interpolation": ("bicubic", "bilinear")}
+# Of these any: what they say is read, or in the tensors' shapes, or for training alone. open_clip's others are off.
+ANY = """embed_dim quick_gelu custom_text init_logit_scale init_logit_bias nonscalar_logit_scale cast_dtype
+    vision_cfg text_cfg layers width head_width heads mlp_ratio patch_size image_size patch_dropout
+    output_tokens context_length vocab_size hf_tokenizer_name tokenizer_mode tokenizer_kwargs pad_id eos_id
+    attn_pooler_queries attn_pooler_heads mean std size fill_color""".split()
+
+
+def _supported(path, config, others=None):
+    """Raise CheckpointError for a value that would change the function. others: values of fields not listed."""
+    for field, value in config.items():
+        values = FIELDS.get(field, None if field in ANY else others)
+        expect(values is None or value in values, path,
+               f"{field} {value!r} is not supported; use the library that the model is of")
+
+
 def _read_json(folder, name):
-    """The content of a JSON file, {} without one; raises CheckpointError for values that FIELDS excludes."""
+    """The content of a JSON file, a dict; {} without one."""
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         return {}
@@ -971,59 +980,54 @@ def _read_json(folder, name):
         return dict(json.load(f))
 
 
-def _supported(path, config, others=None):
-    """Raise CheckpointError for a field whose value would change the function. others: values of all others."""
-    for field, value in config.items():
-        values = FIELDS.get(field, others)
-        expect(values is None or value in values, path,
-               f"{field} {value!r} is not supported; convert the model, or use the library that it is of")
-
-
 def _read_hugging_face(folder):
-    """The hints of transformers' config.json, its preprocessing and tokenizer; none without the file."""
+    """The hints of transformers' configuration of a CLIP, its preprocessing and tokenizer; {} without one."""
     path = os.path.join(folder, "config.json")
     config = _read_json(folder, "config.json")
     if not config:
         return {}
+    expect(config.get("model_type", "clip") == "clip", path, f"a {config.get('model_type')}, no CLIP; use transformers")
     with reading(path, "fetch it again, or move it away"):
         towers = []
         for name, heads in (("vision", 12), ("text", 8)):
-            defaults = {"num_attention_heads": heads, "hidden_act": "quick_gelu", "image_size": 224, "eos_token_id": 2}
-            tower = defaults | (config.get(f"{name}_config") or {})  # files leave out what is default
-            if config.get(f"{name}_config_dict"):  # in older ones: it counts where both are there
+            defaults = {"num_attention_heads": heads, "hidden_act": "quick_gelu", "image_size": 224,
+                        "eos_token_id": 2}  # files leave out what is default
+            tower = defaults | (config.get(f"{name}_config") or {})
+            if config.get(f"{name}_config_dict"):  # older files have both, and this one counts
                 tower |= defaults | config[f"{name}_config_dict"]
-            _supported(path, {field: tower[field] for field in FIELDS if field in tower and field != "model_type"})
+            _supported(path, tower)
             towers.append(tower)
-        _supported(path, {"model_type": config.get("model_type", "clip")})
         vision, text = towers
-        expect(vision["hidden_act"] == text["hidden_act"], path, "hidden_act differs between the towers, which is "
-                                                                 "not supported; use transformers")
-        hints = {"quick_gelu": text["hidden_act"] == "quick_gelu", "vision_heads": vision["num_attention_heads"],
-                 "transformer_heads": text["num_attention_heads"], "image_resolution": vision["image_size"],
+        same = vision["hidden_act"] == text["hidden_act"]
+        expect(same, path, "hidden_act is not the same for both towers: not supported; use transformers")
+        hints = {"quick_gelu": text["hidden_act"] == "quick_gelu",
+                 "vision_heads": vision["num_attention_heads"],
+                 "transformer_heads": text["num_attention_heads"],
+                 "image_resolution": vision["image_size"],
                  "end_token": None if text["eos_token_id"] == 2 else text["eos_token_id"],  # as transformers
                  "tokenizer": _folder_tokenizer(folder)}
     path = os.path.join(folder, "preprocessor_config.json")
     pixels = _read_json(folder, "preprocessor_config.json")
     with reading(path, "fetch it again, or move it away"):
-        _supported(path, {field: pixels[field] for field in FIELDS if field in pixels and field != "size"})
-        resolution = hints["image_resolution"]
-        size, crop = (pixels.get(field, resolution) for field in ("size", "crop_size"))
-        size = size if isinstance(size, dict) else {"shortest_edge": size}
-        crop = set(crop.values()) if isinstance(crop, dict) else {crop}
-        squash = "height" in size
-        fits = set(size.values()) == {resolution} if squash else \
-            crop == {resolution} and pixels.get("do_center_crop", True)
-        expect(fits, path, f"size {size} and crop_size {crop} do not give pictures of {resolution} pixels a side, "
-                           "which the model takes; correct them")
-        hints |= {"squash": squash, "interpolation": "bilinear" if pixels.get("resample") == 2 else "bicubic",
-                  "image_resize": None if squash else size["shortest_edge"],
+        _supported(path, pixels)
+        side = hints["image_resolution"]
+        size = pixels.get("size", side)
+        shorter = size.get("shortest_edge") if isinstance(size, dict) else size
+        crop = pixels.get("crop_size", side)
+        crop = crop if isinstance(crop, dict) else {"height": crop, "width": crop}
+        cropped = shorter and pixels.get("do_center_crop", True) and set(crop.values()) == {side}
+        fits = cropped or size == {"height": side, "width": side}
+        expect(fits, path, f"size {size} and crop {crop}: the model takes {side} pixels a side; correct them")
+        hints |= {"squash": not shorter,
+                  "image_resize": shorter,
+                  "interpolation": "bilinear" if pixels.get("resample") == 2 else "bicubic",
                   "image_mean": tuple(pixels.get("image_mean", IMAGE_MEAN)),
                   "image_std": tuple(pixels.get("image_std", IMAGE_STD))}
     return hints
 
 
 def _read_open_clip(folder):
-    """The hints of open_clip's open_clip_config.json and its tokenizer; none without the file."""
+    """The hints of open_clip's configuration and of the tokenizer beside it; {} without one."""
     path = os.path.join(folder, "open_clip_config.json")
     whole = _read_json(folder, "open_clip_config.json")
     if not whole:
@@ -1034,52 +1038,52 @@ def _read_open_clip(folder):
         text = config["text_cfg"]
         pixels = whole.get("preprocess_cfg") or {}
         for part in (config, vision, text, pixels):
-            _supported(path, part, others=(None, False, {}, 0))
-        resolution = vision.get("image_size", 224)
-        expect(isinstance(resolution, int), path, f"image_size {resolution} is not supported; use open_clip")
-        hints = {"quick_gelu": bool(config.get("quick_gelu", False)), "transformer_heads": text.get("heads", 8),
-                 "image_resolution": resolution, "squash": pixels.get("resize_mode") == "squash",
-                 "interpolation": pixels.get("interpolation") or "bicubic",
-                 "image_mean": tuple(pixels.get("mean") or IMAGE_MEAN),
-                 "image_std": tuple(pixels.get("std") or IMAGE_STD),
-                 "end_token": text.get("eos_id", 2) if text.get("pool_type") == "eos" else None,
-                 "tokenizer": _folder_tokenizer(folder, text)}
-        ResNet = isinstance(vision.get("layers", 12), list)
-        hints["vision_heads"] = vision.get("width", 768) * (32 if ResNet else 1) // vision.get("head_width", 64)
-    return hints
+            _supported(path, part, others=(None, False, {}))
+        side = vision.get("image_size", 224)
+        expect(isinstance(side, int), path, f"image_size {side} is not supported; use open_clip")
+        widening = 32 if isinstance(vision.get("layers"), list) else 1  # a ResNet's up to its pool
+        return {"quick_gelu": bool(config.get("quick_gelu", False)),
+                "vision_heads": widening * vision.get("width", 768) // vision.get("head_width", 64),
+                "transformer_heads": text.get("heads", 8),
+                "image_resolution": side,
+                "end_token": text.get("eos_id", 2) if text.get("pool_type") == "eos" else None,
+                "squash": pixels.get("resize_mode") == "squash",
+                "interpolation": pixels.get("interpolation") or "bicubic",
+                "image_mean": tuple(pixels.get("mean") or IMAGE_MEAN),
+                "image_std": tuple(pixels.get("std") or IMAGE_STD),
+                "tokenizer": _folder_tokenizer(folder, text)}
 
 
 def _folder_tokenizer(folder, text_config={}):
     """A folder's own tokenizer, None where it has none; a ForeignTokenizer where that is no CLIP BPE."""
-    merges = os.path.join(folder, "merges.txt")
+    def has(name):
+        return os.path.isfile(os.path.join(folder, name))
+
+    others = [name for name in ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model") if has(name)]
+    others += [text_config[key] for key in ("hf_tokenizer_name", "tokenizer_kwargs") if text_config.get(key)]
     whole = _read_json(folder, "tokenizer.json")
-    path = os.path.join(folder, "tokenizer.json" if whole else "vocab.json")
-    others = [name for name in ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-              if os.path.isfile(os.path.join(folder, name))]
-    named = text_config.get("hf_tokenizer_name") or text_config.get("tokenizer_kwargs")
     try:
         if whole:
-            model = whole["model"]
-            ids = model["vocab"]
-            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        elif os.path.isfile(path) and os.path.isfile(merges):
+            ids = whole["model"]["vocab"]
+            pairs = whole["model"]["merges"]
+        elif has("vocab.json") and has("merges.txt"):
             ids = _read_json(folder, "vocab.json")
-            with open(merges, encoding="utf-8") as f:
-                pairs = [line.split() for line in f.read().split("\n") if line and not line.startswith("#version")]
-        elif others or named:
-            raise ValueError(f"{others[0] if others else named}")
+            with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as f:
+                pairs = [line for line in f.read().splitlines() if line and not line.startswith("#version")]
+        elif others:
+            raise ValueError(others[0])
         else:
             return None
-        added = [token["content"] for token in whole.get("added_tokens", [])] + [*_read_json(folder, "added_tokens.json")]
-        if not {*added} <= {*ids}:
-            raise ValueError("it has tokens that were added")
+        added = {token["content"] for token in whole.get("added_tokens", ())} | {*_read_json(folder, "added_tokens.json")}
+        if not added <= ids.keys():
+            raise ValueError("tokens were added")
         symbols = [None] * (max(ids.values()) + 1)
         for symbol, i in ids.items():
             symbols[i] = symbol
-        return Tokenizer(pairs, symbols)
+        return Tokenizer([pair.split(" ") if isinstance(pair, str) else pair for pair in pairs], symbols)
     except Exception as e:
-        return ForeignTokenizer(f"{path}: no byte-level BPE as CLIP's ({_line(e)}): tokenize texts with the library that "
-                                "it is of, and give their ids")
+        return ForeignTokenizer(f"{folder}: its tokenizer is no byte-level BPE as CLIP's ({_line(e)}); make the ids of "
+                                "texts with the library that it is of")
 
 
 # ---------------------------------------------------------------- putting a CLIP together
@@ -1087,18 +1091,12 @@ def _folder_tokenizer(folder, text_config={}):
 def from_state_dict(state, hints=None, where="the weights"):
     """A CLIP of the architecture that the tensors' shapes tell, with a float32 copy of the tensors.
 
-    state, hints: as `read_weights` returns them. where: the file, for errors: CheckpointError, which names the
-    first keys that do not fit.
+    state, hints: as `read_weights` returns them. where: the file, for errors: CheckpointError, which names
+    the first keys that do not fit.
     """
     hints = hints or {}
     with reading(where, "give a file of CLIP weights"):
-        try:
-            config = _infer_config(state, hints)
-        except KeyError as e:
-            expect(False, where, f"not CLIP weights: {e.args[0]!r} is missing; give a file of CLIP weights")
-        model = _assemble(config, state, where)
-        model.tokenizer = hints.get("tokenizer")
-    return model
+        return _assemble(_infer_config(state, hints), state, hints.get("tokenizer"), where)
 
 
 def from_description(description, where="the checkpoint"):
@@ -1109,19 +1107,15 @@ def from_description(description, where="the checkpoint"):
     """
     with reading(where, "write or fetch it again"):
         stored = dict(description["config"])
-        known = {field.name for field in fields(Config)}
-        if stored.keys() - known:
-            warnings.warn(f"{where}: {', '.join(stored.keys() - known)} of its configuration is not known here")
+        unknown = stored.keys() - {field.name for field in fields(Config)}
+        if unknown:
+            warnings.warn(f"{where}: {', '.join(unknown)} in its configuration is of another version; ignored")
         expect("quick_gelu" in stored, where, "its configuration lacks quick_gelu; write or fetch it again")
-        config = Config(**{name: value for name, value in stored.items() if name in known})
+        config = Config(**{name: value for name, value in stored.items() if name not in unknown})
         state = dict(description["state_dict"])
         layers = config.vision_layers if config.vision_patch_size else sum(config.vision_layers)
         expect(layers + config.transformer_layers < len(state), where, "more layers than weights: damaged")
-        model = _assemble(config, state, where)
-        model.tokenizer = _tokenizer_of(description)
-        fits = not isinstance(model.tokenizer, Tokenizer) or model.tokenizer.vocab_size <= model.vocab_size
-        expect(fits, where, f"its tokenizer has more symbols than its model ({model.vocab_size}): damaged")
-    return model.eval()
+        return _assemble(config, state, _tokenizer_of(description), where).eval()
 
 
 def _infer_config(state, hints):
@@ -1129,40 +1123,44 @@ def _infer_config(state, hints):
     def count(prefix):
         return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
-    def hidden(prefix, width):
-        n = state[f"{prefix}transformer.resblocks.0.mlp.c_fc.bias"].shape[0]
-        return None if n == 4 * width else n
+    def mlp(prefix, width):
+        hidden = state[f"{prefix}transformer.resblocks.0.mlp.c_fc.bias"].shape[0]
+        return None if hidden == 4 * width else hidden
 
-    text_width = state["ln_final.weight"].shape[0]
-    vocab_size = state["token_embedding.weight"].shape[0]
-    config = {"embed_dim": state["text_projection"].shape[1], "context_length": state["positional_embedding"].shape[0],
-              "vocab_size": vocab_size, "transformer_width": text_width, "transformer_heads": text_width // 64,
-              "transformer_layers": count("transformer.resblocks."), "transformer_mlp": hidden("", text_width)}
+    vocab_size, text_width = state["token_embedding.weight"].shape
+    config = {"embed_dim": state["text_projection"].shape[1],
+              "context_length": state["positional_embedding"].shape[0],
+              "vocab_size": vocab_size,
+              "transformer_width": text_width,
+              "transformer_heads": text_width // 64,  # OpenAI's rule: 64 channels a head
+              "transformer_layers": count("transformer.resblocks."),
+              "transformer_mlp": mlp("", text_width)}
+    patch = None
     if "visual.class_embedding" in state:
         width, _, patch, _ = state["visual.conv1.weight"].shape
         positions = state["visual.positional_embedding"].shape[0]
-        heads = 16 if width in (1280, 1408, 1664) else width // 64  # 64 channels each, but for open_clip's largest
-        config |= {"vision_layers": count("visual.transformer.resblocks."), "vision_mlp": hidden("visual.", width)}
+        heads = 16 if width in (1280, 1408, 1664) else width // 64  # open_clip's largest have wider heads
+        config["vision_layers"] = count("visual.transformer.resblocks.")
+        config["vision_mlp"] = mlp("visual.", width)
     else:  # a ResNet, whose attention pool works on 32 times the width of its stem
         width = state["visual.layer1.0.conv1.weight"].shape[0]
-        patch = None
         positions = state["visual.attnpool.positional_embedding"].shape[0]
         heads = 32 * width // 64
         config["vision_layers"] = tuple(count(f"visual.layer{i}.") for i in (1, 2, 3, 4))
     step = patch or 32
-    resolution = step * math.isqrt(positions - 1)
-    config |= {"vision_width": width, "vision_patch_size": patch, "vision_heads": heads, "quick_gelu": True}
+    grid = math.isqrt(positions - 1)
+    config |= {"vision_width": width, "vision_patch_size": patch, "vision_heads": heads}
     config |= {key: hints[key] for key in HINTS if key in hints}
-    stated = config.get("image_resolution") or resolution
-    config["image_resolution"] = stated if stated // step == resolution // step else resolution
+    if config.get("image_resolution", 0) // step != grid:  # not stated, or not of these weights
+        config["image_resolution"] = step * grid
     if config.get("image_resize") == config["image_resolution"]:
         config["image_resize"] = None
-    if (config.get("end_token") or vocab_size) >= vocab_size - 1:  # the largest id anyway
-        config["end_token"] = None
+    if (config.get("end_token") or vocab_size) >= vocab_size - 1:
+        config["end_token"] = None  # the largest id anyway
     return Config(**config)
 
 
-def _assemble(config, state, where):
+def _assemble(config, state, tokenizer, where):
     """A CLIP of this configuration that holds a float32 copy of the tensors, which must be all of its own."""
     pooled_width = config.vision_width if config.vision_patch_size else 32 * config.vision_width
     text = config.transformer_width, config.transformer_heads
@@ -1172,8 +1170,8 @@ def _assemble(config, state, where):
     with torch.device("meta"):
         model = CLIP(config)
     expected = model.state_dict()
-    counters = [key for key in expected if key.endswith("num_batches_tracked")]
-    state = dict.fromkeys(counters, torch.zeros((), dtype=torch.int64, device="cpu")) | state  # older files lack these
+    counters = [key for key in expected if key.endswith("num_batches_tracked")]  # older files lack these
+    state = dict.fromkeys(counters, torch.zeros((), dtype=torch.int64, device="cpu")) | state
     if "logit_scale" in state and state["logit_scale"].numel() == 1:
         state["logit_scale"] = state["logit_scale"].reshape(())  # open_clip also writes shape (1,)
     both = [key for key in expected if key in state]
@@ -1191,6 +1189,9 @@ def _assemble(config, state, where):
         dtype = torch.int64 if key in counters else torch.float32  # whatever the process's default is
         state[key] = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     model.load_state_dict(state, assign=True)
+    fits = getattr(tokenizer, "vocab_size", 0) <= config.vocab_size
+    expect(fits, where, f"its tokenizer has more symbols than its model ({config.vocab_size}): damaged")
+    model.tokenizer = tokenizer
     return model
 
 
@@ -1212,8 +1213,6 @@ def _read_file(path):
         expect(head, path, "is empty; fetch or write it again")
         expect(not head.startswith(b"version https://git-lfs"), path,
                "a pointer of Git LFS, not the file itself; fetch that (git lfs pull)")
-        expect(not head.lstrip().lower().startswith((b"<!doctype", b"<html")), path,
-               "a page of HTML, no weight file; fetch it again")
         if head[:2] == b"PK":
             with zipfile.ZipFile(path) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
@@ -1245,7 +1244,7 @@ def _read_pickle(path):
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:  # torch's own says in many lines how to run what is in the file
         asks = regex.search(r"GLOBAL (\S+)|(?:class|function|type) (\S+\.\S+)", str(e))
-        reason = f"asks for {asks[1] or asks[2]}, which weights do not need" if asks else "no weights in it"
+        reason = f"asks for {asks[1] or asks[2]}, which weights do not need" if asks else "no weight file"
         raise pickle.UnpicklingError(reason) from None
     expect(isinstance(weights, dict), path, f"holds a {type(weights).__name__}, not a dictionary of weights; "
                                             "save model.state_dict()")
@@ -1317,7 +1316,7 @@ class _Bag:
 
 
 def read_torchscript(archive, path):
-    """-> (state dict, hints) of a TorchScript archive (an open ZipFile), without torch.jit or running its code.
+    """-> (state dict, hints) of a TorchScript archive, an open ZipFile, without torch.jit. No code of it runs.
 
     Its `data.pkl` is a pickle of modules; their tensors' bytes lie in `data/` or `constants/`. The reader
     knows tensors and plain lists; every class of the archive becomes a `_Bag`.
@@ -1368,8 +1367,9 @@ def read_torchscript(archive, path):
 
     little_endian = root + "byteorder" not in names or archive.read(root + "byteorder") == b"little"
     expect(little_endian, path, "written on a big-endian machine; save it again on a little-endian one")
-    code = b"".join(archive.read(name) for name in names if name.endswith(".py"))  # text, which names functions
-    hints = {"quick_gelu": False} if b"gelu(" in code else {"quick_gelu": True} if b"sigmoid(" in code else {}
+    code = b"".join(archive.read(name) for name in names if name.endswith(".py"))  # which is looked at as text
+    activations = [quick for name, quick in ((b"gelu(", False), (b"sigmoid(", True)) if name in code]
+    hints = {"quick_gelu": activations[0]} if activations else {}
     with archive.open(pickled) as f:
         return dict(tensors(RestrictedUnpickler(f, admitted, storage_of).load())), hints
 
@@ -1633,7 +1633,7 @@ class Tokenizer:
 
 
 class ForeignTokenizer:
-    """Stands for a tokenizer that is no CLIP BPE: ids can be encoded, texts are refused with a CheckpointError."""
+    """Stands for one that is no CLIP BPE: a model takes its ids, texts are refused with a CheckpointError."""
     vocabulary = None
 
     def __init__(self, problem):
