@@ -10,7 +10,6 @@ is read with
     for batch in loader.batches(0, 100): ...
 
 Each data set has a reader that yields `Row`s as its files state them; `finish` makes the instances of all.
-
 Knows nothing of models or losses.
 """
 import atexit
@@ -31,7 +30,6 @@ import re
 import shutil
 import signal
 import sys
-import unicodedata
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict
@@ -61,11 +59,13 @@ def expect(condition, where, problem):
 
 @contextlib.contextmanager
 def reading(path, advice):
-    """What fails while a file is read becomes a DataError of one line; a damaged file raises nearly any kind."""
+    """What fails while a file is read becomes a DataError of one line; a damaged file raises any kind."""
     try:
         yield
-    except (DataError, FileNotFoundError):
+    except DataError:
         raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: cannot be read ({absence(path)})") from None
     except Exception as e:
         raise DataError(f"{path}: cannot be read ({type(e).__name__}: {str(e)[:100]}); {advice}") from None
 
@@ -118,43 +118,30 @@ def load(name_or_path, root=None, split="train", download=False, classes=None):
     name_or_path: a name in DATA_SETS (at the end of this file), or the path of a .jsonl or .csv file of your
     own, or of a folder of pictures. root: the data set's folder (default data/<name>); of a file of your own
     the folder of its pictures (default: the file's). split: train, val, test or all (primitives: also unseen,
-    not all). download: call `fetch_missing` first. classes: those that a model knows, in place of those of
-    train. Raises DataError for anything missing or malformed.
+    not all). download: call `fetch_missing` first. classes: those that a model knows, in place of train's.
+    Raises DataError for anything missing or malformed.
     """
     return load_splits(name_or_path, root, [split], download, classes)[0]
 
 
 def load_splits(name_or_path, root=None, splits=SPLITS, download=False, classes=None):
     """[what `load` returns of each split]. The files are read once."""
-    collects = gc.isenabled()
-    gc.disable()  # looking for cycles among millions of new objects takes longer than reading them
-    try:
-        return _load_splits(os.fspath(name_or_path), root, splits, download, classes)
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _load_splits(name, root, splits, download, classes):
-    read_own = {".jsonl": read_jsonl, ".csv": read_csv}.get(os.path.splitext(name)[1].lower())
-    if read_own:
+    name = os.fspath(name_or_path)
+    if name.lower().endswith((".jsonl", ".csv")):
         folder = os.path.dirname(name) if root is None else root
         return finish(read_own(name, folder), name, splits, classes, own=True)
-    if name.startswith("primitives") and name in DATA_SETS:
+    if name in DATA_SETS and name.startswith("primitives"):
         return [primitives(split, name) for split in splits]
-    if name not in DATA_SETS and os.path.isdir(name):
-        return read_gallery(name, splits)
-    if name not in DATA_SETS:
-        near = difflib.get_close_matches(name.lower(), DATA_SETS, n=1, cutoff=0.3)
-        question = f" did you mean {near[0]!r}?" if near else ""
-        raise DataError(f"unknown data set {name!r};{question} Known: {', '.join(DATA_SETS)}; "
-                        "or the path of a .jsonl or .csv file, or of a folder of pictures")
-    root = root or os.path.join("data", name)
-    if download:
-        fetch_missing(name, root)
-    expect(name == "text2shape" or os.path.isdir(root), root, f"no such folder, and {name} cannot be fetched "
-           "automatically; give --root its folder (README.md shows the layout)")
-    return finish(DATA_SETS[name](root), root, splits, classes, strict=name in KARPATHY)
+    if name in DATA_SETS:
+        root = root or os.path.join("data", name)
+        if download:
+            fetch_missing(name, root)
+        expect(name == "text2shape" or os.path.isdir(root), root, f"no such folder, and {name} cannot be "
+               "fetched automatically; give --root its folder (README.md shows the layout)")
+        return finish(DATA_SETS[name](root), root, splits, classes, strict=name in KARPATHY)
+    expect(os.path.isdir(name), f"unknown data set {name!r}", f"known are {', '.join(DATA_SETS)}; or give the "
+           "path of a .jsonl or .csv file, or of a folder of pictures to search")
+    return [(read_gallery(name, split), {}) for split in splits]
 
 
 # ---------------------------------------------------------------- from rows to instances
@@ -165,11 +152,10 @@ class Row:
     id: str
     split: str  # None where the files state none
     images: list  # files, which need not be there, or callables
-    captions: list  # or (file, function of its text -> captions)
+    captions: list  # or (file, function of the file -> captions)
     labels: dict = field(default_factory=dict)  # task -> name of the class, or None where it has none
     group: str = None
     where: str = None  # file and line, for errors
-    missing: int = 0  # how many values are written as NaN, None, NA or null
 
 
 TENTHS = ("train",) * 8 + ("val", "test")
@@ -180,129 +166,110 @@ def hash_tenth(id):
     return int(hashlib.sha1(str(id).encode()).hexdigest()[:8], 16) % 10
 
 
-def assign_splits(rows):
-    """Set the split of each row to the one it states. Where no row states any, it is 80/10/10 by a hash of
-    the id; where none says val, val is the last tenth of train. Returns the splits that are stated."""
-    stated = {row.split for row in rows} - {None}
-    for row in rows:
-        tenth = hash_tenth(row.id)
-        if not stated:
-            row.split = TENTHS[tenth]
-        elif "val" not in stated and row.split == "train" and tenth == 9:
-            row.split = "val"
-    return stated
-
-
 def finish(rows, where, splits, classes=None, own=False, strict=False):
-    """-> [(instances, {task: [class names]}) of each split] of what a reader yields; the split "all" is every
-    row.
+    """-> [(instances, {task: [class names]}) of each split] of what a reader yields; "all" is every row.
 
-    Empty captions go; a row without a caption or a picture is left out, and a note counts them. own, strict:
-    a picture that is not there is an error. classes: those of train, unless they are given. What is said
-    about the data is said here.
+    A row's split is the one it states. Where no row states any, it is 80/10/10 by a hash of the id; where none
+    says val, val is the last tenth of train. Empty captions go; a row without a caption or a picture is left
+    out, and a note counts them. own, strict: a picture that is not there is an error. classes: those of train,
+    unless they are given.
     """
-    rows = list(rows)
-    expect(rows, where, "no rows; it needs at least one for each of train, val and test")
-    stated = assign_splits(rows)
-    if own and not stated:
-        note(f"{where}: no row states a split; it is 80/10/10 by a hash of the id")
-    for row in rows:
-        expect(row.split, row.where, "no split, while other rows state one; "
-                                     "give every row a split, or none (then 80/10/10 by id)")
-    _say_what_repeats(rows, where)
-    missing = sum(row.missing for row in rows)
-    if missing:
-        note(f"{where}: {missing} values are written as NaN, None, NA or null; they count as missing")
-    if classes is None:
-        classes = _classes(rows, where, own)
-    loaded = []
-    for split in splits:
-        chosen = [row for row in rows if split in (row.split, "all")]
-        advice = "add some" if stated else "add some, or give every row a split"
-        present = ", ".join(sorted({row.split for row in rows}))
-        expect(chosen, where, f"no rows in split {split!r}; it has {present}; {advice}")
-        instances = _instances(chosen, where, split, own or strict)
-        number_labels(instances, classes, where, split)
-        loaded.append((instances, classes))
-    return loaded
+    gc.disable()  # looking for cycles among millions of new objects takes longer than reading them
+    try:
+        rows = list(rows)
+        expect(rows, where, "no rows; it needs at least one for each of train, val and test")
+        stated = {row.split for row in rows} - {None}
+        for row in rows:
+            expect(row.split or not stated, row.where, "no split, while other rows state one; "
+                   "give every row a split, or none (then 80/10/10 by id)")
+            tenth = hash_tenth(row.id)
+            if not stated:
+                row.split = TENTHS[tenth]
+            elif "val" not in stated and row.split == "train" and tenth == 9:
+                row.split = "val"
+        if own and not stated:
+            note(f"{where}: no row states a split; it is 80/10/10 by a hash of the id")
+        _note_repeats(rows, where)
+        if classes is None:
+            classes = _classes(rows, where, own)
+        return [(_instances(rows, classes, where, split, own or strict), classes) for split in splits]
+    finally:
+        gc.enable()
 
 
-def _say_what_repeats(rows, where):
-    """Notes on the ids and pictures that stand in two splits, and on ids that stand twice in one."""
+def _note_repeats(rows, where):
+    """A note on ids and pictures that stand in two splits, and on ids that stand twice in one."""
     first = {}
-    shared = {}
-    ids = Counter()
+    twice = {}
     for row in rows:
-        ids[row.id, row.split] += 1
         for thing in {row.id, *row.images}:
-            if first.setdefault(thing, row.split) != row.split:
-                shared[thing] = row.split
-    repeated = [id for (id, _), count in ids.items() if count > 1]
-    if shared:
-        thing, split = next(iter(shared.items()))
-        note(f"{where}: {len(shared)} ids or pictures stand in more than one split, such as {thing} in "
-             f"{first[thing]} and {split}; the scores are of what was trained on")
-    if repeated:
-        note(f"{where}: {len(repeated)} ids stand in more than one row of a split, such as {repeated[0]}")
+            before = first.setdefault(thing, row)
+            if before is not row and (before.split != row.split or before.id == row.id):
+                twice[thing] = f"{thing} ({before.split} and {row.split})"
+    if twice:
+        note(f"{where}: {len(twice)} ids or pictures stand in two splits, or twice in one, "
+             f"such as {next(iter(twice.values()))}")
 
 
 def _classes(rows, where, own):
     """{task: [names]} that the training rows state (where there are none, all rows)."""
-    named = defaultdict(Counter)
-    for row in rows:
-        for task in row.labels:
-            named[task]  # in the order of the data, though train may lack it
     trained = any(row.split == "train" for row in rows)
+    named = {}  # in the order of the data
+    missing = 0
     for row in rows:
-        if row.split == "train" or not trained:
-            for task, name in row.labels.items():
-                if name is not None:
-                    named[task][name] += 1
+        for task, name in row.labels.items():
+            names = named.setdefault(task, Counter())
+            missing += name is None
+            if name is not None and (row.split == "train" or not trained):
+                names[name] += 1
+    if missing:
+        note(f"{where}: {missing} labels are missing (empty, NaN, None, NA or null)")
     classes = {}
     for task in sorted(named) if own else named:
-        distinct = sorted(named[task])
-        if own and is_remark(len(distinct), named[task].total()):
-            note(f"{where}: {task!r} has {len(distinct)} distinct values in {named[task].total()} training "
-                 "instances: taken as a remark, not as a task")
-            continue
-        if distinct:
-            classes[task] = distinct
-        alike = Counter(" ".join(name.casefold().split()) for name in distinct)
-        for name, count in alike.items():
-            if count > 1:
-                note(f"{where}: {count} classes of {task} differ in capitals or blanks only: {name}")
+        names = named[task]
+        if own and is_remark(len(names), names.total()):
+            note(f"{where}: {task!r} has {len(names)} distinct values in {names.total()} training instances: "
+                 "taken as a remark, not as a task")
+        elif names:
+            classes[task] = sorted(names)
+        alike = Counter(" ".join(name.casefold().split()) for name in names).most_common(1)
+        if alike and alike[0][1] > 1:
+            note(f"{where}: classes of {task} differ in capitals or blanks only, such as {alike[0][0]!r}")
     return classes
 
 
-def _instances(rows, where, split, strict):
+def _instances(rows, classes, where, split, strict):
     """The instances of a split; what has no picture or no text is left out, and said."""
+    chosen = [row for row in rows if split in (row.split, "all")]
+    present = ", ".join(sorted({row.split for row in rows}))
+    expect(chosen, where, f"no rows in split {split!r}; it has {present}; add some, or give every row a split")
     instances = []
-    left_out = []
+    left_out = 0
     empty = 0
-    for row in rows:
+    reason = ""
+    for row in chosen:
         captions = row.captions
         lacks = next((x for x in row.images if isinstance(x, str) and not os.path.isfile(x)), None)
         if lacks and strict:
             raise DataError(f"{row.where or where}: picture {absence(lacks)}")
         if isinstance(captions, tuple):
-            file, parse = captions
+            file, read = captions
             lacks = lacks or (None if os.path.isfile(file) else file)
-            captions = [] if lacks else parse(file)
+            captions = [] if lacks else read(file)
         texts = [text.strip() for text in captions if text.strip() not in MISSING]
         if lacks or not texts:
-            left_out.append((row, lacks))
+            reason = reason or (absence(lacks) if lacks else f"{row.where or row.id} has no caption")
+            left_out += 1
             continue
         empty += len(captions) - len(texts)
         labels = {task: name for task, name in row.labels.items() if name is not None}
         instances.append(Instance(row.id, row.images, texts, labels, row.group))
-    if left_out:
-        row, lacks = left_out[0]
-        reason = absence(lacks) if lacks else f"{row.where or row.id} has no caption"
-        problem = f"{len(left_out)} of {len(rows)} rows of split {split} have no picture or no text ({reason})"
-        expect(instances, where, f"{problem}; README.md shows the layout, and how frames are made of videos")
-        note(f"{where}: {problem}; they were left out")
-    if empty:
-        note(f"{where}: {empty} empty captions of split {split} were left out")
+    if left_out or empty:
+        problem = (f"of split {split}, {left_out} of {len(chosen)} rows without a picture or a text and {empty} "
+                   f"empty captions were left out{reason and ': '}{reason}")
+        expect(instances, where, f"{problem}; README.md shows the layout")
+        note(f"{where}: {problem}")
+    number_labels(instances, classes, where, split)
     return instances
 
 
@@ -311,39 +278,23 @@ WHOLE_NUMBER = re.compile(r"(-?[0-9]+)\.0+")
 
 
 def plain(value):
-    """The name that a cell or a JSON value states, blanks around it gone and 1.0 written 1, or None where it
-    is a missing value."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+    """The name that a cell or a JSON value states, without blanks around it and 1.0 as 1; None: missing."""
     name = str(value).strip()
     whole = WHOLE_NUMBER.fullmatch(name)
     if whole:
         name = whole[1]
-    return None if name in MISSING else name
+    infinite = isinstance(value, float) and math.isinf(value)
+    return None if name in MISSING or infinite else name
 
 
 def absence(path):
     """What to say of a file that is not there: its path, and what stands there instead."""
-    if "://" in path:
-        return f"{path} is an address; download the pictures and write their file names"
-    if os.path.exists(path):
-        return f"{path} is no file"
     folder, name = os.path.split(path)
     while folder and not os.path.isdir(folder):
         folder, name = os.path.split(folder)
-    there = list_folder(folder or ".")
-    alike = [x for x in there if _letters(x) == _letters(name)]
-    if "\\" in name:
-        hint = "write / in place of the backslashes of Windows"
-    elif alike and name not in there:
-        hint = f"{alike[0]!r} is there: it differs in capitals or in its Unicode form"
-    else:
-        hint = f"{folder or '.'} holds {', '.join(there[:3]) or 'nothing'}{', ...' if len(there) > 3 else ''}"
-    return f"{path} does not exist; {hint}"
-
-
-def _letters(name):
-    return unicodedata.normalize("NFC", name).casefold()
+    found = ", ".join(difflib.get_close_matches(name, list_folder(folder or "."), 3, 0)) or "nothing"
+    return (f"{path} {'is no file' if os.path.exists(path) else 'does not exist'}; {folder or '.'} holds {found} "
+            "(backslashes, capitals and Unicode's normal form matter; an address is not downloaded)")
 
 
 # ---------------------------------------------------------------- files of text, JSON, CSV and lists
@@ -356,17 +307,15 @@ def read_text(path):
 def read_lines(path):
     """Yield the lines of a UTF-8 text file. Only a line feed ends one: str.splitlines would split at U+2028
     and five other characters too."""
-    try:
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
+    number = 0
+    with reading(path, "expected a text file"), open(path, "rb") as f:
+        for line in f:
+            number += 1
+            try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: cannot be read ({absence(path)})") from None
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path} line {number}: cannot be read ({e.reason}, 0x{line[e.start]:02x}); "
-                        "expected UTF-8 text: save it as that") from None
+            except UnicodeDecodeError as e:
+                raise DataError(f"{path} line {number}: cannot be read (byte 0x{line[e.start]:02x}); "
+                                "expected UTF-8 text, save it as that") from None
 
 
 def fits(value, shape):
@@ -400,19 +349,15 @@ def read_json(path, shape, expected):
 def read_cells(path, separator=",", strict=False, by_line=False):
     """Yield ("file line n", cells) of the rows of a CSV file, n where the row starts.
 
-    strict: misplaced quotes are an error. by_line: every line is a row, in which a quote that never closes is
-    text; it would swallow the rows that follow.
+    strict: misplaced quotes are an error. by_line: every line is a row; where its quotes do not pair they are
+    text, for they would swallow the rows that follow.
     """
     start = 1
     try:
         if by_line:
             for start, line in enumerate(read_lines(path), 1):
-                line = line.rstrip("\r\n")
-                reader = csv.reader([line, ""], delimiter=separator)
-                cells = next(reader)
-                if reader.line_num > 1:
-                    cells = next(csv.reader([line], delimiter=separator, quoting=csv.QUOTE_NONE))
-                if any(cells):
+                quoting = csv.QUOTE_NONE if line.count('"') % 2 else csv.QUOTE_MINIMAL
+                for cells in csv.reader([line], delimiter=separator, quoting=quoting):
                     yield f"{path} line {start}", cells
             return
         reader = csv.reader(read_lines(path), delimiter=separator, strict=strict, skipinitialspace=strict)
@@ -429,8 +374,7 @@ def read_table(path, columns, strict=False, by_line=False):
     """-> (header, rows) of a CSV file whose first row must name these columns; rows is as of `read_cells`.
     The separator is what the first row has most of."""
     head = next(read_lines(path), "")
-    separator = max(",;\t|", key=head.count)
-    rows = read_cells(path, separator, strict, by_line)
+    rows = read_cells(path, max(",;\t|", key=head.count), strict, by_line)
     header = [name.strip() for name in next(rows, ("", []))[1]]
     for name in columns:
         expect(name in header, f"{path} line 1", f"no column {name!r}; the first line must name "
@@ -456,17 +400,13 @@ def list_folder(folder, endings=("",)):
     there is no such folder. What Macs and Windows leave there is not listed."""
     if not os.path.isdir(folder):
         return []
-    names = []
-    for name in sorted(os.listdir(folder)):
-        hidden = name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
-        if name.lower().endswith(endings) and not hidden:
-            names.append(name)
+    names = [name for name in sorted(os.listdir(folder)) if name.lower().endswith(endings)
+             and not name.startswith(".") and name.lower() not in ("thumbs.db", "desktop.ini")]
     return sorted(names, key=_numbered)
 
 
 def _numbered(name):
-    parts = re.split("([0-9]+)", name)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+    return re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name)
 
 
 # ---------------------------------------------------------------- your own data: .jsonl, .csv, a folder
@@ -474,77 +414,69 @@ def _numbered(name):
 JSON_KEYS = ("id", "images", "captions", "labels", "split", "group")
 
 
-def read_jsonl(path, folder):
-    """One instance a line: {"id", "images": [...], "captions": [...], "labels": {task: name}, "split",
-    "group"}. Paths are relative to the folder. All but images and captions is optional, and null is the same
-    as absent. The default id is the line's number."""
+def read_own(path, folder):
+    """The Rows of a file of your own. Paths of pictures are relative to the folder.
+
+    .jsonl: one instance a line, {"id", "images": [...], "captions": [...], "labels": {task: name}, "split",
+    "group"}; all but images and captions is optional, and the default id is the line's number.
+    .csv: one image-caption pair a row, with columns image, caption; optional id (default: the image) and
+    split; every further column is a task. Rows of one id are one instance.
+    """
+    entries = _csv_entries(path) if path.lower().endswith(".csv") else _json_entries(path)
     rows = {}
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        expected = 'an object with "images" and "captions", each a list'
-        content = parse_json(line.rstrip("\r\n"), where, {"images": list, "captions": list}, expected)
-        for key in content:
-            expect(key in JSON_KEYS, where, f"unknown key {key!r}; known are {', '.join(JSON_KEYS)}")
-        labels = content.get("labels") or {}
+    for where, entry in entries:
+        images = entry["images"]
+        expect(images and all(isinstance(image, str) and image for image in images), where,
+               "no picture, or one that is no path; an instance has at least one")
+        captions = [text for text in entry["captions"] if plain(text) is not None]
+        expect(all(isinstance(text, str) for text in captions), where, "a caption that is no text")
+        labels = entry.get("labels") or {}
         expect(isinstance(labels, dict), where, '"labels" must be an object of task: class')
-        names = {key: content.get(key) for key in ("id", "split", "group")}
+        names = {key: entry.get(key) for key in ("id", "split", "group")}
         for key, value in [*names.items(), *labels.items()]:
             expect(value is None or isinstance(value, (str, int, float)), where,
                    f"{key} = {str(value)[:50]} must be a string or a number")
-        row = _own_row(where, folder, content["images"], content["captions"], labels, **names)
-        row.id = row.id or str(number)
+        id, split, group = map(plain, names.values())
+        expect(split in (None, *SPLITS), where, f"split {split!r}; it must be train, val or test")
+        labels = {task: plain(name) for task, name in labels.items()}
+        row = Row(id or entry["default"], split, [os.path.join(folder, x) for x in images], captions, labels,
+                  group, where)
         first = rows.setdefault(row.id, row)
-        expect(first is row, where,
-               f"id {row.id!r} was already used at {first.where}; put all of an instance into one line")
+        if first is not row:
+            expect((first.labels, first.split, first.group) == (labels, split, group), where,
+                   f"another label or split than at {first.where}, for the same id {row.id!r}")
+            first.images += [x for x in row.images if x not in first.images]
+            first.captions += [x for x in captions if x not in first.captions]
     return rows.values()
 
 
-def read_csv(path, folder):
-    """One image-caption pair a row. Columns: image, caption; optional id (rows of one id are one instance;
-    default the image) and split; every further column is a task. Paths are relative to the folder."""
-    header, lines = read_table(path, ("image", "caption"), strict=True)
+def _json_entries(path):
+    expected = 'an object with "images" and "captions", each a list'
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            where = f"{path} line {number}"
+            entry = parse_json(line, where, {"images": list, "captions": list}, expected)
+            for key in entry:
+                expect(key in JSON_KEYS, where, f"unknown key {key!r}; known are {', '.join(JSON_KEYS)}")
+            yield where, entry | {"default": str(number)}
+
+
+def _csv_entries(path):
+    header, rows = read_table(path, ("image", "caption"), strict=True)
     expect(len(set(header)) == len(header) and "" not in header, f"{path} line 1",
            f"a column has no name or that of another ({', '.join(header)[:200]}); name each, or remove it")
-    rows = {}
-    for where, cells in lines:
+    for where, cells in rows:
         expect(len(cells) == len(header), where,
                f"{len(cells)} cells under {len(header)} columns; quote a cell that holds a comma")
-        cell = dict(zip(header, cells))
-        image = cell.pop("image").strip()
-        captions = [cell.pop("caption").strip()]
-        names = {key: cell.pop(key, None) for key in ("id", "split")}
-        row = _own_row(where, folder, [image], captions, cell, **names)
-        row.id = row.id or image
-        first = rows.setdefault(row.id, row)
-        expect(first.labels == row.labels and first.split == row.split, where,
-               f"another label or split than at {first.where}, for the same id {row.id!r}")
-        if first is not row:
-            first.images += [x for x in row.images if x not in first.images]
-            first.captions += [x for x in row.captions if x not in first.captions]
-            first.missing += row.missing
-    return rows.values()
+        labels = {name: cell.strip() for name, cell in zip(header, cells)}
+        image = labels.pop("image")
+        entry = {"images": [image], "captions": [labels.pop("caption")], "labels": labels, "default": image}
+        yield where, entry | {key: labels.pop(key, None) for key in ("id", "split")}
 
 
-def _own_row(where, folder, images, captions, labels, id=None, split=None, group=None):
-    """A checked Row; missing values are None, or where they are captions left out."""
-    expect(images and all(isinstance(image, str) and image for image in images), where,
-           "no picture, or one that is no path; an instance has at least one")
-    given = [*labels.values(), *captions, id, split, group]
-    missing = sum(plain(value) is None for value in given if value not in (None, ""))
-    captions = [text for text in captions if plain(text) is not None]
-    expect(all(isinstance(text, str) for text in captions), where, "a caption that is no text")
-    labels = {task: plain(name) for task, name in labels.items()}
-    split = plain(split)
-    expect(split in (None, *SPLITS), where, f"split {split!r}; it must be train, val or test")
-    images = [os.path.join(folder, image) for image in images]
-    return Row(plain(id), split, images, captions, labels, plain(group), where, missing)
-
-
-def read_gallery(folder, splits):
-    """A folder of pictures, those of its subfolders too, as instances without captions: for searching."""
-    expect("train" not in splits, folder, "a folder has no captions to learn from, and can only be searched "
+def read_gallery(folder, split):
+    """The pictures of a folder and its subfolders, as instances without captions: for searching."""
+    expect(split in ("test", "all"), folder, "a folder has no captions to learn from, and can only be searched "
            "(eval.py --query); to train, list its pictures with captions in a .csv or .jsonl file")
     instances = []
     for place, _, _ in sorted(os.walk(folder)):
@@ -552,7 +484,7 @@ def read_gallery(folder, splits):
             path = os.path.join(place, name)
             instances.append(Instance(os.path.relpath(path, folder), [path], []))
     expect(instances, folder, f"no pictures in it ({', '.join(PICTURES)})")
-    return [(instances, {}) for _ in splits]
+    return instances
 
 
 # ---------------------------------------------------------------- tasks and their classes
@@ -683,7 +615,7 @@ def class_layout(instances, classes):
     return labels, captions, query
 
 
-# ---------------------------------------------------------------- published sets: pictures and captions
+# ---------------------------------------------------------------- published sets: each yields Rows
 
 KARPATHY = {"flickr30k": "flickr30k-images", "flickr8k": "Images", "coco": ""}  # the folder of the pictures
 
@@ -702,8 +634,6 @@ def karpathy(root, name):
         captions = [sentence["raw"] for sentence in image["sentences"]]
         yield Row(file, part, [os.path.join(root, file)], captions)
 
-
-# ---------------------------------------------------------------- published sets: shapes
 
 def text2shape(root):
     """Chen et al. 2018, "Text2Shape", arXiv 1803.08495: chairs and tables of ShapeNet as coloured voxels,
@@ -750,8 +680,6 @@ def _published_split(root):
     return published
 
 
-# ---------------------------------------------------------------- published sets: labelled
-
 def products(root):
     """Kaggle's Fashion Product Images: styles.csv and images/<id>.jpg. A picture, a title and seven tasks;
     80/10/10 by a hash of the id. Commas in a title are not quoted: what is past the last column is title."""
@@ -794,33 +722,29 @@ def pascal_sentence(root):
     """Rashtchian et al. 2010: dataset/<class>/<id>.jpg, sentence/<class>/<id>.txt (five lines), or <id>txt as
     its published script writes. 20 classes of 50, by name 40 / 5 / 5 of each. Relevance: the class."""
     classes = list_folder(os.path.join(root, "dataset"))
-    expect(classes, root, f"no classes; {absence(os.path.join(root, 'dataset', '<class>', '<id>.jpg'))}")
+    expect(classes, root, f"no pictures; {absence(os.path.join(root, 'dataset', '<class>', '<id>.jpg'))}")
     for name in classes:
         files = list_folder(os.path.join(root, "dataset", name), PICTURES)
         for i, file in enumerate(files):
             part = TENTHS[10 * i // len(files)]
-            text = os.path.join(root, "sentence", name, os.path.splitext(file)[0])
-            text += "txt" if os.path.isfile(text + "txt") else ".txt"
+            stem = os.path.join(root, "sentence", name, os.path.splitext(file)[0])
+            text = stem + "txt" if os.path.isfile(stem + "txt") else stem + ".txt"
             picture = os.path.join(root, "dataset", name, file)
-            yield Row(f"{name}/{file}", part, [picture], (text, _lines), {"class": name}, group=name)
-
-
-def _lines(file):
-    return list(read_lines(file))
+            captions = (text, lambda file: list(read_lines(file)))
+            yield Row(f"{name}/{file}", part, [picture], captions, {"class": name}, group=name)
 
 
 def id_label_lists(root):
     """NUS-WIDE and XMediaNet as CLIP4CMR's authors lay them out: split/{train,valid,test}.txt (id:label),
     images/<id>.jpg, text/<id>.json (a string). Relevance: the label."""
+    def read_string(file):
+        return [parse_json(read_text(file), file, str, "a JSON string: the text of one image")]
+
     for part, file in (("train", "train.txt"), ("val", "valid.txt"), ("test", "test.txt")):
         for id, label in read_list(os.path.join(root, "split", file), 2, ":"):
             picture = os.path.join(root, "images", id + ".jpg")
-            captions = (os.path.join(root, "text", id + ".json"), _json_string)
+            captions = (os.path.join(root, "text", id + ".json"), read_string)
             yield Row(id, part, [picture], captions, {"label": label}, group=label)
-
-
-def _json_string(file):
-    return [parse_json(read_text(file), file, str, "a JSON string: the text of one image")]
 
 
 def food101(root):
@@ -845,23 +769,16 @@ def fashiongen(root):
         raise DataError("fashiongen is read with h5py, which is not installed; pip install h5py") from None
     for part, name in (("train", "train"), ("test", "validation")):
         path = os.path.join(root, f"fashiongen_256_256_{name}.h5")
-        with reading(path, "expected the published file of Fashion-Gen"), h5py.File(path, "r") as f:
-            ids = f["input_productID"][:].ravel().tolist()
-            texts = {}
-            for key in ("name", "description", "category"):
-                texts[key] = [text.decode("latin1") for text in f[f"input_{key}"][:].ravel()]
-            shape = f["input_image"].shape
-            kind = f["input_image"].dtype
-        for count in (*map(len, texts.values()), shape[0]):
-            expect(count == len(ids), path, f"{count} texts or pictures for {len(ids)} ids; get it again")
-        expect(len(shape) == 4 and shape[3] == 3 and kind == np.uint8, path,
-               f"pictures of {kind} of shape {shape}; expected uint8 (pictures, height, width, 3)")
         products = {}
-        for k, id in enumerate(ids):
-            category = texts["category"][k]
-            caption = f"{texts['name'][k]}. {texts['description'][k]}"
-            row = Row(str(id), part, [], [caption], {"category": category}, group=category)
-            products.setdefault(id, row).images.append(H5View(path, k))
+        with reading(path, "expected the published file of Fashion-Gen"), h5py.File(path, "r") as f:
+            shape = f["input_image"].shape
+            expect(shape[1:] == (256, 256, 3) and f["input_image"].dtype == np.uint8, path,
+                   f"pictures of shape {shape}; expected uint8 (pictures, 256, 256, 3)")
+            columns = [f["input_" + key][:].ravel() for key in ("productID", "name", "description", "category")]
+            for k, (id, *texts) in enumerate(zip(*columns, range(shape[0]), strict=True)):
+                title, description, category = [text.decode("latin1") for text in texts[:3]]
+                row = Row(str(id), part, [], [f"{title}. {description}"], {"category": category}, category)
+                products.setdefault(id, row).images.append(H5View(path, k))
         yield from products.values()
 
 
@@ -882,8 +799,6 @@ class H5View:
             image = _h5_images(self.file, os.getpid())[self.row]
         return Image.fromarray(square(Image.fromarray(image), size))
 
-
-# ---------------------------------------------------------------- published sets: videos
 
 def _video_rows(root, videos, paragraph=False):
     """Yield the Row of each of `videos`: (id, split, names that the video may have, captions). Its images are
@@ -1836,28 +1751,26 @@ class Loader:
 
     def __post_init__(self, tokenizer):
         n = len(self.instances)
-        self.caption_owner = np.repeat(np.arange(n), [len(x.captions) for x in self.instances])
-        samples = len(self.caption_owner) if self.pairs else n  # that an epoch shows
-        if self.batch_size % self.world:
-            raise DataError(f"--batch-size {self.batch_size} is no multiple of the {self.world} processes; "
-                            "choose one that is")
-        if self.train and self.batch_size > samples:
-            kind = "pairs" if self.pairs else "instances"
-            raise DataError(f"--batch-size {self.batch_size} is larger than the data set: {samples} training "
-                            f"{kind}; choose {samples} or less")
+        images = [len(x.images) for x in self.instances]
+        captions = [len(x.captions) for x in self.instances]
+        self.first_image = np.cumsum([0] + images)
+        self.first_caption = np.cumsum([0] + captions)
+        self.caption_owner = np.repeat(np.arange(n), captions)
+        self.samples = len(self.caption_owner) if self.pairs else n  # that an epoch shows
+        expect(self.batch_size % self.world == 0, f"--batch-size {self.batch_size}",
+               f"no multiple of the {self.world} processes; choose one that is")
+        expect(not self.train or self.batch_size <= self.samples, f"--batch-size {self.batch_size}",
+               f"larger than the data set, of {self.samples} training {'pairs' if self.pairs else 'instances'}; "
+               f"choose {self.samples} or less")
         texts = [caption for x in self.instances for caption in x.captions]
         self.tokens, cut = tokenizer.rows(texts, self.context_length)
         if cut:
             note(f"{cut} of {len(texts)} captions are longer than {self.context_length} tokens and were cut "
                  "(--context says how many tokens of a text are read)")
-        images = [len(x.images) for x in self.instances]
-        captions = [len(x.captions) for x in self.instances]
         for kind, asked, counts in (("views", self.views, images), ("captions", self.captions, captions)):
             few = sum(count < asked for count in counts) if self.train and asked else 0
             if few:
                 note(f"{few} of {n} instances have fewer than {asked} {kind}; all they have is used")
-        self.first_image = np.cumsum([0] + images)
-        self.first_caption = np.cumsum([0] + captions)
         self.labels = {}  # task -> int64 (N,)
         for task in sorted({task for x in self.instances for task in x.labels}):
             self.labels[task] = torch.tensor([x.labels.get(task, -1) for x in self.instances])
@@ -1891,8 +1804,7 @@ class Loader:
 
     def __len__(self):
         """Batches per epoch."""
-        n = len(self.caption_owner) if self.pairs else len(self.instances)
-        return n // self.batch_size if self.train else -(-n // self.batch_size)
+        return self.samples // self.batch_size if self.train else -(-self.samples // self.batch_size)
 
     def _decoded(self, i, k):
         """Image k of instance i: uint8 (size, size, 3), or where crops are taken from it (h, w, 3)."""
@@ -1921,14 +1833,6 @@ class Loader:
             picture = random_crop(picture, self.image_size, self.crop, rng, self.mirror[i])
         return picture
 
-    def _samples(self, epoch, at):
-        """The instances in batch `at` of an epoch (with `pairs`: the captions), this process's part."""
-        n = len(self.caption_owner) if self.pairs else len(self.instances)
-        order = _shuffled(n, self.seed, epoch) if self.train else np.arange(n)
-        part = self.batch_size // self.world
-        begin = at * self.batch_size + self.rank * part
-        return order[begin:min(begin + part, (at + 1) * self.batch_size)]
-
     def _draw(self, epoch, sample):
         """-> (instance, numbers of its images, numbers of its captions) that an epoch shows of a sample."""
         rng = np.random.default_rng([self.seed, epoch, sample])
@@ -1948,9 +1852,12 @@ class Loader:
     def make(self, step):
         """The batch of global step `step` (epoch = step // len(self)), this process's part."""
         epoch, at = divmod(step, len(self))
-        samples = self._samples(epoch, at)
+        order = _shuffled(self.samples, self.seed, epoch) if self.train else np.arange(self.samples)
+        part = self.batch_size // self.world
+        begin = at * self.batch_size + self.rank * part
+        samples = order[begin:min(begin + part, (at + 1) * self.batch_size)]
         drawn = [self._draw(epoch, sample) for sample in samples]
-        index = [i for i, _, _ in drawn]
+        index = np.array([i for i, _, _ in drawn], np.int64)
         B = len(index)
         V = self.views or max((len(views) for _, views, _ in drawn), default=1)
         L = self.captions or max((len(captions) for _, _, captions in drawn), default=1)
@@ -1966,18 +1873,20 @@ class Loader:
             image_mask[b, :len(views)] = True
             caption[b, :len(captions)] = self.first_caption[i] + captions
         caption = torch.from_numpy(caption)
-        caption_mask = caption >= 0
         tokens = torch.zeros(B, L, self.tokens.shape[1], dtype=torch.int32)
-        tokens[caption_mask] = self.tokens[caption[caption_mask]]
+        tokens[caption >= 0] = self.tokens[caption[caption >= 0]]
         images = torch.from_numpy(images)
-        if not self.regions:
-            images = images.permute(0, 1, 4, 2, 3)
-        index = torch.from_numpy(np.asarray(index, dtype=np.int64))
-        labels = {task: classes[index] for task, classes in self.labels.items()}
-        batch = {"images": images, "image_mask": torch.from_numpy(image_mask), "tokens": tokens,
-                 "caption_mask": caption_mask, "caption": caption, "labels": labels, "index": index}
+        batch = {
+            "images": images if self.regions else images.permute(0, 1, 4, 2, 3),
+            "image_mask": torch.from_numpy(image_mask),
+            "tokens": tokens,
+            "caption_mask": caption >= 0,
+            "caption": caption,
+            "labels": {task: classes[index] for task, classes in self.labels.items()},
+            "index": torch.from_numpy(index),
+        }
         if self.regions and self.instances[0].images[0].has_clip_input():  # regions are one view of an image
-            rows = [self.instances[i].images[0].clip_input(self.image_size) for i in index]
+            rows = [self.instances[i].images[0].clip_input() for i in index]
             batch["clip_input"] = torch.from_numpy(np.stack(rows)[:, None])
         return batch
 
@@ -1989,8 +1898,12 @@ class Loader:
         steps = range(start, len(self) if stop is None else stop, every)
         forked = self.workers and steps and sys.platform == "linux"  # forked workers share the cache
         batches = iter(torch.utils.data.DataLoader(
-            _Batches(self), sampler=steps, batch_size=None, num_workers=min(self.workers, len(steps)),
-            multiprocessing_context="fork" if forked else None, worker_init_fn=_ignore_signals,
+            _Batches(self),
+            sampler=steps,
+            batch_size=None,
+            num_workers=min(self.workers, len(steps)),
+            multiprocessing_context="fork" if forked else None,
+            worker_init_fn=_ignore_signals,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator()))  # leaves torch's global generator alone
         try:
