@@ -13,7 +13,6 @@ Each data set has a reader that yields `Row`s as its files state them; `finish` 
 Knows nothing of models or losses.
 """
 import atexit
-import contextlib
 import csv
 import difflib
 import gc
@@ -24,7 +23,6 @@ import math
 import mmap
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import shutil
@@ -44,30 +42,17 @@ from PIL import Image, ImageOps
 import clip
 
 
-class DataError(ValueError):
+class DataError(clip.OneLineError):
     """Input that cannot be used; the message is one line: what is wrong, where (file, row), what to do."""
 
-    def __init__(self, message):
-        super().__init__(clip.printable(message))
+
+reading = partial(clip.reading, error=DataError)
 
 
 def expect(condition, where, problem):
     """Raise DataError unless the condition holds. where: file and row; problem: what is wrong, what to do."""
     if not condition:
         raise DataError(f"{where}: {problem}")
-
-
-@contextlib.contextmanager
-def reading(path, advice):
-    """What fails while a file is read becomes a DataError of one line; a damaged file raises any kind."""
-    try:
-        yield
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"{path}: cannot be read ({absence(path)})") from None
-    except Exception as e:
-        raise DataError(f"{path}: cannot be read ({type(e).__name__}: {str(e)[:100]}); {advice}") from None
 
 
 @dataclass(slots=True)  # of a million instances, 50 MB less than with a dict each
@@ -87,7 +72,7 @@ class Instance:
 def note(message):
     """A remark about the data, once per run, on stderr, by the first process of a group only."""
     if message not in _noted and os.environ.get("RANK", "0") == "0":
-        print(f"note: {clip.printable(message)}", file=sys.stderr, flush=True)
+        print(f"note: {DataError(message)}", file=sys.stderr, flush=True)
     _noted.add(message)
 
 
@@ -307,6 +292,7 @@ def read_text(path):
 def read_lines(path):
     """Yield the lines of a UTF-8 text file. Only a line feed ends one: str.splitlines would split at U+2028
     and five other characters too."""
+    expect(os.path.isfile(path), path, f"cannot be read ({absence(path)})")
     number = 0
     with reading(path, "expected a text file"), open(path, "rb") as f:
         for line in f:
@@ -898,11 +884,12 @@ def _bytes(content):
 
 class _Array(np.ndarray):
     """An array while it is read. numpy's own would trust the pickle's type, whose flags can pass bytes off as
-    pointers to objects, and a list that is too short."""
+    pointers to objects, and read past the end of a list that is too short."""
 
     def __setstate__(self, state):
         _, shape, kind, fortran, content = state
-        if kind.hasobject != isinstance(content, list) or kind.hasobject and len(content) != math.prod(shape):
+        objects = kind.dtype.hasobject
+        if objects != isinstance(content, list) or objects and len(content) != math.prod(shape):
             raise ValueError("an array whose content is not of its type or size")
         super().__setstate__((1, shape, kind.dtype, bool(fortran), _bytes(content)))
 
@@ -914,49 +901,31 @@ class _Type:
         if not re.fullmatch(r"[?biufcSU]\d{0,6}|O8?", code) or not np.dtype(code).itemsize:
             raise ValueError(f"an array of type {code[:20]!r}")
         self.dtype = np.dtype(code)
-        self.hasobject = self.dtype.hasobject
 
     def __setstate__(self, state):
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class _Unpickler(pickle.Unpickler):
-    """Admits numpy arrays and plain containers. Nothing outside this table is imported or called, and what is
-    in it can only build a value. The functions are made anew each time, so that a pickle that sets attributes
-    on one changes nothing."""
-
-    def find_class(self, module, name):
-        module = "numpy" if module.startswith("numpy.") else module  # numpy has moved its own
-        module = "builtins" if module == "__builtin__" else module  # Python 2's name
-
-        def frombuffer(content, kind, shape, order):
-            return np.frombuffer(content, kind.dtype).reshape(shape, order=order)
-
-        admitted = {
-            ("numpy", "ndarray"): None,
-            ("numpy", "dtype"): lambda *code: _Type(*code),
-            ("numpy", "_reconstruct"): lambda *empty: _Array(0, np.int8),  # what it is follows as its state
-            ("numpy", "_frombuffer"): frombuffer,
-            ("numpy", "scalar"): lambda kind, content: np.frombuffer(_bytes(content), kind.dtype)[0],
-            ("_codecs", "encode"): lambda text, encoding: _bytes(text),
-            ("builtins", "bytes"): lambda: b"",  # protocol 2 has no bytes
-            ("collections", "OrderedDict"): lambda items=(): OrderedDict(items),
-            ("collections", "defaultdict"): lambda factory=None: defaultdict(factory),
-            ("builtins", "set"): lambda items=(): set(items),
-            ("builtins", "list"): lambda: [],  # what a defaultdict holds where it has nothing
-            ("builtins", "dict"): lambda: {},
-            ("builtins", "int"): lambda: 0,
-            ("builtins", "float"): lambda: 0.0,
-        }
-        expect((module, name) in admitted, f"{module}.{name}", "no part of plain data")
-        return admitted[module, name]
-
-
 def read_pickle(path):
     """A pickle of numpy arrays and plain containers (Python 2's too). Anything else is refused, not run."""
-    with reading(path, "expected a pickle of arrays and plain containers; nothing of it was run"):
-        with open(path, "rb") as f:
-            return _Unpickler(f, encoding="latin1").load()
+    def frombuffer(content, kind, shape, order):
+        return np.frombuffer(content, kind.dtype).reshape(shape, order=order)
+
+    admitted = {
+        ("numpy", "ndarray"): None,
+        ("numpy", "dtype"): lambda *code: _Type(*code),
+        ("numpy", "_reconstruct"): lambda *empty: _Array(0, np.int8),  # what it is follows as its state
+        ("numpy", "_frombuffer"): frombuffer,
+        ("numpy", "scalar"): lambda kind, content: np.frombuffer(_bytes(content), kind.dtype)[0],
+        ("_codecs", "encode"): lambda text, encoding: _bytes(text),
+        ("collections", "OrderedDict"): OrderedDict,
+        ("collections", "defaultdict"): defaultdict,
+    }
+    for kind in (bytes, set, list, dict, int, float):  # of Python 3 and of Python 2
+        admitted["builtins", kind.__name__] = admitted["__builtin__", kind.__name__] = kind
+    advice = "expected a pickle of arrays and plain containers; nothing of it was run"
+    with reading(path, advice), open(path, "rb") as f:
+        return clip.RestrictedUnpickler(f, admitted, encoding="latin1").load()
 
 
 # ---------------------------------------------------------------- downloads

@@ -1143,7 +1143,6 @@ def join(args):
         torch.cuda.set_device(device)  # which asks for a number
     else:
         clip.fast_float32()
-        clip.keep_memory()
     if world > 1:
         forever = datetime.timedelta(days=1)  # the others wait while the first downloads or pretrains
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=forever)
@@ -1816,7 +1815,6 @@ def main(argv=None):
     method = script(checkpoint)
     if next(model.parameters()).device.type == "cpu":
         clip.fast_float32()
-        clip.keep_memory()
     name, root = where(checkpoint, args)
     if args.attention and not hasattr(method, "attention_picture"):
         raise clip.CheckpointError(f"--attention: {checkpoint['method']} has no attention between the "
