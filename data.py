@@ -113,8 +113,7 @@ def load_splits(name_or_path, root=None, splits=SPLITS, download=False, classes=
     """[what `load` returns of each split]. The files are read once."""
     name = os.fspath(name_or_path)
     if name.lower().endswith((".jsonl", ".csv")):
-        folder = os.path.dirname(name) if root is None else root
-        return finish(read_own(name, folder), name, splits, classes, own=True)
+        return finish(read_own(name, root or os.path.dirname(name)), name, splits, classes, own=True)
     if name in DATA_SETS and name.startswith("primitives"):
         return [primitives(split, name) for split in splits]
     if name in DATA_SETS:
@@ -236,7 +235,8 @@ def _instances(rows, classes, where, split, strict):
         captions = row.captions
         lacks = next((x for x in row.images if isinstance(x, str) and not os.path.isfile(x)), None)
         if lacks and strict:
-            raise DataError(f"{row.where or where}: picture {absence(lacks)}")
+            raise DataError(f"{row.where or where}: picture {absence(lacks)} (backslashes, capitals and Unicode's "
+                            "normal form matter; what has an address, download it)")
         if isinstance(captions, tuple):
             file, read = captions
             lacks = lacks or (None if os.path.isfile(file) else file)
@@ -278,8 +278,12 @@ def absence(path):
     while folder and not os.path.isdir(folder):
         folder, name = os.path.split(folder)
     found = ", ".join(difflib.get_close_matches(name, list_folder(folder or "."), 3, 0)) or "nothing"
-    return (f"{path} {'is no file' if os.path.exists(path) else 'does not exist'}; {folder or '.'} holds {found} "
-            "(backslashes, capitals and Unicode's normal form matter; an address is not downloaded)")
+    return (f"{path} {'is no file' if os.path.exists(path) else 'does not exist'}; {folder or '.'} holds {found}")
+
+
+def expect_file(path):
+    if not os.path.isfile(path):
+        raise DataError(absence(path))
 
 
 # ---------------------------------------------------------------- files of text, JSON, CSV and lists
@@ -292,7 +296,7 @@ def read_text(path):
 def read_lines(path):
     """Yield the lines of a UTF-8 text file. Only a line feed ends one: str.splitlines would split at U+2028
     and five other characters too."""
-    expect(os.path.isfile(path), path, f"cannot be read ({absence(path)})")
+    expect_file(path)
     number = 0
     with reading(path, "expected a text file"), open(path, "rb") as f:
         for line in f:
@@ -657,12 +661,10 @@ def _published_split(root):
     expect(len(files) in (0, 3), root, f"of the splits only {', '.join(files)}; put all three there, or none")
     for split, file in zip(SPLITS, files):
         path = os.path.join(root, file)
-        try:
-            for _, _, model in read_pickle(path)["caption_tuples"]:  # (token ids, category, modelId)
+        content = read_pickle(path)
+        with reading(path, "expected 'caption_tuples' of (tokens, category, modelId), as published"):
+            for _, _, model in content["caption_tuples"]:
                 published[model] = split
-        except (KeyError, TypeError, ValueError):
-            raise DataError(f"{path}: no 'caption_tuples' of (tokens, category, modelId); "
-                            "expected the published pickle of Text2Shape") from None
     return published
 
 
@@ -978,6 +980,7 @@ def unpack(archive, root):
     """Unpack voxels and splits of a zip: only names of the published layout, never outside `root`."""
     with reading(archive, f"delete it and run the command again; or {text2shape_by_hand(root)}"):
         with zipfile.ZipFile(archive) as z:
+            expect(z.testzip() is None, archive, "damaged; delete it and run the command again")
             for info in z.infolist():
                 parts = info.filename.split("/")
                 if len(parts) >= 3 and parts[-3] == VOXEL_FOLDER and parts[-1] == parts[-2] + ".nrrd":
@@ -990,7 +993,7 @@ def unpack(archive, root):
                        f"{info.filename!r} is no name of the published archive; delete it")
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 with z.open(info) as source, open(target + ".part", "wb") as f:
-                    shutil.copyfileobj(source, f)  # which checks it
+                    shutil.copyfileobj(source, f)
                 os.replace(target + ".part", target)
 
 
@@ -1381,12 +1384,11 @@ def read_features(path):
     Di), text (N, Dt), label (N,) and optional ids (N,; default: row numbers). -> the same dict, features
     float32. Raises DataError where they do not fit together."""
     with reading(path, "expected a .npz or .pkl with image (N, Di), text (N, Dt), label (N,) and ids (N,)"):
-        if path.endswith((".pkl", ".p", ".pickle")):
-            content = read_pickle(path)
-            arrays = {key: np.asarray(content[key]) for key in ("image", "text", "label")}
-        else:
-            content = dict(np.load(path, allow_pickle=False))
-            arrays = {key: content[key] for key in ("image", "text", "label")}
+        pickled = path.endswith((".pkl", ".p", ".pickle"))
+        content = read_pickle(path) if pickled else dict(np.load(path, allow_pickle=False))
+        absent = [key for key in ("image", "text", "label") if key not in content]
+        expect(not absent, path, f"no {', '.join(absent)} in it; features need image, text and label")
+        arrays = {key: np.asarray(content[key]) for key in ("image", "text", "label")}
         arrays["ids"] = np.asarray(content.get("ids", np.arange(arrays["label"].size)))
     for key in ("label", "image", "text", "ids"):  # the label first: the others must have as many rows
         array = arrays[key]
@@ -1584,19 +1586,17 @@ def load_regions(name, root, split, clip_input=True):
 
 def open_image(path):
     """A picture as RGB: EXIF rotation applied, 16-bit scaled to 8, transparency on white, one frame."""
-    try:
-        with reading(path, "replace it or remove its row"), Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":  # 16 or 32 bits of grey: convert("RGB") alone would clip them to white
-                levels = np.asarray(image).astype(np.float32)
-                top = 65535 if image.mode[:2] == "I;" or levels.max() > 255 else 255
-                image = Image.fromarray((levels * (255 / top)).clip(0, 255).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such picture") from None
+    expect_file(path)
+    with reading(path, "replace it or remove its row"), Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # 16 or 32 bits of grey: convert("RGB") alone would clip them to white
+            levels = np.asarray(image).astype(np.float32)
+            top = 65535 if image.mode[:2] == "I;" or levels.max() > 255 else 255
+            image = Image.fromarray((levels * (255 / top)).clip(0, 255).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
 def square(image, size):
