@@ -278,7 +278,8 @@ def absence(path):
     while folder and not os.path.isdir(folder):
         folder, name = os.path.split(folder)
     found = ", ".join(difflib.get_close_matches(name, list_folder(folder or "."), 3, 0)) or "nothing"
-    return (f"{path} {'is no file' if os.path.exists(path) else 'does not exist'}; {folder or '.'} holds {found}")
+    state = "is no file" if os.path.exists(path) else "No such file"
+    return f"{path}: {state}; {folder or '.'} holds {found}"
 
 
 def expect_file(path):
@@ -1379,13 +1380,18 @@ class Features:
         return self.labels, self.captions, self.query
 
 
+def _npz(path):
+    with np.load(path, allow_pickle=False) as content:
+        return dict(content)
+
+
 def read_features(path):
     """Features in place of pictures and texts: a .npz, or a pickle as CLIP4CMR's, of a dict with image (N,
     Di), text (N, Dt), label (N,) and optional ids (N,; default: row numbers). -> the same dict, features
     float32. Raises DataError where they do not fit together."""
     with reading(path, "expected a .npz or .pkl with image (N, Di), text (N, Dt), label (N,) and ids (N,)"):
         pickled = path.endswith((".pkl", ".p", ".pickle"))
-        content = read_pickle(path) if pickled else dict(np.load(path, allow_pickle=False))
+        content = read_pickle(path) if pickled else _npz(path)
         absent = [key for key in ("image", "text", "label") if key not in content]
         expect(not absent, path, f"no {', '.join(absent)} in it; features need image, text and label")
         arrays = {key: np.asarray(content[key]) for key in ("image", "text", "label")}
@@ -1558,6 +1564,7 @@ def load_regions(name, root, split, clip_input=True):
             base += "all"
         else:
             note(f"{base}all_ims.npy is not there: the 1,000 images of {base}_ims.npy are tested, not 5,000")
+    _rows_of.cache_clear()
     features = _rows_of(base + "_ims.npy", "regions width")
     captions = [line.strip() for line in read_lines(base + "_caps.txt")]
     images = len(captions) // 5
@@ -1585,18 +1592,34 @@ def load_regions(name, root, split, clip_input=True):
 # ---------------------------------------------------------------- pictures
 
 def open_image(path):
-    """A picture as RGB: EXIF rotation applied, 16-bit scaled to 8, transparency on white, one frame."""
+    """A picture as RGB: EXIF rotation applied, more than 8 bits of grey scaled by their range, transparency on
+    white, one frame."""
     expect_file(path)
-    with reading(path, "replace it or remove its row"), Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # 16 or 32 bits of grey: convert("RGB") alone would clip them to white
-            levels = np.asarray(image).astype(np.float32)
-            top = 65535 if image.mode[:2] == "I;" or levels.max() > 255 else 255
-            image = Image.fromarray((levels * (255 / top)).clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+    with reading(path, "replace it or remove its row"):
+        try:
+            with Image.open(path) as image:
+                return _rgb(ImageOps.exif_transpose(image), image.format == "TIFF")
+        except Image.DecompressionBombError:
+            raise
+        except Exception as error:  # where only metadata are broken, torchvision reads the pixels
+            from torchvision.io import decode_image
+            try:
+                return _rgb(Image.fromarray(decode_image(path).permute(1, 2, 0).squeeze(-1).numpy()))
+            except Exception:
+                raise error from None
+
+
+def _rgb(image, tiff=False):
+    if image.mode[0] in "IF":  # convert("RGB") alone would clip them to white
+        levels = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
+        top = min(top for top in (1, 255, 4095, 65535, levels.max()) if top >= levels.max())
+        if tiff and image.mode[:2] == "I;":  # shown as it is stored; other 16-bit files hold what a camera gave
+            top = 65535
+        image = Image.fromarray((levels * (255 / top)).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def square(image, size):
@@ -1809,7 +1832,7 @@ class Loader:
         images = np.arange(self.first_image[i + 1] - self.first_image[i])
         captions = np.arange(self.first_caption[i + 1] - self.first_caption[i])
         if self.frames:
-            images = np.linspace(0, len(images) - 1, min(self.frames, len(images))).round().astype(int)
+            images = np.linspace(0, len(images) - 1, min(self.frames, len(images))).astype(int)
         elif self.views:
             images = rng.permutation(len(images))[:self.views]
         if self.pairs:

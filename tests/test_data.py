@@ -329,7 +329,14 @@ def test_pictures_of_every_kind(tmp_path):
     for name, array in (("grey.png", levels), ("16.png", levels.astype(np.uint16) * 257),
                         ("32.tif", levels.astype(np.int32) * 257), ("float.tif", levels.astype(np.float32))):
         assert np.array_equal(read(name, Image.fromarray(array)), grey), name
-    assert read("dark.png", Image.fromarray(levels.astype(np.uint16))).max() == 0  # 16 bits, all nearly black
+    for top in (1 / 255, 1, 16, 257, 1 << 22):  # 0..1, 8, 12 and 16 bits, larger: each by its range
+        kind = np.float32 if top < 1 else np.int32
+        scaled = read("range.tif", Image.fromarray((levels * np.float64(top)).astype(kind))).astype(int)
+        assert np.abs(scaled - grey).max() <= 1, top
+    with_nan = (levels / np.float32(255))
+    with_nan[3, 4] = np.nan
+    assert read("nan.tif", Image.fromarray(with_nan))[3, 4].max() == 0
+    assert np.array_equal(read("12.png", Image.fromarray(levels.astype(np.uint16) * 16))[::15, ::15].max(), 255)
     palette = Image.fromarray(levels)
     palette.putpalette([v for i in range(256) for v in (255 - i, i, 7)])
     expected = np.stack([255 - levels, levels, np.full_like(levels, 7)], -1)
@@ -365,7 +372,7 @@ def test_bad_pictures_are_named(tmp_path):
                                 ("bomb.png", bomb, "decompression bomb")):
         (tmp_path / name).write_bytes(content)
         refused(f"{name}: .*{said}.*; replace it", data.open_image, str(tmp_path / name))
-    refused("gone.jpg does not exist; .* holds good.jpg", data.open_image, str(tmp_path / "gone.jpg"))
+    refused("gone.jpg: No such file; .* holds good.jpg", data.open_image, str(tmp_path / "gone.jpg"))
     refused("is no file", data.open_image, str(tmp_path))
 
 
@@ -486,7 +493,7 @@ def test_loader_errors(tmp_path):
     os.unlink(instances[3].images[0])
     for workers in (0, 2):
         batches = loader(instances, train=False, workers=workers).batches()
-        assert "Traceback" not in refused("3-0.png does not exist", list, batches)
+        assert "Traceback" not in refused("3-0.png: No such file", list, batches)
         assert multiprocessing.active_children() == []  # what still holds the error does not hold workers
 
 
@@ -630,7 +637,7 @@ def test_coco_and_flickr30k_layouts(tmp_path, capsys):
     assert [x.id for x in train] == ["train2014/a.jpg", "val2014/a.jpg"] and classes == {}
     assert [x.captions for x in train] == [["A dog."], ["a cat"]] and [x.images[0] for x in train] == files
     assert "and 1 empty captions were left out" in capsys.readouterr().err
-    refused("val2014/c.jpg does not exist; .*val2014 holds a.jpg", data.load, "coco", str(coco), "val")
+    refused("val2014/c.jpg: No such file; .*val2014 holds a.jpg", data.load, "coco", str(coco), "val")
     refused("no rows in split 'test'; it has train, val", data.load, "coco", str(coco), "test")
     flickr = tmp_path / "f"
     karpathy(flickr, "flickr30k", [(f"{i}.jpg", "train", ["x"], {}) for i in range(40)])
@@ -666,7 +673,7 @@ def regions_of(root, captions):
 def test_broken_karpathy_files(tmp_path):
     def load():
         data.load("flickr8k", str(tmp_path))
-    refused("dataset_flickr8k.json does not exist", load)
+    refused("dataset_flickr8k.json: No such file", load)
     image = {"filename": "a", "split": "train", "sentences": []}
     broken = [3, image | {"sentences": [{"raw": 4}]}, image | {"filename": 1}, image | {"split": []}, {}]
     for content, said in [("{", "not JSON.*get the published file again"), ("[" * 100000, "not JSON"),
@@ -685,7 +692,7 @@ def test_unknown_names_and_missing_roots(tmp_path):
                 data.load, "coco", nowhere, download=download)
     refused(f"nowhere: no captions.tablechair.csv there; without --no-download .* put {data.VOXEL_FOLDER}.zip"
             f" .*{data.TEXT2SHAPE_URL}.* into {nowhere} by hand", data.load, "text2shape", nowhere)
-    refused("nowhere.csv does not exist", data.load, nowhere + ".csv")
+    refused("nowhere.csv: No such file", data.load, nowhere + ".csv")
 
 
 # ---------------------------------------------------------------- Text2Shape
@@ -792,7 +799,7 @@ def test_text2shape_without_splits_voxels_or_with_views(tmp_path, capsys):
     write(tmp_path / "views" / second / "notes.txt", "no picture")
     instances, _ = data.load("text2shape", str(tmp_path), "train")
     said = capsys.readouterr().err
-    assert re.search(f"train, 2 of {len(train)} rows without a picture.*{second}.nrrd does not exist", said)
+    assert re.search(f"train, 2 of {len(train)} rows without a picture.*{second}.nrrd: No such file", said)
     assert {x.id for x in instances} == train - {second, third} and instances[0].id == first
     assert [os.path.basename(view) for view in instances[0].images] == ["01.png", "02.png", "10.png"]
     refused("no rows in split 'dev'", data.load, "text2shape", str(tmp_path), "dev")
@@ -803,7 +810,7 @@ def test_broken_text2shape(tmp_path):
 
     def load():
         data.load("text2shape", str(tmp_path))
-    refused("train, 2 of 2 rows without a picture.*.nrrd does not exist; .* holds .*processed_captions_", load)
+    refused("train, 2 of 2 rows without a picture.*.nrrd: No such file; .* holds .*processed_captions_", load)
     val = tmp_path / "processed_captions_val.p"
     other = [{"a": 1}, [1], {"caption_tuples": [(1, 2)]}]
     for content, said in ((b"", "Ran out of input"), (val.read_bytes()[:60], "refused"),
@@ -1102,8 +1109,8 @@ def test_bytes_per_pair_and_one_reading(ending, tmp_path, monkeypatch):
     ({"split": [1]}, "split = .* must be"),
     ({"split": "valid"}, "split 'valid'; it must be train, val or test"),
     ({"images": []}, "no picture"), ({"images": [3]}, "no picture, or one that is no path"),
-    ({"images": [""]}, "no picture"), ({"images": ["gone.png"]}, "picture .*gone.png does not exist"),
-    ({"images": ["."]}, "is no file"), ({"images": ["a\0b\n.png"]}, r"a\?b\?.png does not exist"),
+    ({"images": [""]}, "no picture"), ({"images": ["gone.png"]}, "picture .*gone.png: No such file"),
+    ({"images": ["."]}, "is no file"), ({"images": ["a\0b\n.png"]}, r"a\?b\?.png: No such file"),
     ({"captions": [3]}, "a caption that is no text"), ({"captions": ["half \ud800"]}, "not JSON.*surrogates"),
     ({"id": "ok"}, "another label or split than at .*mine.jsonl line 1, for the same id 'ok'"),
     ({"id": "b", "split": None}, "no split, while other rows state one")])
@@ -1136,12 +1143,12 @@ def test_csv(mine, tmp_path):
     ("image,caption\n0.png,a\n0.png,a, b\n", "line 3: 3 cells under 2 columns; quote a cell"),
     ("image,caption\n0.png\n", "line 2: 1 cells under 2 columns"),
     ("image,caption\n,a\n", "line 2: no picture"),
-    ("image,caption,split\n0.png,a,val\ngone.png,b,val\n", "line 3: picture .*gone.png does not exist"),
+    ("image,caption,split\n0.png,a,val\ngone.png,b,val\n", "line 3: picture .*gone.png: No such file"),
     ('image,caption\n0.png,"a\nb,c\n', "line [23]: not CSV.*is a quote left open"),
     ('image,caption\n0.png,"' + "x" * 140_000 + '"\n', "line 2: not CSV.*field"),
     ('image,caption\n0.png,"a" b\n', "line 2: not CSV"),
     (b"image,caption\n0.png,caf\xe9\n", "line 2: cannot be read.*UTF-8"),
-    ("image,caption,split\n\0.png,a,val\n", r"line 2: (picture .*\?.png does not exist|not CSV)"),
+    ("image,caption,split\n\0.png,a,val\n", r"line 2: (picture .*\?.png: No such file|not CSV)"),
     ("image,caption,id,color\n0.png,a,1,red\n1.png,b,1,blue\n",
      "line 3: another label or split than at .*line 2, for the same id '1'"),
     ("image,caption,id,split\n0.png,a,1,train\n1.png,b,1,val\n", "line 3: another label or split"),

@@ -109,7 +109,7 @@ def test_lists_of_ids_and_labels(name, tmp_path):
     write(tmp_path / "text" / "n0_9.json", "[1]")
     refused("n0_9.json: expected a JSON string", data.load, name, str(tmp_path), "test")
     os.unlink(tmp_path / "split" / "valid.txt")
-    refused("valid.txt does not exist; .* holds", data.load, name, str(tmp_path), "test")
+    refused("valid.txt: No such file; .* holds", data.load, name, str(tmp_path), "test")
 
 
 def test_food101(tmp_path):

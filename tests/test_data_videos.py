@@ -49,7 +49,7 @@ def test_msrvtt(tmp_path, capsys):
     assert [x.captions for x in found["test"]] == [["a cat, a dog"], ["a ball"]]  # 1k-A: one sentence each
     split = "val" if data.hash_tenth(train[-1]) == 9 else "train"
     notes = capsys.readouterr().err
-    assert f"of split {split}, 1 of" in notes and f"{train[-1]}{os.sep}*.jpg does not exist" in notes
+    assert f"of split {split}, 1 of" in notes and f"{train[-1]}{os.sep}*.jpg: No such file" in notes
     for file, content, said in (
             ("MSRVTT_JSFUSION_test.csv", "key,video_id\nret0,video7010\n",
              " line 1: no column 'sentence'; the first line must name video_id, sentence"),
@@ -108,7 +108,7 @@ def test_all_frames_missing(tmp_path):
     (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps({"x": [["a"]]}))
     for split in ("train", "val", "test"):
         write(tmp_path / f"{split}_list.txt", "x\n")
-    refused("of split train, 1 of 1 rows .*frames/x/\\*.jpg does not exist", data.load, "msvd", str(tmp_path))
+    refused("of split train, 1 of 1 rows .*frames/x/\\*.jpg: No such file", data.load, "msvd", str(tmp_path))
 
 
 def test_frames_are_taken_evenly_and_in_order(tmp_path):
@@ -152,7 +152,7 @@ def test_region_features(tmp_path):
      r"float32 of shape \(3, 8\); expected floats \(images, regions, width\)"),
     (lambda folder: np.save(folder / "train_ims.npy", np.array([{}])), "refused, damaged or of another kind"),
     (lambda folder: (folder / "train_ims.npy").write_bytes(b"\\x93NUMPY"), "refused, damaged or of another kind"),
-    (lambda folder: (folder / "train_caps.txt").unlink(), "train_caps.txt does not exist"),
+    (lambda folder: (folder / "train_caps.txt").unlink(), "train_caps.txt: No such file"),
     (lambda folder: regions(folder.parent, "train", 15, 15), "rows 0 to 4 differ: one caption to an image")])
 def test_region_features_refused(spoil, said, tmp_path):
     regions(tmp_path, "train", 3, 15)
