@@ -39,7 +39,6 @@ import clip
 import data
 
 TIE = 1e-6  # scores closer than this are equal: rounding differs between the rows of one matrix product
-LARGE = 1 << 28  # bytes: features larger than this stay on disk
 BLOCK = 1 << 22  # scores held at a time: larger is slower, because memory is mapped anew for every block
 SAVE_SECONDS = 300  # last.pt is written after every epoch, and at least this often
 WAYS = ("text_to_image", "image_to_text")
@@ -47,72 +46,65 @@ ALL = slice(None)
 
 
 # ---------------------------------------------------------------- retrieval metrics
+# scores: a function (begin, end) -> the scores of these queries with the whole gallery, float (end - begin, G), so
+# that memory grows with the block and not with queries x gallery; or a tensor (Q, G). An item is relevant to a query
+# of the same group; query_group (Q,), gallery_group (G,): any integers.
 
-def positions(scores, relevant, k=None):
-    """Where the relevant items of each query stand in its ranking, at worst.
+def relevant_items(query_group, gallery_group):
+    """-> (order (G,), begin (Q,), end (Q,)), arrays: order[begin[q]:end[q]] are the numbers of q's relevant items.
 
-    scores: float (Q, G). relevant: bool (Q, G), at least one per query. Returns float64 (Q, K): the 1-based
-    positions of each query's best, second best, ... relevant item, and inf where it has fewer. K is the most
-    that any query has, or k where that is less.
+    Raises ValueError for a query that has none.
+    """
+    query_group = np.asarray(query_group)
+    gallery_group = np.asarray(gallery_group)
+    order = np.argsort(gallery_group, kind="stable")
+    in_order = gallery_group[order]
+    begin = np.searchsorted(in_order, query_group, side="left")
+    end = np.searchsorted(in_order, query_group, side="right")
+    alone = np.flatnonzero(begin == end)
+    if len(alone):
+        raise ValueError(f"query {alone[0]} has no relevant item in the gallery")
+    return order, begin, end
+
+
+def at_least(values, bounds):
+    """How many of the values (n,) are at or above each of the bounds (K,). Where these are many, it sorts once."""
+    if len(bounds) <= 16:
+        return np.array([np.count_nonzero(values >= bound) for bound in bounds])
+    return len(values) - np.searchsorted(np.sort(values), bounds, side="left")
+
+
+def ranks(scores, query_group, gallery_group, k=None):
+    """Yield (place, count) of blocks of queries: where the relevant items of each stand in its ranking, at worst.
+
+    place: float64 (b, K), the 1-based positions of a query's best, second best, ... relevant item, and inf where it
+    has fewer. K is the most that any query of the block has, or k where that is less. count (b,): how many it has.
 
     A position counts every irrelevant item that scores higher *or equal*, so a constant score earns nothing.
-    Raises CheckpointError (a ValueError: the model is at fault) for a NaN score, ValueError for a query
-    without a relevant item.
+    Raises CheckpointError (a ValueError: the model is at fault) for a NaN score.
     """
-    if scores.numel() and torch.isnan(scores.amax()):  # the greatest of numbers among which one is NaN is NaN
-        raise clip.CheckpointError("NaN in the scores; a model that gives NaN cannot be ranked")
-    query, item = relevant.nonzero(as_tuple=True)
-    count = torch.bincount(query, minlength=len(scores))
-    if len(count) and count.min() == 0:
-        raise ValueError(f"query {int(count.argmin())} of the block has no relevant item in the gallery")
-    most = int(count.max()) if len(count) else 0
-    K = most if k is None else min(k, most)
-    out = torch.full((len(scores), K), math.inf, dtype=torch.float64)
-    if K <= 16:  # few: count what beats each of them, and take off what of this is relevant too
-        theirs = scores[query, item]
-        column = torch.arange(len(query), device=query.device) - (count.cumsum(0) - count)[query]
-        best = scores.new_full((len(scores), most), -math.inf)
-        best[query, column] = theirs
-        best = best.topk(K, dim=1).values
-        rows = scores.cpu().numpy()
-        for j in range(K):
-            least = best[:, j] - TIE
-            above = [np.count_nonzero(row >= bound) for row, bound in zip(rows, least.cpu().numpy())]
-            relevant_above = torch.bincount(query[theirs >= least[query]], minlength=len(scores))
-            place = j + 1 + torch.tensor(above) - relevant_above.cpu()
-            out[:, j] = place.double().masked_fill(count.cpu() <= j, math.inf)
-        return out
-    scores, relevant = scores.cpu().numpy(), relevant.cpu().numpy()
-    for row in range(len(scores)):  # many: sort once and look each of them up
-        best = np.sort(scores[row, relevant[row]])[::-1][:K]
-        others = np.sort(scores[row, ~relevant[row]])
-        beaten_by = len(others) - np.searchsorted(others, best - np.float32(TIE), side="left")
-        out[row, :len(best)] = torch.from_numpy(np.arange(1, len(best) + 1) + beaten_by)
-    return out
-
-
-def ranked(scores, query_group, gallery_group, k=None):
-    """Yield (place, count) of blocks of queries: `positions` (b, K), and each query's relevant items (b,).
-
-    Arguments as in `ranking_metrics`. Memory grows with the block, not with queries x gallery.
-    """
-    if isinstance(scores, torch.Tensor):
-        matrix = scores
-        scores = lambda begin, end: matrix[begin:end]
-    step = max(1, BLOCK // max(1, len(gallery_group)))
-    total = torch.bincount(gallery_group, minlength=int(query_group.max()) + 1)[query_group]
-    for begin in range(0, len(query_group), step):
-        block = scores(begin, begin + step)
-        relevant = (query_group[begin:begin + step, None] == gallery_group[None, :]).to(block.device)
-        yield positions(block, relevant, k), total[begin:begin + step]
+    order, begin, end = relevant_items(query_group, gallery_group)
+    step = max(1, BLOCK // max(1, len(order)))
+    for first in range(0, len(begin), step):
+        block = slice(first, first + step)
+        rows = scores[block] if isinstance(scores, torch.Tensor) else scores(first, first + step)
+        rows = (rows if rows.dtype == torch.float32 else rows.double()).cpu().numpy()
+        if np.isnan(rows.max()):  # the greatest of numbers among which one is NaN is NaN
+            raise clip.CheckpointError("NaN in the scores; a model that gives NaN cannot be ranked")
+        count = end[block] - begin[block]
+        K = count.max() if k is None else min(k, count.max())
+        place = np.full((len(rows), K), math.inf)
+        for row, i, j, out in zip(rows, begin[block], end[block], place):
+            relevant = np.sort(row[order[i:j]])[::-1]
+            best = relevant[:K]
+            bound = best - row.dtype.type(TIE)
+            irrelevant_above = at_least(row, bound) - at_least(relevant, bound)
+            out[:len(best)] = np.arange(1, len(best) + 1) + irrelevant_above
+        yield torch.from_numpy(place), torch.from_numpy(count)
 
 
 def ranking_metrics(scores, query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
-    """Retrieval metrics, averaged over queries. An item is relevant to a query of the same group.
-
-    scores: a function (begin, end) -> the scores of these queries, float (end - begin, G), so that memory
-    grows with the block; or a tensor (Q, G). query_group (Q,), gallery_group (G,): integer tensors.
-    Returns a dict, with percentages in 0..100:
+    """Retrieval metrics, averaged over queries -> a dict, with percentages in 0..100:
 
       R@k     queries with a relevant item among the first k (Text2Shape's RR@k)
       P@k     relevant items among the first k, divided by k
@@ -124,15 +116,12 @@ def ranking_metrics(scores, query_group, gallery_group, ks=(1, 5, 10), average_p
 
     Raises ValueError for NaN scores and for a query without a relevant item.
     """
-    query_group = torch.as_tensor(query_group)
-    gallery_group = torch.as_tensor(gallery_group)
     discount = 1 / torch.log2(torch.arange(2, max(ks) + 2, dtype=torch.float64))
-    names = [f"{metric}@{k}" for metric in ("R", "P", "NDCG") for k in ks] + ["MRR"]
+    sums = {f"{metric}@{k}": 0.0 for metric in ("R", "P", "NDCG") for k in ks} | {"MRR": 0.0}
     if average_precision:
-        names.append("mAP")
-    sums = dict.fromkeys(names, 0.0)
+        sums["mAP"] = 0.0
     first = []
-    for place, count in ranked(scores, query_group, gallery_group, None if average_precision else max(ks)):
+    for place, count in ranks(scores, query_group, gallery_group, None if average_precision else max(ks)):
         first.append(place[:, 0])
         for k in ks:
             inside = place <= k
@@ -143,61 +132,39 @@ def ranking_metrics(scores, query_group, gallery_group, ks=(1, 5, 10), average_p
             sums[f"NDCG@{k}"] += (gain / ideal).sum().item()
         sums["MRR"] += (1 / place[:, 0]).sum().item()
         if average_precision:
-            sums["mAP"] += average_precisions(place, count).sum().item()
+            precision = torch.arange(1, place.shape[1] + 1) / place
+            sums["mAP"] += (precision.sum(1) / count).sum().item()
     first = torch.cat(first)
-    out = {name: 100 * value / len(query_group) for name, value in sums.items()}
+    out = {name: 100 * value / len(first) for name, value in sums.items()}
     return out | {"MedR": float(np.median(first.numpy())), "MeanR": first.mean().item()}
-
-
-def average_precisions(place, count):
-    """(b,) in 0..1: mean over a query's relevant items of (how many of them up to it) / (its position).
-
-    place (b, K): `positions`; count (b,): the number of relevant items.
-    """
-    return (torch.arange(1, place.shape[1] + 1) / place).sum(1) / count
-
-
-def both_ways(text_scores, image_scores, image_group, text_group, image_query=ALL, text_query=ALL):
-    """`ranking_metrics` of both directions, and rSum, the sum of R@1, 5 and 10 of both (0..600).
-
-    text_scores: scores of the asked texts with all N images, as `ranking_metrics` takes them.
-    image_scores: scores of the asked images with all C texts.
-    image_group (N,), text_group (C,): integer tensors.
-    image_query (N,), text_query (C,): bool, which rows are asked about (default: all); all are searched.
-    """
-    text_to_image = ranking_metrics(text_scores, text_group[text_query], image_group)
-    image_to_text = ranking_metrics(image_scores, image_group[image_query], text_group)
-    recalls = [metrics[f"R@{k}"] for metrics in (text_to_image, image_to_text) for k in (1, 5, 10)]
-    return {"text_to_image": text_to_image, "image_to_text": image_to_text, "rSum": sum(recalls)}
 
 
 def cosine_scores(images, texts):
     """-> (text_scores, image_scores) of features of unit norm, images (N, D) and texts (C, D).
 
-    These are functions of the numbers of some texts (b,) -> their cosines with all images (b, N), and of the
-    numbers of some images (b,) -> their cosines with all texts (b, C).
+    These are functions of the indices of some texts (b,) -> their cosines with all images (b, N), and of the
+    indices of some images (b,) -> their cosines with all texts (b, C).
     """
-    def text_scores(numbers):
-        return texts[numbers] @ images.t()
-
-    def image_scores(numbers):
-        return images[numbers] @ texts.t()
-    return text_scores, image_scores
+    images, texts = images.float(), texts.float()
+    return (lambda indices: texts[indices] @ images.t()), (lambda indices: images[indices] @ texts.t())
 
 
-def score_metrics(text_scores, image_scores, image_group, text_group, image_query=ALL, text_query=ALL):
-    """`both_ways` of functions as `cosine_scores` makes them, which are called for a block at a time."""
-    asked_images = torch.arange(len(image_group))[image_query]
+def retrieval_metrics(images, texts, image_group, text_group, image_query=ALL, text_query=ALL, scores=None):
+    """`ranking_metrics` of both directions, and rSum, the sum of R@1, 5 and 10 of both (0..600).
+
+    images (N, D), texts (C, D): of unit norm, compared by their cosine. image_group (N,), text_group (C,): integers.
+    image_query (N,), text_query (C,): bool, which rows are asked about (default: all); all are searched.
+    scores: of another similarity, two functions as `cosine_scores` returns them; images and texts are not used then.
+    """
+    text_scores, image_scores = scores or cosine_scores(images, texts)
     asked_texts = torch.arange(len(text_group))[text_query]
-    return both_ways(lambda begin, end: text_scores(asked_texts[begin:end]),
-                     lambda begin, end: image_scores(asked_images[begin:end]),
-                     image_group, text_group, image_query, text_query)
-
-
-def retrieval_metrics(images, texts, image_group, text_group, image_query=ALL, text_query=ALL):
-    """`both_ways` of features of unit norm, images (N, D) and texts (C, D), compared by their cosine."""
-    scores = cosine_scores(images.float(), texts.float())
-    return score_metrics(*scores, image_group, text_group, image_query, text_query)
+    asked_images = torch.arange(len(image_group))[image_query]
+    to_image = ranking_metrics(lambda begin, end: text_scores(asked_texts[begin:end]),
+                               text_group[asked_texts], image_group)
+    to_text = ranking_metrics(lambda begin, end: image_scores(asked_images[begin:end]),
+                              image_group[asked_images], text_group)
+    recalls = [metrics[f"R@{k}"] for metrics in (to_image, to_text) for k in (1, 5, 10)]
+    return {"text_to_image": to_image, "image_to_text": to_text, "rSum": sum(recalls)}
 
 
 def chance(query_group, gallery_group, ks=(1, 5, 10)):
@@ -205,7 +172,8 @@ def chance(query_group, gallery_group, ks=(1, 5, 10)):
 
     MedR is the first position that half of the queries have reached.
     """
-    count = torch.bincount(gallery_group, minlength=int(query_group.max()) + 1)[query_group]
+    _, begin, end = relevant_items(query_group, gallery_group)
+    count = torch.from_numpy(end - begin)
     G = len(gallery_group)
     place = torch.arange(1, G + 1, dtype=torch.float64)
     discount = 1 / torch.log2(place + 1)
@@ -225,20 +193,6 @@ def chance(query_group, gallery_group, ks=(1, 5, 10)):
     return out | {"MedR": 1.0 + (first.cumsum(0) < 0.5).sum().item(), "MeanR": (first * place).sum().item()}
 
 
-def _greatest(scores, n):
-    """As scores.topk(n, dim=1), in less time: the n greatest are all in those n chunks of 64 columns whose
-    maxima are the greatest, or in the last columns, which fill no chunk."""
-    Q, G = scores.shape
-    chunks = G // 64
-    if n > chunks // 8:
-        return scores.topk(n, dim=1)
-    chunk = scores[:, :64 * chunks].unflatten(1, (chunks, 64)).amax(2).topk(n, dim=1).indices  # (Q, n)
-    column = (64 * chunk[:, :, None] + torch.arange(64, device=scores.device)).flatten(1)
-    column = torch.cat([column, torch.arange(64 * chunks, G, device=scores.device).expand(Q, -1)], 1)
-    greatest, at = scores.gather(1, column).topk(n, dim=1)
-    return greatest, column.gather(1, at)
-
-
 def search(queries, gallery, k):
     """The k best gallery rows of each query by dot product, streamed.
 
@@ -253,7 +207,7 @@ def search(queries, gallery, k):
     for part in parts:
         scores = queries.float() @ part.to(queries.device).float().t()
         n = min(k, scores.shape[1])
-        s, i = _greatest(scores, min(n + 1, scores.shape[1]))
+        s, i = scores.topk(min(n + 1, scores.shape[1]), dim=1)
         if torch.isnan(s[:, :1]).any():  # topk takes NaN for the greatest
             raise clip.CheckpointError("NaN in the scores; a model that gives NaN cannot be searched")
         last, i = s[:, n - 1:n], i[:, :n]
@@ -279,8 +233,7 @@ SCOPES = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
 def class_metrics(scores, query_label, gallery_label, classes):
     """Supervised retrieval: an item is relevant to queries of its class, and the whole ranking counts.
 
-    scores as in `ranking_metrics`; labels: int64 (Q,), (G,), 0 or more; classes: their names. Returns
-    percentages in 0..100:
+    scores as above; labels: int64 (Q,), (G,), 0 or more; classes: their names. Returns percentages in 0..100:
 
       mAP, P@k          as in `ranking_metrics`, for the k of SCOPES up to the size of the gallery
       per_class         {class: mAP of its queries}; a class without queries is left out
@@ -290,16 +243,15 @@ def class_metrics(scores, query_label, gallery_label, classes):
     Raises ValueError for NaN scores and for a query whose class the gallery lacks.
     """
     query_label = torch.as_tensor(query_label)
-    gallery_label = torch.as_tensor(gallery_label)
     scopes = [k for k in SCOPES if k <= len(gallery_label)]
     levels = torch.arange(11, dtype=torch.float64) / 10
     at_scope = torch.zeros(len(scopes), dtype=torch.float64)
     at_recall = torch.zeros(11, dtype=torch.float64)
     average_precision = []
-    for place, count in ranked(scores, query_label, gallery_label):
-        average_precision.append(average_precisions(place, count))
-        at_scope += torch.stack([(place <= k).sum().double() / k for k in scopes])
+    for place, count in ranks(scores, query_label, gallery_label):
         precision = torch.arange(1, place.shape[1] + 1) / place  # (b, K); 0 past a query's last item
+        average_precision.append(precision.sum(1) / count)
+        at_scope += torch.stack([(place <= k).sum().double() / k for k in scopes])
         best = precision.flip(1).cummax(1).values.flip(1)
         needed = (levels[None, :] * count[:, None] - 1e-9).ceil().long().clamp(min=1)  # items of each recall
         at_recall += best.gather(1, needed - 1).sum(0)
@@ -323,7 +275,8 @@ def class_chance(query_label, gallery_label):
     Of R relevant items among G, place p holds one with probability R / G; then (R - 1) / (G - 1) of the
     places before do.
     """
-    count = torch.bincount(gallery_label, minlength=int(query_label.max()) + 1)[query_label].double()
+    _, begin, end = relevant_items(query_label, gallery_label)
+    count = torch.from_numpy(end - begin).double()
     G = len(gallery_label)
     inverse = (1 / torch.arange(1, G + 1, dtype=torch.float64)).mean()  # the mean over p of 1 / p
     return {"mAP": 100 * (inverse + (1 - inverse) * (count - 1) / max(1, G - 1)).mean().item()}
@@ -477,6 +430,40 @@ def embed(model, instances, amp="auto", workers=0, loader=None):
     return torch.cat(images), torch.cat(texts)
 
 
+def evaluation_loader(model, instances, workers=0, **options):
+    """All views and captions in order; a batch holds about 256 pictures."""
+    most = min(max(len(x.images) for x in instances), options.get("frames") or math.inf)
+    config = model.config
+    return data.Loader(instances, tokenizer_of(model), config.context_length, config.image_resolution,
+                       max(1, 256 // most), workers=workers, **options)
+
+
+def evaluate(model, instances, amp="auto", workers=0, loader=None):
+    """Retrieval metrics of a model on instances, both ways."""
+    images, texts = embed(model, instances, amp, workers, loader)
+    return retrieval_metrics(images.cpu(), texts.cpu(), **layout(instances))
+
+
+def recalls(metrics):
+    """One line of text about `retrieval_metrics` on val: R@1 text-to-image / image-to-text, and rSum."""
+    to_image, to_text = (metrics[way]["R@1"] for way in WAYS)
+    return f"val R@1 {to_image:.1f} / {to_text:.1f}, rSum {metrics['rSum']:.1f}"
+
+
+def layout(instances):
+    """What `retrieval_metrics` needs beside features: a dict of four of its arguments."""
+    numbers = {}
+    group = torch.tensor([numbers.setdefault(x.group, len(numbers)) for x in instances])
+    query = torch.tensor([x.query for x in instances])
+    owner = caption_owner(instances)
+    return dict(image_group=group, text_group=group[owner], image_query=query, text_query=query[owner])
+
+
+def caption_owner(instances):
+    """(C,): the number of the instance that each caption belongs to."""
+    return torch.arange(len(instances)).repeat_interleave(torch.tensor([len(x.captions) for x in instances]))
+
+
 @dataclass
 class Embedded:
     """A split as a model sees it, or several models together: N instances with C captions, in order."""
@@ -507,16 +494,10 @@ def averaged(parts):
     texts = torch.cat([part.texts for part in parts], dim=1) / math.sqrt(len(parts))
     scores = None
     if any(part.scores for part in parts):  # a similarity that is no product of features
-        functions = [part.scores or cosine_scores(part.images, part.texts) for part in parts]
-        scores = tuple(mean_function(several) for several in zip(*functions))
+        of_parts = [part.scores or cosine_scores(part.images, part.texts) for part in parts]
+        scores = (lambda indices: sum(text_scores(indices) for text_scores, _ in of_parts) / len(parts),
+                  lambda indices: sum(image_scores(indices) for _, image_scores in of_parts) / len(parts))
     return Embedded(first.instances, images, texts, first.tasks, first.classes, scores)
-
-
-def mean_function(functions):
-    """The function that gives the mean of what these functions give."""
-    def mean(numbers):
-        return sum(function(numbers) for function in functions) / len(functions)
-    return mean
 
 
 def write_embeddings(path, embedded):
@@ -531,98 +512,53 @@ def write_embeddings(path, embedded):
     clip.write_file(path, lambda f: np.savez(f, **arrays))
 
 
-def evaluation_loader(model, instances, workers=0, **options):
-    """All views and captions in order; a batch holds about 256 pictures."""
-    most = min(max(len(x.images) for x in instances), options.get("frames") or math.inf)
-    config = model.config
-    return data.Loader(instances, tokenizer_of(model), config.context_length, config.image_resolution,
-                       max(1, 256 // most), workers=workers, **options)
+def fingerprint(model, instances, amp):
+    """16 hex digits that change with a model's weights and with the pictures and captions that it is shown."""
+    known = [clip.identity(model), model.config, amp, tokenizer_of(model).merges]
+    digest = hashlib.sha256(repr(known).encode())
+    for x in instances:
+        for image in x.images:  # a path, or a view that may have a file
+            file = image if isinstance(image, str) else getattr(image, "file", None)
+            stamp = (os.path.getsize(file), os.path.getmtime(file)) if file else ()
+            digest.update(repr((image, *stamp)).encode())
+        digest.update(repr((x.id, x.captions)).encode())
+    return digest.hexdigest()[:16]
+
+
+def kept(path, what, compute, device):
+    """The array of a .npy file. Where it is not there, it is what compute() returns, and is kept there.
+
+    All processes must ask, since they compute it together; the first of each machine writes.
+    """
+    if not any_process(not os.path.exists(path), device):
+        with clip.reading(path, "remove it, and it is computed again"):
+            return np.load(path)
+    data.note(f"{what} are computed once and kept in {path}")
+    array = compute()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        clip.write_file(path, lambda f: np.save(f, array))
+    return array
 
 
 def frozen_features(model, instances, classes, cache, amp="auto", workers=0):
-    """data.Features of a frozen CLIP, computed once, every view and every caption by itself.
+    """data.Features of a frozen CLIP, of every view and every caption by itself.
 
-    They are kept under the folder `cache` by a hash of the weights and of what is embedded. They are streamed
-    to disk, and memory-mapped where they are large, so memory does not grow with the data. Several processes
-    encode them `in_turns`; the first of each machine writes. instances, classes: of data.load_split.
+    They are computed once and kept in the folder `cache`. instances, classes: of data.load_split.
     """
-    def identity_of(image):  # a path, or a view that may have a file
-        file = image if isinstance(image, str) else getattr(image, "file", None)
-        return (image, os.path.getsize(file), os.path.getmtime(file)) if file else image
-
-    # the repr of one list of all this, a part at a time: of a million instances it would take a gigabyte
-    inputs = hashlib.sha256(repr([clip.identity(model), model.config, amp, tokenizer_of(model).merges])[:-1].encode())
-    for number, x in enumerate(instances):
-        row = (x.id, [identity_of(image) for image in x.images], x.captions)
-        inputs.update(((", " if number else ", [") + repr(row)).encode())
-    inputs.update(b"]]")
-    key = inputs.hexdigest()[:16]
-    labels, captions, query = data.class_layout(instances, classes)
-    views = np.array([len(x.images) for x in instances])
     model.eval()
     device = next(model.parameters()).device
-    first_of_machine = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0
-
-    def encode(kind):
-        loader = evaluation_loader(model, instances, workers, cache_bytes=0)  # each is read once
-        if kind == "text":
-            return encode_texts(model, loader, amp)
-        return (features for features, _ in encode_images(model, loader, amp))
-
-    def write(f, kind, rows):
-        header = {"descr": "<f4", "fortran_order": False, "shape": (int(rows), model.config.embed_dim)}
-        np.lib.format.write_array_header_1_0(f, header)
-        for part in encode(kind):
-            f.write(part.cpu().numpy().tobytes())
-
-    arrays = []
-    for kind, rows in (("image", views.sum()), ("text", captions.sum())):
-        path = os.path.join(cache, f"{key}-{kind}.npy")
-        missing = not os.path.exists(path)
-        if any_process(missing, device):
-            data.note(f"features of {rows:,} {kind}s are computed once and kept in {path}")
-            if missing and first_of_machine:
-                clip.write_file(path, lambda f: write(f, kind, rows))
-            else:  # it helps to encode
-                for _ in encode(kind):
-                    pass
-            barrier()  # all wait until the file is there
-        try:
-            array = np.load(path, mmap_mode="r" if os.path.getsize(path) > LARGE else None)
-            if array.shape != (rows, model.config.embed_dim) or array.dtype != np.float32:
-                raise ValueError(f"{array.dtype} of shape {array.shape}")
-            arrays.append(array)
-        except Exception as problem:  # a damaged header raises nearly any kind
-            raise data.DataError(f"{path}: damaged ({str(problem)[:100]}); "
-                                 "remove it, and it is computed again") from None
-    return data.Features(*arrays, views, captions, labels, query)
+    loader = evaluation_loader(model, instances, workers, cache_bytes=0)  # each is read once
+    name = os.path.join(cache, fingerprint(model, instances, amp))
+    images = kept(f"{name}-image.npy", f"features of {sum(len(x.images) for x in instances):,} images",
+                  lambda: torch.cat([part for part, _ in encode_images(model, loader, amp)]).cpu().numpy(), device)
+    texts = kept(f"{name}-text.npy", f"features of {len(loader.tokens):,} texts",
+                 lambda: torch.cat(list(encode_texts(model, loader, amp))).cpu().numpy(), device)
+    labels, captions, query = data.class_layout(instances, classes)
+    views = np.array([len(x.images) for x in instances])
+    return data.Features(images, texts, views, captions, labels, query)
 
 
-def layout(instances):
-    """What `retrieval_metrics` needs beside features: a dict of its last four arguments."""
-    numbers = {}
-    group = torch.tensor([numbers.setdefault(x.group, len(numbers)) for x in instances])
-    query = torch.tensor([x.query for x in instances])
-    owner = caption_owner(instances)
-    return dict(image_group=group, text_group=group[owner], image_query=query, text_query=query[owner])
-
-
-def caption_owner(instances):
-    """(C,): the number of the instance that each caption belongs to."""
-    return torch.arange(len(instances)).repeat_interleave(torch.tensor([len(x.captions) for x in instances]))
-
-
-def evaluate(model, instances, amp="auto", workers=0, loader=None):
-    """Retrieval metrics of a model on instances, both ways."""
-    images, texts = embed(model, instances, amp, workers, loader)
-    return retrieval_metrics(images.cpu(), texts.cpu(), **layout(instances))
-
-
-def recalls(metrics):
-    """One line of text about `retrieval_metrics` on val: R@1 text-to-image / image-to-text, and rSum."""
-    to_image, to_text = (metrics[way]["R@1"] for way in WAYS)
-    return f"val R@1 {to_image:.1f} / {to_text:.1f}, rSum {metrics['rSum']:.1f}"
-
+# ---------------------------------------------------------------- tables
 
 def mean_of_metrics(several):
     """The mean over several results of `retrieval_metrics`, metric by metric."""
@@ -634,16 +570,16 @@ def mean_of_metrics(several):
     return out
 
 
-def retrieval_rows(name, images, texts, instances, fold=1000):
+def retrieval_rows(name, embedded, fold=1000):
     """The rows of a retrieval table, {row: metrics}: "model", and those of `bounds`.
 
     For coco also "model, 1K folds": the mean over folds of 1,000 images in order, each with its own captions
-    (its 5,000 test images are published whole, 5K, and as the mean of five folds, 1K). images (N, D), texts
-    (C, D): unit norm.
+    (its 5,000 test images are published whole, 5K, and as the mean of five folds, 1K).
     """
-    images, texts = images.cpu(), texts.cpu()
-    rows = {"model": retrieval_metrics(images, texts, **layout(instances))}
-    if name == "coco" and len(instances) > fold:
+    instances = embedded.instances
+    images, texts = embedded.images.cpu(), embedded.texts.cpu()
+    rows = {"model": retrieval_metrics(images, texts, **layout(instances), scores=embedded.scores)}
+    if name == "coco" and len(instances) > fold and not embedded.scores:
         owner = caption_owner(instances)
         folds = []
         for begin in range(0, len(instances) - fold + 1, fold):
@@ -651,7 +587,7 @@ def retrieval_rows(name, images, texts, instances, fold=1000):
             part = layout(instances[begin:begin + fold])
             folds.append(retrieval_metrics(images[begin:begin + fold], texts[captions], **part))
         rsum = float(np.mean([metrics["rSum"] for metrics in folds]))
-        rows["model, 1K folds"] = {"rSum": rsum, **mean_of_metrics(folds)}
+        rows["model, 1K folds"] = mean_of_metrics(folds) | {"rSum": rsum}
     return rows | bounds(name, instances)
 
 
@@ -662,18 +598,19 @@ def bounds(name, instances, draws=5, seed=0):
     fit. It is the mean over `draws` random orders of what the oracle finds equally probable.
     """
     groups = layout(instances)
-    generator = torch.Generator().manual_seed(seed)
     asked_images = groups["image_group"][groups["image_query"]]
     asked_texts = groups["text_group"][groups["text_query"]]
     rows = {"chance": {"text_to_image": chance(asked_texts, groups["image_group"]),
                        "image_to_text": chance(asked_images, groups["text_group"])}}
     if name == "primitives":
         # so large that unequal probabilities differ by more than the noise, and the noise by more than TIE
-        probability = 1e9 * data.primitives_oracle(instances).double()
+        probability = 1e9 * data.primitives_oracle(instances).double()  # (C, N)
+        generator = torch.Generator().manual_seed(seed)
         results = []
         for _ in range(draws):
             noisy = probability + 1e3 * torch.rand(probability.shape, generator=generator)
-            results.append(both_ways(noisy[groups["text_query"]], noisy.t()[groups["image_query"]], **groups))
+            scores = (lambda indices: noisy[indices]), (lambda indices: noisy[:, indices].t())
+            results.append(retrieval_metrics(None, None, **groups, scores=scores))
         rows["ceiling"] = mean_of_metrics(results)
     return rows
 
@@ -834,9 +771,6 @@ def attention_picture(path, rows):
     clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
 
 
-LINES = (BLUE, ORANGE, GREEN, RED, (130, 80, 170), (40, 180, 200), (230, 110, 170), (110, 110, 110))
-
-
 def read_log(path):
     """-> [(line, what it holds)] of the complete lines of a log.jsonl: a kill can cut the last one."""
     lines = data.read_text(path).split("\n")[:-1]
@@ -846,106 +780,25 @@ def read_log(path):
     return list(zip(lines, rows))
 
 
-def read_curves(run):
-    """-> (metric, losses, values) of the folder of a run, the last two being lists of (step, number).
-
-    metric: the name of what best.pt is chosen by, whose values on val these are.
-    """
-    path = os.path.join(run, "log.jsonl")
-    rows = [row for _, row in read_log(path)] if os.path.exists(path) else []
-    evaluated = [row for row in rows if "val" in row]
-    if not evaluated:
-        raise clip.CheckpointError(f"--curves: {path} is missing or has no evaluation yet; "
-                                   "give the folders of runs")
-    try:
-        if "mean" in evaluated[0]["val"]:  # over the tasks of train_cmaclip.py
-            metric = "accuracy"
-            values = [(row["step"], row["val"]["mean"]["accuracy"]) for row in evaluated]
-        else:
-            metric = "rSum" if "rSum" in evaluated[0]["val"] else "mAP"
-            values = [(row["step"], row["val"][metric]) for row in evaluated]
-        losses = [(row["step"], row["loss"]) for row in rows]
-        finite = all(0 < step < 1e12 and abs(number) < 1e12 for step, number in losses + values)
-    except (KeyError, TypeError):
-        finite = False
-    if not finite:
-        raise clip.CheckpointError(f"--curves: {path} has a line without a step, a loss or a metric that is "
-                                   "a finite number; remove the line")
-    return metric, losses, values
-
-
-def ticks(low, high, most):
-    """At most `most` + 1 round numbers in low..high, in equal steps of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(k * power for k in (1, 2, 5, 10) if k * power >= 0.999 * rough)
-    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def draw_panel(draw, font, box, title, curves):
-    """Draw curves with axes into box (left, top, right, bottom).
-
-    curves: list of (colour, points, best); points: list of (step, number); best: the step of a dot.
-    """
-    left, top, right, bottom = box
-    last = max(step for _, points, _ in curves for step, _ in points)
-    numbers = [number for _, points, _ in curves for _, number in points]
-    margin = 0.06 * (max(numbers) - min(numbers)) or 0.5
-    low, high = min(numbers) - margin, max(numbers) + margin
-
-    def place(step, number):
-        return left + (right - left) * step / last, bottom - (bottom - top) * (number - low) / (high - low)
-
-    for number in ticks(low, high, 6):
-        _, y = place(0, number)
-        draw.line((left, y, right, y), fill=(225, 225, 225), width=2)
-        draw.text((left - 10, y), f"{round(number, 9):,g}", fill="black", font=font, anchor="rm")
-    for step in ticks(0, last, 5):
-        x, _ = place(step, low)
-        draw.line((x, bottom, x, bottom + 8), fill="black", width=2)
-        draw.text((x, bottom + 12), f"{step:,g}", fill="black", font=font, anchor="ma")
-    draw.line((left, top, left, bottom, right, bottom), fill="black", width=2)
-    draw.text((left, top - 12), title, fill="black", font=font, anchor="ls")
-    draw.text((right, bottom + 42), "step", fill="black", font=font, anchor="ra")
-    for colour, points, best in curves:
-        draw.line([place(*point) for point in points], fill=colour, width=4, joint="curve")
-        x, y = place(best, dict(points)[best])
-        draw.ellipse((x - 8, y - 8, x + 8, y + 8), fill=colour)
-
-
 def draw_curves(path, runs):
-    """Write a picture of the loss and of the metric that best.pt is chosen by, over the steps of some runs.
-
-    A dot is at best.pt. Runs that are chosen by another metric have a row of their own, 800 pixels wide.
-    """
-    names = run_names([os.path.join(run, "log.jsonl") for run in runs])
-    rows = {}  # metric -> [(name, colour, losses, values)]
-    for i, run in enumerate(runs):
-        metric, losses, values = read_curves(run)
-        rows.setdefault(metric, []).append((names[i], LINES[i % len(LINES)], losses, values))
-    font = ImageFont.load_default(24)  # all is drawn at twice its size
-    cell = 70 + max(font.getlength(name) for name in names)  # of the legend
-    columns = max(1, int(1600 // cell))
-    heights = [560 + 36 * math.ceil(len(curves) / columns) for curves in rows.values()]
-    canvas = Image.new("RGB", (1600, sum(heights)), "white")
-    draw = ImageDraw.Draw(canvas)
-    top = 0
-    for (metric, curves), height in zip(rows.items(), heights):
-        losses = []
-        values = []
-        for i, (name, colour, loss, value) in enumerate(curves):
-            x = 20 + cell * (i % columns)
-            y = top + 28 + 36 * (i // columns)
-            draw.line((x, y, x + 32, y), fill=colour, width=6)
-            draw.text((x + 42, y), name, fill="black", font=font, anchor="lm")
-            best, _ = max(value, key=lambda point: point[1])
-            losses.append((colour, loss, best))
-            values.append((colour, value, best))
-        top += height
-        draw_panel(draw, font, (110, top - 500, 770, top - 80), "loss", losses)
-        draw_panel(draw, font, (910, top - 500, 1570, top - 80), f"{metric} on val", values)
-    canvas = canvas.resize((800, canvas.height // 2), Image.Resampling.LANCZOS)
-    clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
+    """Write a picture of the loss and of the score on val that best.pt is chosen by, over the steps of runs."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise clip.CheckpointError("--curves: matplotlib draws them; pip install matplotlib") from None
+    figure = Figure(figsize=(10, 4), layout="tight")
+    left, right = figure.subplots(1, 2)
+    left.set(title="loss", xlabel="step")
+    right.set(title="score on val", xlabel="step")
+    logs = [os.path.join(run, "log.jsonl") for run in runs]
+    for log, name in zip(logs, run_names(logs)):
+        with clip.reading(log, "give the folder of a run that has been evaluated"):
+            rows = [row for _, row in read_log(log)]
+            evaluated = [row for row in rows if "val" in row]
+            left.plot([row["step"] for row in rows], [row["loss"] for row in rows])
+            right.plot([row["step"] for row in evaluated], [row["score"] for row in evaluated], marker=".", label=name)
+    right.legend()
+    clip.write_file(path, lambda f: figure.savefig(f, format="png"))
 
 
 # ---------------------------------------------------------------- arguments
@@ -1490,7 +1343,7 @@ class Run:
 
         The score is one on val: a model is never chosen on test.
         """
-        self.record |= evaluations
+        self.record |= {"score": score, **evaluations}
         if message:
             self.say(f"epoch {self.record['epoch']}: loss {self.record['loss']:.3f}, {message}")
         self.state["waited"] += 1  # evaluations since the best one
@@ -1748,10 +1601,8 @@ def retrieval_evaluation(embedded, args, title="model"):
     if embedded.classes:
         labels_captions_query = data.class_layout(instances, embedded.classes)
         rows = class_retrieval(images, texts, *labels_captions_query, embedded.classes)
-    elif embedded.scores:
-        rows = {"model": score_metrics(*embedded.scores, **layout(instances)), **bounds(args.data, instances)}
     else:
-        rows = retrieval_rows(args.data, images, texts, instances)
+        rows = retrieval_rows(args.data, embedded)
     rows = {row.replace("model", title): metrics for row, metrics in rows.items()}
     named = {f"{args.split} {row}": metrics for row, metrics in rows.items()}
     if embedded.classes:
