@@ -15,26 +15,23 @@ One thing differs: weights stay float32 (mixed precision is autocast's job, see 
 held in half precision overflow in fine-tuning. This file knows nothing of data sets or losses.
 """
 import contextlib
-import ctypes
 import difflib
 import gzip
 import hashlib
-import heapq
 import html
 import http.client
-import io
 import json
 import math
 import os
 import pickle
-import struct
 import sys
 import tempfile
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import ftfy
 import numpy as np
@@ -43,26 +40,51 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-class CheckpointError(ValueError):
-    """A model name, download, weight file or checkpoint that cannot be used; one line says what to do."""
+class OneLineError(ValueError):
+    """An error for whoever runs this: one line that says what is wrong, where (the file), and what to do.
+
+    A message may quote a file: what would break the line or drive the terminal becomes "?".
+    """
 
     def __init__(self, message):
-        super().__init__(printable(message))
+        super().__init__("".join(c if c.isprintable() else "?" for c in message[:1500]))
+
+
+class CheckpointError(OneLineError):
+    """A model name, download, weight file or checkpoint that cannot be used."""
 
 
 class DownloadError(CheckpointError):
     """A file that could not be fetched; the message says where to put it by hand."""
 
 
-def printable(message):
-    """A message may quote a file: what would break the line or drive the terminal becomes "?"."""
-    return "".join(c if c.isprintable() else "?" for c in message[:1500])
-
-
 def expect(condition, where, problem):
     """Raise CheckpointError, naming the file (where) and its problem, if the condition does not hold."""
     if not condition:
         raise CheckpointError(f"{where}: {problem}")
+
+
+@contextlib.contextmanager
+def reading(path, advice, error=CheckpointError):
+    """A context in which a file is read: what a broken one makes the readers raise becomes `error`, one line.
+
+    advice: what to do, the end of that line. Errors that are such lines already (OneLineError) pass.
+    """
+    try:
+        yield
+    except OneLineError:
+        raise
+    except Exception as e:
+        problem = "refused, damaged or of another kind"
+        if isinstance(e, OSError) and e.strerror:
+            problem = "cannot be read"
+        raise error(f"{path}: {problem} ({_line(e)}); {advice}") from None
+
+
+def _line(error):
+    """What an error says, as one short line."""
+    said = getattr(error, "strerror", None) or str(error)
+    return " ".join(said.split())[:120] or type(error).__name__
 
 
 # ---------------------------------------------------------------- architectures
@@ -121,12 +143,21 @@ SCRATCH = ("tiny", "tiny-rn", "small")
 
 # ---------------------------------------------------------------- the model
 
+class Packed(NamedTuple):
+    """Where the rows of packed texts stand in their (B, L) grid.
+
+    Only the N places that hold real tokens are computed. The others hold zeros in attention: they lie after a
+    text's end, where no token of a causal transformer looks.
+    """
+    rows: torch.Tensor  # (N,) int64, places in the flattened grid
+    B: int
+    L: int
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with torch's parameter names (`in_proj_weight`, `out_proj`).
 
-    x: (B, L, width). Texts come packed instead, as (N, width): the N rows of the flattened (B, L) grid that
-    hold real tokens. Then `packed` is (rows, B, L), and rows (N, int64) says where in the grid each stands.
-    The places left out hold zeros; they lie after a text's end, where no token of a causal transformer looks.
+    x: (B, L, width). Texts come packed instead, as (N, width), and `packed` says where each row stands.
     With `keep_weights` set, `weights` keeps the last call's softmax, (B, heads, L, L), for pictures.
     """
 
@@ -407,7 +438,7 @@ class CLIP(nn.Module):
         ids, rows, last, mask = (x.to(device, non_blocking=True) for x in (ids, rows, last, mask))
         # F.embedding and not indexing, whose backward pass sums the rows of one position in any order.
         x = self.token_embedding(ids) + F.embedding(rows % L, self.positional_embedding)  # (rows, width)
-        x = self.ln_final(self.transformer(x.to(self.dtype), (rows, B, L)))
+        x = self.ln_final(self.transformer(x.to(self.dtype), Packed(rows, B, L)))
         if not tokens:
             return x[last] @ self.text_projection
         x = x[:len(real)] @ self.text_projection
@@ -428,8 +459,8 @@ class CLIP(nn.Module):
 def build(name, tokenizer=None, seed=0, image_size=None, context_length=None):
     """A CLIP of a named architecture with random weights that depend on `seed` alone, in training mode.
 
-    tokenizer: sets the vocabulary and travels with the model. image_size, context_length: pixels of a picture's
-    side and tokens of a text, where they are not the architecture's.
+    tokenizer: sets the vocabulary and travels with the model. image_size, context_length: pixels of a
+    picture's side and tokens of a text, where they are not the architecture's.
     Raises CheckpointError for an unknown name or an image size that no whole number of patches fills.
     """
     config = MODELS[_known(name)][0]
@@ -464,8 +495,10 @@ def resize_images(model, image_size):
 
 
 def shorten_context(model, context_length):
-    """Keep the first `context_length` positions of a text, in place: what shorter texts give stays the same, and
-    longer ones are cut. Returns the model. Raises CheckpointError where it has fewer positions."""
+    """Keep the first `context_length` positions of a text, in place: shorter texts give what they gave.
+
+    Returns the model. Raises CheckpointError where it has fewer positions.
+    """
     expect(context_length <= model.context_length, f"--context {context_length}",
            f"this CLIP has {model.context_length} positions for the tokens of a text; choose that or less")
     model.positional_embedding = nn.Parameter(model.positional_embedding.data[:context_length].clone())
@@ -492,10 +525,9 @@ def compile_blocks(model):
 def fast_float32():
     """Let oneDNN compute the CPU's float32 matrix products where it is as exact as the default library.
 
-    The default uses half of the vector width of some CPUs (AMD's), in twice the time. The switch permits
-    bfloat16, which oneDNN takes only on a CPU with units for it (AMX), so the error of one product decides.
-    It is the whole process's. torch's fused attention for CPUs is five times slower with it, so that is
-    switched off too, and `Attention` forms the matrix of scores itself.
+    The default takes twice the time on some CPUs (AMD's). The switch, the whole process's, permits bfloat16
+    too, which oneDNN takes only on a CPU with units for it (AMX), so the error of one product decides.
+    torch's fused attention is five times slower with it, so `Attention` then forms the scores itself.
     Returns whether the switch is on; older versions of torch do not have it.
     """
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
@@ -505,30 +537,12 @@ def fast_float32():
     matmul.fp32_precision = "bf16"
     a, b = torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(0))
     exact = a.double() @ b.double()
-    error = (a @ b - exact).abs().max() / exact.abs().max()
-    if error.item() > 1e-5:
+    on = bool((a @ b - exact).abs().max() < 1e-5 * exact.abs().max())
+    if not on:
         matmul.fp32_precision = before
-        return False
-    torch.backends.cuda.enable_flash_sdp(False)  # this switch is the CPU's too
-    return True
-
-
-def keep_memory():
-    """Let this process keep the memory that it frees for its next step, which asks for the same again.
-
-    glibc returns large blocks to the system at once, which has to clear their pages before it hands them out
-    again: a fifth of a tiny model's training step. It is the whole process's; results stay the same.
-    Returns whether it is on; other C libraries than glibc do not have it.
-    """
-    TRIM_THRESHOLD = -1  # the numbers of malloc.h
-    MMAP_THRESHOLD = -3
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    large = 1 << 30  # bytes; older versions take 32 MiB at most
-    return bool((mallopt(MMAP_THRESHOLD, large) or mallopt(MMAP_THRESHOLD, 1 << 25))
-                and mallopt(TRIM_THRESHOLD, large))
+    else:
+        torch.backends.cuda.enable_flash_sdp(False)  # this switch is the CPU's too
+    return on
 
 
 def autocast(amp, model):
@@ -654,7 +668,8 @@ def fetch(url, path, sha256=None):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         torch.hub.download_url_to_file(url, path, sha256, progress=sys.stderr.isatty())
     except (OSError, RuntimeError, http.client.HTTPException) as e:  # RuntimeError: another checksum
-        raise DownloadError(f"{url} could not be fetched ({_line(e)}); put the file at {path} by hand") from None
+        problem = f"could not be fetched ({_line(e)}); put the file at {path} by hand"
+        raise DownloadError(f"{url} {problem}") from None
 
 
 def transform(resolution):
@@ -693,15 +708,12 @@ def read_weights(path):
                             + ", ".join(WEIGHT_FILES))
         path = os.path.join(path, names[0])
     content, is_archive = _read_file(path)
-    try:
+    with reading(path, "give a file of CLIP weights"):
         if content.get("format") == CHECKPOINT_FORMAT:
             described = content["clip"]
             hints = {key: described["config"][key] for key in HINTS}
             return described["state_dict"], hints | {"tokenizer": described["merges"]}
         return _read_foreign(content, path, is_archive)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as e:
-        raise CheckpointError(f"{path}: is no CLIP that can be read: {_line(e)}; "
-                              "give a file of CLIP weights") from None
 
 
 def _read_foreign(content, path, is_archive):
@@ -757,7 +769,7 @@ def _read_config(path):
     """The hints in transformers' config.json or open_clip's open_clip_config.json; none without a file."""
     if not os.path.isfile(path):
         return {}
-    try:
+    with reading(path, "fetch it again, or move it away"):
         with open(path, encoding="utf-8") as f:
             config = json.load(f)
         if "model_cfg" not in config:
@@ -773,9 +785,6 @@ def _read_config(path):
         if isinstance(vision.get("layers", 12), int):  # a ViT
             hints["vision_heads"] = vision.get("width", 768) // vision.get("head_width", 64)
         return hints
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as e:
-        problem = f"is no CLIP configuration ({_line(e)}); fetch it again or move it away"
-        raise CheckpointError(f"{path}: {problem}") from None
 
 
 def from_state_dict(state, hints=None, image_size=None, quick_gelu=None, where="the weights"):
@@ -793,18 +802,50 @@ def from_state_dict(state, hints=None, image_size=None, quick_gelu=None, where="
                       "(state it: clip.load(..., quick_gelu=True))")
     no_weights = ("input_resolution", "context_length", "vocab_size", "attn_mask")
     state = {key: value for key, value in state.items() if key not in no_weights}
-    try:
-        config = _infer_config(state, hints, bool(quick_gelu))
-        with torch.device("meta"):
-            model = CLIP(config)
-    except KeyError as e:
-        held = ", ".join(map(repr, list(state)[:3])) or "nothing"
-        raise CheckpointError(f"{where}: not CLIP weights: {e.args[0]!r} is missing; it holds {held}. "
-                              "Give a file of CLIP weights") from None
-    except (ValueError, IndexError, ZeroDivisionError, RuntimeError, TypeError) as e:
-        problem = f"the shapes are no CLIP's ({_line(e)}); give a file of CLIP weights"
-        raise CheckpointError(f"{where}: {problem}") from None
+    advice = "give a file of CLIP weights"
+    held = ", ".join(map(repr, list(state)[:3])) or "nothing"
+    with reading(where, advice):
+        try:
+            config = _infer_config(state, hints, bool(quick_gelu))
+        except KeyError as e:
+            problem = f"not CLIP weights: {e.args[0]!r} is missing; it holds {held}"
+            raise CheckpointError(f"{where}: {problem}; {advice}") from None
+        model = _assemble(config, state, where)
+        model.tokenizer = _own_tokenizer(hints.get("tokenizer"), model, where)
+    if image_size and image_size != config.image_resolution:
+        resize_images(model, image_size)
+    return model
 
+
+def from_description(description, where="the checkpoint"):
+    """The CLIP that `describe` described, in eval mode, float32, on the CPU, with its own tokenizer.
+
+    The architecture is the one that was stored; nothing is guessed from the tensors.
+    where: the file, for errors: CheckpointError, where the description is damaged.
+    """
+    with reading(where, "write or fetch it again"):
+        stored = description["config"]
+        names = [field.name for field in fields(Config)]
+        absent = [name for name in names if name not in stored]
+        expect(not absent, where, f"its configuration lacks {', '.join(absent)}; write or fetch it again")
+        config = Config(**{name: stored[name] for name in names})
+        layers = config.vision_layers if config.vision_patch_size else sum(config.vision_layers)
+        state = dict(description["state_dict"])
+        expect(layers + config.transformer_layers < len(state), where, "more layers than weights: damaged")
+        model = _assemble(config, state, where)
+        model.tokenizer = _own_tokenizer(description["merges"], model, where)
+    return model.eval()
+
+
+def _assemble(config, state, where):
+    """A CLIP of this configuration that holds a float32 copy of the tensors, which must be all of its own."""
+    pooled_width = config.vision_width if config.vision_patch_size else 32 * config.vision_width
+    text = config.transformer_width, config.transformer_heads
+    for width, n in ((pooled_width, config.vision_heads), text):
+        divides = type(n) is int and n > 0 and width % n == 0
+        expect(divides, where, f"a width of {width} has no {n} attention heads; give a file of CLIP weights")
+    with torch.device("meta"):
+        model = CLIP(config)
     expected = model.state_dict()
     counters = {key: torch.zeros(()) for key in expected if key.endswith("num_batches_tracked")}
     state = counters | state  # older files lack these
@@ -824,18 +865,17 @@ def from_state_dict(state, hints=None, image_size=None, quick_gelu=None, where="
                f"{key!r} holds fewer numbers than its shape needs; the file is damaged")
         state[key] = value.detach().to(expected[key].dtype, copy=True, memory_format=torch.contiguous_format)
     model.load_state_dict(state, assign=True)
-
-    if hints.get("tokenizer") is not None:
-        try:
-            model.tokenizer = Tokenizer(hints["tokenizer"])
-        except (TypeError, ValueError) as e:
-            raise CheckpointError(f"{where}: its tokenizer's merges are no list of pairs ({_line(e)}); "
-                                  "the file is damaged") from None
-        expect(model.tokenizer.vocab_size <= config.vocab_size, where,
-               f"its tokenizer has more symbols than its model ({config.vocab_size}); the file is damaged")
-    if image_size and image_size != config.image_resolution:
-        resize_images(model, image_size)
     return model
+
+
+def _own_tokenizer(merges, model, where):
+    """The tokenizer of these merges, None for None."""
+    if merges is None:
+        return None
+    tokenizer = Tokenizer(merges)
+    expect(tokenizer.vocab_size <= model.vocab_size, where,
+           f"its tokenizer has more symbols than its model ({model.vocab_size}); the file is damaged")
+    return tokenizer
 
 
 def _infer_config(state, hints, quick_gelu):
@@ -850,75 +890,20 @@ def _infer_config(state, hints, quick_gelu):
         layers = count("visual.transformer.resblocks.")
         positions = state["visual.positional_embedding"].shape[0]
         heads = 16 if width == 1280 else width // 64  # 64 channels each, but for open_clip's ViT-H
-        pooled_width = width
     else:  # a ResNet, whose attention pool works on 32 times the width of its stem
         width = state["visual.layer1.0.conv1.weight"].shape[0]
         patch = None
         layers = tuple(count(f"visual.layer{i}.") for i in (1, 2, 3, 4))
         positions = state["visual.attnpool.positional_embedding"].shape[0]
-        pooled_width = 32 * width
-        heads = pooled_width // 64
+        heads = 32 * width // 64
     heads = hints.get("vision_heads", heads)
     text_heads = hints.get("transformer_heads", text_width // 64)
-    for channels, n in ((pooled_width, heads), (text_width, text_heads)):
-        if type(n) is not int or n < 1 or channels % n:
-            raise ValueError(f"{n} attention heads do not divide a width of {channels}")
     return Config(embed_dim, (patch or 32) * math.isqrt(positions - 1), layers, width, patch,
                   state["positional_embedding"].shape[0], state["token_embedding.weight"].shape[0],
                   text_width, text_heads, count("transformer.resblocks."), heads, quick_gelu)
 
 
 # ---------------------------------------------------------------- file formats; nothing of a file is ever run
-
-def _line(error):
-    """What an error says, as one short line."""
-    return " ".join(str(error).split())[:120] or type(error).__name__
-
-
-def _read_file(path):
-    """-> (dict of tensors and plain values, whether it is a TorchScript archive). Raises CheckpointError."""
-    expect(os.path.isfile(path), path, "no such file; give a file or folder of weights")
-    try:
-        return _read_any_format(path)
-    except CheckpointError:
-        raise
-    except OSError as e:
-        problem = f"cannot be read ({e.strerror or e}); check the path and its permissions"
-        raise CheckpointError(f"{path}: {problem}") from None
-    except Exception as e:  # torch.load raises many kinds on a damaged or unsafe file
-        unsafe = isinstance(e, pickle.UnpicklingError)
-        asks = regex.search(r"GLOBAL (\S+)|(?:class|function|type) (\S+\.\S+)", str(e))
-        reason = "no weights in it" if unsafe else _line(e)
-        problem = f"is damaged, or no weight file ({reason}); fetch it again, nothing of it was run"
-        if unsafe and asks:
-            problem = (f"asks for {asks[1] or asks[2]}, which weights do not need; refused, nothing of it "
-                       "was run. If you trust it, save its state_dict() alone")
-        raise CheckpointError(f"{path}: {problem}") from None
-
-
-def _read_any_format(path):
-    """The same, told apart by the first bytes, raising whatever a broken file makes the readers raise."""
-    with open(path, "rb") as f:
-        head = f.read(9)
-    expect(head, path, "is empty; fetch or write it again")
-    if head[:2] == b"PK":
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return read_torchscript(archive, path), True
-    if head[8:] == b"{":
-        return read_safetensors(path), False
-    if path.endswith(".index.json"):  # Hugging Face's shards
-        with open(path, encoding="utf-8") as f:
-            names = json.load(f)["weight_map"].values()
-        weights = {}
-        for shard in sorted({os.path.basename(name) for name in names}):  # only files of the same folder
-            weights |= _read_file(os.path.join(os.path.dirname(path), shard))[0]
-        return weights, False
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    expect(isinstance(weights, dict), path, f"holds a {type(weights).__name__}, not a dictionary of weights; "
-                                            "save model.state_dict()")
-    return weights, False
-
 
 DTYPES = {  # torch's dtype: its name in safetensors, the name of its storages in pickles
     torch.float64: ("F64", "Double"), torch.float32: ("F32", "Float"), torch.float16: ("F16", "Half"),
@@ -927,9 +912,45 @@ DTYPES = {  # torch's dtype: its name in safetensors, the name of its storages i
     torch.bool: ("BOOL", "Bool")}
 
 
-def _numbers(data, dtype):
-    """The bytes as a flat tensor with memory of its own."""
-    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+def _read_file(path):
+    """-> (dict of tensors and plain values, whether it is a TorchScript archive). Raises CheckpointError."""
+    expect(os.path.isfile(path), path, "no such file; give a file or folder of weights")
+    with reading(path, "give a file of weights, or fetch it again; nothing of it was run"):
+        with open(path, "rb") as f:
+            head = f.read(9)
+        expect(head, path, "is empty; fetch or write it again")
+        if head[:2] == b"PK":
+            with zipfile.ZipFile(path) as archive:
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    return read_torchscript(archive, path), True
+        if head[8:] == b"{":
+            return read_safetensors(path), False
+        if path.endswith(".index.json"):
+            return _read_shards(path), False
+        return _read_pickle(path), False
+
+
+def _read_shards(path):
+    """The tensors of all files that an index of shards names; only those of its own folder are read."""
+    with open(path, encoding="utf-8") as f:
+        names = json.load(f)["weight_map"].values()
+    weights = {}
+    for shard in sorted({os.path.basename(name) for name in names}):
+        weights |= _read_file(os.path.join(os.path.dirname(path), shard))[0]
+    return weights
+
+
+def _read_pickle(path):
+    """What torch.save wrote, if it is a dict of tensors and plain values."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:  # torch's own says in many lines how to run what is in the file
+        asks = regex.search(r"GLOBAL (\S+)|(?:class|function|type) (\S+\.\S+)", str(e))
+        reason = f"asks for {asks[1] or asks[2]}, which weights do not need" if asks else "no weights in it"
+        raise pickle.UnpicklingError(reason) from None
+    expect(isinstance(weights, dict), path, f"holds a {type(weights).__name__}, not a dictionary of weights; "
+                                            "save model.state_dict()")
+    return weights
 
 
 def _whole(*numbers):
@@ -940,113 +961,53 @@ def _whole(*numbers):
 def read_safetensors(path):
     """A safetensors file (uint64 header length, JSON header, bytes) as {name: tensor}; bounds are checked."""
     dtypes = {name: dtype for dtype, (name, _) in DTYPES.items()}
-    size = os.path.getsize(path)
+    content = np.memmap(path, np.uint8, mode="c")
+    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    expect(start <= len(content), path,
+           f"a header of {start - 8} bytes in a file of {len(content)}: truncated; fetch it again")
     tensors = {}
-    with open(path, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        expect(length <= min(size - 8, 100 << 20), path,
-               f"a header of {length} bytes in a file of {size}: truncated or no safetensors; fetch it again")
-        header = json.loads(f.read(length))
-        body = size - 8 - length
-        unused = body  # tensors may not share bytes, else a small file could ask for much memory
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            shape = entry["shape"]
-            begin, end = entry["data_offsets"]
-            dtype = dtypes.get(entry["dtype"])
-            expect(dtype, path, f"tensor {name!r}: dtype {entry['dtype']} is not supported; save it as F32")
-            unused -= end - begin
-            inside = _whole(*shape, begin, end) and begin <= end <= body and unused >= 0
-            expect(inside and end - begin == math.prod(shape) * dtype.itemsize, path,
-                   f"tensor {name!r} lies outside the file or has a wrong size; fetch it again")
-            f.seek(8 + length + begin)
-            tensors[name] = _numbers(f.read(end - begin), dtype).reshape(shape)
+    for name, entry in json.loads(content[8:start].tobytes()).items():
+        if name == "__metadata__":
+            continue
+        shape = entry["shape"]
+        begin, end = entry["data_offsets"]
+        dtype = dtypes.get(entry["dtype"])
+        expect(dtype, path, f"tensor {name!r}: dtype {entry['dtype']} is not supported; save it as F32")
+        inside = _whole(*shape, begin, end) and begin <= end <= len(content) - start
+        expect(inside and end - begin == math.prod(shape) * dtype.itemsize, path,
+               f"tensor {name!r} lies outside the file or has a wrong size; fetch it again")
+        tensors[name] = torch.empty(shape, dtype=dtype)
+        if end > begin:
+            numbers = torch.frombuffer(content, dtype=dtype, count=math.prod(shape), offset=start + begin)
+            tensors[name] = numbers.reshape(shape)
     return tensors
 
 
-def _plain(values):
-    """The values, which are about to be hashed: as keys, or as members of a set.
+class RestrictedUnpickler(pickle.Unpickler):
+    """A reader of pickles that imports nothing: all that a pickle names is looked up in a table.
 
-    Raises ValueError for long tuples and for tuples of tuples: a pair of twice the same pair, and so on for n
-    levels, takes a few bytes each, and 2^n steps to hash.
+    file: open for reading bytes. admitted: {(top-level module, name): what stands for it}; the name "*" is
+    for all others of a module. What stands for a function should be made for this reader alone, as a pickle
+    may set attributes of it. persistent: a function of the ids of what lies outside of the pickle.
+    Raises UnpicklingError that names what the table lacks.
     """
-    for value in values:
-        if isinstance(value, tuple) and (len(value) > 16 or any(isinstance(x, tuple) for x in value)):
-            raise ValueError("a key that is a long or a nested tuple")
-    return values
 
+    def __init__(self, file, admitted, persistent=None, **options):
+        super().__init__(file, **options)
+        self.admitted = admitted
+        self.persistent = persistent
 
-def _checked(opcode, keys):
-    """-> (opcode, its method of Python's reader, which first looks at these values on the stack)."""
-    load = pickle._Unpickler.dispatch[opcode[0]]
+    def find_class(self, module, name):
+        top = module.split(".")[0]
+        for key in ((top, name), (top, "*")):
+            if key in self.admitted:
+                return self.admitted[key]
+        raise pickle.UnpicklingError(f"asks for {module}.{name}, which it does not need")
 
-    def checked_load(self):
-        _plain(self.stack[keys])
-        load(self)
-    return opcode[0], checked_load
-
-
-class Unpickler(pickle._Unpickler):
-    """Python's reader of pickles, for bytes that are not trusted: a subclass says in `find_class` what they
-    may name. The time and the memory that it takes are bounded by the number of bytes.
-
-    It is the reader that is written in Python, which keeps the values that a pickle numbers in a dict. The
-    one in C keeps them in an array as long as the largest number, and ten bytes can state one of 2^32. Three
-    things more are bounded here: lengths, what is hashed (see `_plain`), and what is passed to functions.
-    """
-    def __init__(self, content, **options):
-        super().__init__(io.BytesIO(content), **options)
-        self.room = 4 * len(content)  # what is passed to functions came from the file, and mostly only once
-
-    def load(self):
-        try:
-            return super().load()
-        except EOFError:
-            raise EOFError("Ran out of input") from None
-
-    def spend(self, values):
-        """Raise ValueError where more is passed to functions, which copy it, than the bytes could hold."""
-        copied = (str, bytes, bytearray, list, tuple, dict)
-        self.room -= sum(len(value) for value in values if isinstance(value, copied))
-        if self.room < 0:
-            raise ValueError("it repeats its content too often")
-
-    def load_reduce(self):
-        self.spend((self.stack[-1], *self.stack[-1]))
-        super().load_reduce()
-
-    def load_build(self):
-        state = self.stack[-1]
-        self.spend((state, *state) if isinstance(state, tuple) else (state,))
-        super().load_build()
-
-    def _instantiate(self, function, arguments):
-        self.spend(arguments)
-        super()._instantiate(function, arguments)
-
-    def load_bytearray8(self):
-        length, = struct.unpack("<Q", self.read(8))
-        self.append(bytearray(self.read(length)))  # Python's own makes room for what the number says
-
-    dispatch = pickle._Unpickler.dispatch | {
-        pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: load_bytearray8}
-    dispatch |= [_checked(pickle.SETITEM, slice(-2, -1)), _checked(pickle.SETITEMS, slice(0, None, 2)),
-                 _checked(pickle.DICT, slice(0, None, 2)), _checked(pickle.ADDITEMS, slice(None)),
-                 _checked(pickle.FROZENSET, slice(None))]
-
-
-def plain_set(items=()):
-    """`set`, for pickles: of a list, see `_plain`."""
-    if not isinstance(items, (list, tuple)):
-        raise TypeError("a set of what is no list")
-    return set(_plain(items))
-
-
-def plain_ordered_dict(pairs=()):
-    """`OrderedDict`, for pickles: Python 2's pass the pairs."""
-    _plain([key for key, _ in pairs])
-    return OrderedDict(pairs)
+    def persistent_load(self, key):
+        if self.persistent is None:
+            raise pickle.UnpicklingError("refers to something outside of it")
+        return self.persistent(key)
 
 
 class _Bag:
@@ -1059,18 +1020,25 @@ class _Bag:
 def read_torchscript(archive, path):
     """The state dict of a TorchScript archive (an open ZipFile), read without torch.jit and running no code.
 
-    Its `data.pkl` is a pickle of modules; their tensors' bytes lie uncompressed in `data/` or `constants/`.
-    The unpickler knows tensors and plain lists; every class of the archive becomes a `_Bag`.
+    Its `data.pkl` is a pickle of modules; their tensors' bytes lie in `data/` or `constants/`. The reader
+    knows tensors and plain lists; every class of the archive becomes a `_Bag`.
     """
     names = set(archive.namelist())
     pickled = next(name for name in names if name.endswith("/data.pkl") and name.count("/") == 1)
     root = pickled.removesuffix("data.pkl")
+    storages = {}
 
-    def read(name):
-        info = archive.getinfo(root + name)
-        stored = info.compress_type == zipfile.ZIP_STORED  # torch never compresses: this would be a zip bomb
-        expect(stored, path, f"its record {name} is compressed, so torch did not write it; refused")
-        return archive.read(info)
+    def storage_of(key):
+        _, dtype, name, _, count = key
+        if name not in storages:
+            folder = "data/" if f"{root}data/{name}" in names else "constants/"
+            content = bytearray(archive.read(root + folder + name))
+            empty = torch.empty(0, dtype=dtype)
+            storages[name] = torch.frombuffer(content, dtype=dtype) if content else empty
+        held = len(storages[name])
+        expect(held >= count, path,
+               f"storage {name} holds {held} of {count} numbers: truncated; fetch it again")
+        return storages[name]
 
     def rebuild_tensor(storage, offset, shape, stride, *_):
         inside = _whole(offset, *shape, *stride) and len(shape) == len(stride)
@@ -1082,32 +1050,15 @@ def read_torchscript(archive, path):
         # as_strided does not check all of this itself in older versions of torch.
         return torch.as_strided(storage, tuple(shape), tuple(stride), offset)
 
-    known = {("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-             ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value,
-             ("collections", "OrderedDict"): plain_ordered_dict}
-    lists = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
-    known |= {("torch.jit._pickle", name): list for name in lists}
-    known |= {("torch", f"{name}Storage"): dtype for dtype, (_, name) in DTYPES.items()}
-    storages = {}
-
-    class ArchiveUnpickler(Unpickler):
-        def find_class(self, module, name):
-            if module.startswith("__torch__"):
-                return _Bag
-            expect((module, name) in known, path,
-                   f"asks for {module}.{name}, which weights do not need; refused, nothing of it was run")
-            return known[module, name]
-
-        def persistent_load(self, key):
-            _, dtype, name, _, count = key
-            if name not in storages:
-                folder = "data/" if f"{root}data/{name}" in names else "constants/"
-                storages[name] = _numbers(read(folder + name), dtype)
-            held = len(storages[name])
-            expect(held >= count, path,
-                   f"storage {name} holds {held} of {count} numbers: truncated; fetch it again")
-            return storages[name]
+    admitted = {("__torch__", "*"): _Bag,
+                ("torch", "_rebuild_tensor_v2"): rebuild_tensor,
+                ("torch", "_rebuild_parameter"): lambda tensor, *_: tensor,
+                ("torch", "restore_type_tag"): lambda value, _: value,
+                ("collections", "OrderedDict"): OrderedDict}
+    for kind in ("int", "double", "bool", "tensor"):
+        admitted["torch", f"build_{kind}list"] = list
+    for dtype, (_, name) in DTYPES.items():
+        admitted["torch", f"{name}Storage"] = dtype
 
     def tensors(bag, prefix=""):
         for key, value in vars(bag).items():
@@ -1116,9 +1067,10 @@ def read_torchscript(archive, path):
             elif isinstance(value, _Bag):
                 yield from tensors(value, f"{prefix}{key}.")
 
-    little_endian = root + "byteorder" not in names or read("byteorder") == b"little"
+    little_endian = root + "byteorder" not in names or archive.read(root + "byteorder") == b"little"
     expect(little_endian, path, "written on a big-endian machine; save it again on a little-endian one")
-    return dict(tensors(ArchiveUnpickler(read("data.pkl")).load()))
+    with archive.open(pickled) as f:
+        return dict(tensors(RestrictedUnpickler(f, admitted, storage_of).load()))
 
 
 # ---------------------------------------------------------------- writing weights and checkpoints
@@ -1306,41 +1258,14 @@ class Tokenizer:
         return symbols[:-1] + [symbols[-1] + "</w>"]
 
     def _merge(self, word):
-        """The ids of a word: merge the pair of lowest rank, leftmost first, until none is left.
-
-        A heap over a linked list takes n log n steps: a broken text's word can have thousands of characters.
-        """
-        parts = self._split(word)  # a merge puts the result in the left place and None in the right one
-        n = len(parts)
-        left = list(range(-1, n - 1))
-        right = list(range(1, n + 1))
-        heap = []
-
-        def push(i, j):
-            """Note the pair of the neighbours at i and j, if there is a merge for it."""
-            if i >= 0 and j < n and (parts[i], parts[j]) in self.ranks:
-                pair = parts[i], parts[j]
-                heapq.heappush(heap, (self.ranks[pair], i, pair))
-
-        for i in range(n - 1):
-            push(i, i + 1)
-        while heap:
-            rank = heap[0][0]
-            fresh = []  # pairs that come up wait until every occurrence of this one is merged
-            while heap and heap[0][0] == rank:
-                _, i, pair = heapq.heappop(heap)
-                j = right[i]
-                if j >= n or (parts[i], parts[j]) != pair:
-                    continue  # one side was merged away since
-                parts[i] += parts[j]
-                parts[j] = None
-                right[i] = right[j]
-                if right[i] < n:
-                    left[right[i]] = i
-                fresh += [(left[i], i), (i, right[i])]
-            for i, j in fresh:
-                push(i, j)
-        return [self.ids[part] for part in parts if part is not None]
+        """The ids of a word: merge the pair of lowest rank, wherever it occurs, until no pair has a rank."""
+        symbols = self._split(word)
+        while len(symbols) > 1:
+            pair = min(zip(symbols, symbols[1:]), key=lambda pair: self.ranks.get(pair, math.inf))
+            if pair not in self.ranks:
+                break
+            symbols = _join(symbols, pair)
+        return [self.ids[symbol] for symbol in symbols]
 
     def encode(self, text):
         """The list of a text's ids, without start and end."""
@@ -1389,7 +1314,7 @@ def _join(symbols, pair):
     joined = []
     i = 0
     while i < len(symbols):
-        step = 2 if tuple(symbols[i:i + 2]) == pair else 1
+        step = 2 if symbols[i] == pair[0] and symbols[i + 1:i + 2] == [pair[1]] else 1
         joined.append("".join(symbols[i:i + step]))
         i += step
     return joined

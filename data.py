@@ -43,11 +43,8 @@ from PIL import Image, ImageOps
 import clip
 
 
-class DataError(ValueError):
+class DataError(clip.OneLineError):
     """Input that cannot be used; the message is one line: what is wrong, where (file, row), what to do."""
-
-    def __init__(self, message):
-        super().__init__(clip.printable(message))
 
 
 def expect(condition, where, problem):
@@ -910,51 +907,37 @@ class _Type:
         self.dtype = np.dtype(self.code).newbyteorder(state[1])
 
 
-class _Unpickler(clip.Unpickler):
-    """Admits numpy arrays and plain containers. Nothing outside this table is imported or called, and what is
-    in it can only build a value. The functions are made anew each time, so that a pickle that sets attributes
-    on one changes nothing."""
+def _admitted():
+    """What stands for the names in pickles of numpy arrays and plain containers; it can only build a value."""
+    def frombuffer(content, kind, shape, order):
+        return np.frombuffer(content, kind.dtype).reshape(shape, order=order)
 
-    def find_class(self, module, name):
-        if module == "__builtin__":  # Python 2's name
-            module = "builtins"
-        if module.startswith("numpy."):  # numpy has moved its own
-            module = "numpy"
-
-        def frombuffer(content, kind, shape, order):
-            return np.frombuffer(content, kind.dtype).reshape(shape, order=order)
-
-        admitted = {
-            ("numpy", "ndarray"): None,
-            ("numpy", "dtype"): lambda code, *flags: _Type(code),
-            ("numpy", "_reconstruct"): lambda *empty: _Array(0, np.int8),  # what it is follows as its state
-            ("numpy", "_frombuffer"): frombuffer,
-            ("numpy", "scalar"): lambda kind, content: np.frombuffer(_bytes(content), kind.dtype)[0],
-            ("_codecs", "encode"): lambda text, encoding: _bytes(text),
-            ("builtins", "bytes"): lambda: b"",  # protocol 2 has no bytes
-            ("collections", "OrderedDict"): clip.plain_ordered_dict,
-            ("collections", "defaultdict"): lambda factory=None: defaultdict(factory),
-            ("builtins", "set"): clip.plain_set,
-            ("builtins", "list"): lambda: [],  # what a defaultdict holds where it has nothing
-            ("builtins", "dict"): lambda: {},
-            ("builtins", "int"): lambda: 0,
-            ("builtins", "float"): lambda: 0.0,
-        }
-        if (module, name) not in admitted:
-            raise DataError(f"asks for {module}.{name}")
-        return admitted[module, name]
+    plain = {
+        "bytes": lambda: b"",  # protocol 2 has no bytes
+        "set": lambda items=(): set(items),
+        "list": lambda: [],  # what a defaultdict holds where it has nothing
+        "dict": lambda: {},
+        "int": lambda: 0,
+        "float": lambda: 0.0}
+    admitted = {
+        ("numpy", "ndarray"): None,
+        ("numpy", "dtype"): lambda code, *flags: _Type(code),
+        ("numpy", "_reconstruct"): lambda *empty: _Array(0, np.int8),  # what it is follows as its state
+        ("numpy", "_frombuffer"): frombuffer,
+        ("numpy", "scalar"): lambda kind, content: np.frombuffer(_bytes(content), kind.dtype)[0],
+        ("_codecs", "encode"): lambda text, encoding: _bytes(text),
+        ("collections", "OrderedDict"): OrderedDict,
+        ("collections", "defaultdict"): lambda factory=None: defaultdict(factory)}
+    for module in ("builtins", "__builtin__"):  # Python 3's name and Python 2's
+        admitted |= {(module, name): value for name, value in plain.items()}
+    return admitted
 
 
 def read_pickle(path):
     """A pickle of numpy arrays and plain containers (Python 2's too). Anything else is refused, not run."""
-    try:
-        with open(path, "rb") as f:
-            return _Unpickler(f.read(), encoding="latin1").load()
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
-    except Exception as e:  # a damaged pickle raises nearly any kind
-        raise DataError(f"{path}: refused, not a pickle of arrays and plain containers ({str(e)[:100]}); "
-                        "nothing of it was run") from None
+    advice = "give a pickle of arrays and plain containers; nothing of it was run"
+    with clip.reading(path, advice, DataError), open(path, "rb") as f:
+        return clip.RestrictedUnpickler(f, _admitted(), encoding="latin1").load()
 
 
 # ---------------------------------------------------------------- downloads

@@ -9,7 +9,7 @@
 It prints Markdown tables for tests/results.md. A time is the median of several calls, in turns with those it
 is compared with. Peers (open_clip_torch, transformers) are used where they are installed, with the same
 weights and inputs, and as they come. This project's lines are as its scripts run, with `clip.fast_float32()`
-and `clip.keep_memory()`, unless they say "as torch comes". "Bare products" are the matrix products and
+unless they say "as torch comes". "Bare products" are the matrix products and
 convolutions that the line's own call does, on the same operands, with nothing in between; attention's are
 left out. Nothing but the code is needed: pictures are noise, and texts have the lengths of Flickr8k's
 captions.
@@ -756,7 +756,6 @@ def peak_of_steps(who, device):
     """
     if device == "cpu" and who not in PEERS:
         clip.fast_float32()
-        clip.keep_memory()
     step = a_step(who, device)
     if step is None:
         return None
@@ -956,7 +955,6 @@ def main():
         p.error("--gpu: there is none that torch can use")
     args.repeat = 3 if args.quick else 5
     device = "cuda" if args.gpu else "cpu"
-    clip.keep_memory()
     print(machine(device))
     begin = time.time()
     for name in args.only:

@@ -34,7 +34,6 @@ import data
 import train_mxm
 from data import DataError, Instance
 from eval import load_splits  # the module's name would hide Python's eval
-from test_clip import server as web  # noqa: F401
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(ROOT, "..", "shared", "data")
@@ -944,13 +943,13 @@ def server(tmp_path, monkeypatch):
     files = {TABLE: read("captions.tablechair.csv"), VOXELS: zipped({name: read(name) for name in voxels}),
              SPLITS: zipped(published | others), "asked": []}
 
-    def fetch(url, part, by_hand):
-        files["asked"].append((url, os.path.exists(part)))
+    def fetch(url, path):
+        files["asked"].append(url)
         if url not in files:
-            raise clip.CheckpointError(f"{url}: the server answers 404; {by_hand}")
-        with open(part, "wb") as f:
+            raise clip.DownloadError(f"{url} could not be fetched")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as f:
             f.write(files[url])
-        return part
     monkeypatch.setattr(clip, "fetch", fetch)
     return files
 
@@ -961,9 +960,9 @@ def test_download_and_once_only(server, tmp_path, capsys):
         instances, _ = data.load("text2shape", root, "val", download=True)
         assert [x.id for x in instances] == MODELS[4:6]
         assert data.pixels(instances[0].images[0], 8).shape == (8, 8, 3)
-        assert server["asked"] == [(VOXELS, False), (SPLITS, False), (TABLE, False)]
+        assert server["asked"] == [VOXELS, SPLITS, TABLE]
     files = ["captions.tablechair.csv", data.VOXEL_FOLDER, *data.SPLIT_FILES]
-    assert sorted(os.listdir(root)) == sorted(files)  # no archive, no .part
+    assert sorted(os.listdir(root)) == sorted(files)  # no archive
     said = capsys.readouterr().err
     assert said.count(f"{root}: Text2Shape is not there") == said.count(data.TEXT2SHAPE_URL) == 1
     for name in data.SPLIT_FILES:  # without them the split is by hash, so that nothing is missing
@@ -972,7 +971,7 @@ def test_download_and_once_only(server, tmp_path, capsys):
     assert len(server["asked"]) == 3
 
 
-def test_interrupted_downloads_go_on_where_they_stopped(server, tmp_path, monkeypatch):
+def test_interrupted_unpacking_starts_again(server, tmp_path, monkeypatch):
     root = str(tmp_path / "root")
     replace = os.replace
     targets = []
@@ -988,15 +987,7 @@ def test_interrupted_downloads_go_on_where_they_stopped(server, tmp_path, monkey
             data.load("text2shape", root, download=True)
     assert os.path.isdir(os.path.join(root, data.VOXEL_FOLDER))
     del server[VOXELS]  # it is there, and unpacked again
-    splits_archive = server.pop(SPLITS)
-    part = os.path.join(root, "text2shape-data.zip.part")
-    with open(part, "wb") as f:
-        f.write(splits_archive[:100])
-    refused("404", data.load, "text2shape", root, download=True)
-    assert os.path.getsize(part) == 100  # for clip.fetch, which asks for the rest
-    server[SPLITS] = splits_archive
     assert len(data.load("text2shape", root, download=True)[0]) == 4
-    assert [(url, part) for url, part in server["asked"] if url == SPLITS] == [(SPLITS, True)] * 2
 
 
 def test_download_errors(server, tmp_path):
@@ -1009,7 +1000,7 @@ def test_download_errors(server, tmp_path):
     refused("solid.zip: the server sent something else; put .* into .*root by hand", load)
     assert os.listdir(root) == []
     del server[VOXELS]
-    refused("solid.zip: the server answers 404; put .* into .*root by hand", load)  # clip's error, as data's
+    refused("solid.zip could not be fetched; put .* into .*root by hand", load)  # clip's error, as data's
     damaged = voxels[:300] + bytes([voxels[300] ^ 255]) + voxels[301:]  # in the first file
     for content, said in ((damaged, "damaged"), (voxels[:-30], "damaged.*not a zip"),
                           (zipped({"readme.txt": b""}), "no voxels")):
@@ -1018,28 +1009,6 @@ def test_download_errors(server, tmp_path):
         assert not (root / f"{data.VOXEL_FOLDER}.zip").exists()
     server[VOXELS] = voxels
     assert len(load()) == 4
-    (tmp_path / "file").write_text("")
-    refused("cannot be written", data.fetch_missing, "text2shape", str(tmp_path / "file" / "root"))
-
-
-@pytest.mark.parametrize("shift", [0, None])
-def test_a_connection_that_breaks(shift, server, web, tmp_path, monkeypatch):
-    """Over HTTP, from a server with and without ranges: the second call ends with the same files."""
-    monkeypatch.undo()
-    monkeypatch.setenv("no_proxy", "*")
-    contents = {name: server[f"{data.TEXT2SHAPE_URL}/{name}"] for name, _, _ in data.TEXT2SHAPE_FILES}
-    monkeypatch.setattr(data, "TEXT2SHAPE_URL", web.url)
-    web.files = {f"/{name}": content for name, content in contents.items()}
-    web.shift = shift
-    voxels = f"/{data.TEXT2SHAPE_FILES[0][0]}"
-    web.breaks[voxels] = 900
-    root = str(tmp_path / "root")
-    size = len(contents[voxels[1:]])
-    refused(f"the connection broke after 900 of {size} bytes", data.load, "text2shape", root, download=True)
-    assert len(data.load("text2shape", root, download=True)[0]) == 4
-    assert web.asked[:2] == [(voxels, None), (voxels, "bytes=900-")] and len(web.asked) == 4
-    assert sorted(os.listdir(root)) == sorted([data.CAPTION_FILE, data.VOXEL_FOLDER, *data.SPLIT_FILES])
-
 
 def settings(root, *words):
     """The settings of a script on Text2Shape under this root."""
@@ -1051,12 +1020,11 @@ def test_scripts_fetch_unless_told_not_to(tmp_path, monkeypatch):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))  # bound, but nobody listens
         monkeypatch.setattr(data, "TEXT2SHAPE_URL", f"http://127.0.0.1:{s.getsockname()[1]}")
-        by_hand = f"or put .* into {root} by hand and run without --no-download"
-        unreachable = "could not be fetched .*; run the command again to go on where it stopped"
+        by_hand = f"put .* into {root} by hand and run without --no-download"
         for words in ((), ("--download",)):
-            refused(f"^http://127.0.0.1:.*solid.zip: {unreachable}, {by_hand}",
+            refused(f"^http://127.0.0.1:.*solid.zip could not be fetched .*; {by_hand}",
                     load_splits, settings(root, *words), "cpu")
-        refused(f"^{root}: no captions.tablechair.csv there; without --no-download .*; {by_hand}",
+        refused(f"^{root}: no captions.tablechair.csv there; without --no-download .*{by_hand}",
                 load_splits, settings(root, "--no-download"), "cpu")
 
 
