@@ -39,6 +39,8 @@ import clip
 import data
 
 TIE = 1e-6  # scores closer than this are equal: rounding differs between the rows of one matrix product
+FEATURES = os.path.join("runs", "features")  # of galleries that --query has searched
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of a folder, by their endings
 BLOCK = 1 << 22  # scores held at a time: larger is slower, because memory is mapped anew for every block
 SAVE_SECONDS = 300  # last.pt is written after every epoch, and at least this often
 WAYS = ("text_to_image", "image_to_text")
@@ -167,10 +169,11 @@ def retrieval_metrics(images, texts, image_group, text_group, image_query=ALL, t
     return {"text_to_image": to_image, "image_to_text": to_text, "rSum": sum(recalls)}
 
 
-def chance(query_group, gallery_group, ks=(1, 5, 10)):
+def chance(query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
     """The expected `ranking_metrics` of a random order, in closed form.
 
-    MedR is the first position that half of the queries have reached.
+    MedR is the first position that half of the queries have reached. mAP: of R relevant items among G, place p
+    holds one with probability R / G; then (R - 1) / (G - 1) of the places before do.
     """
     _, begin, end = relevant_items(query_group, gallery_group)
     count = torch.from_numpy(end - begin)
@@ -189,6 +192,9 @@ def chance(query_group, gallery_group, ks=(1, 5, 10)):
     out |= {f"P@{k}": count.double().mean().item() / G * min(k, G) / k for k in ks}
     out |= {f"NDCG@{k}": ndcg[k] for k in ks}
     out["MRR"] = (first / place).sum().item()
+    if average_precision:
+        inverse = (1 / place).mean()
+        out["mAP"] = (inverse + (1 - inverse) * (count.double() - 1) / max(1, G - 1)).mean().item()
     out = {name: 100 * value for name, value in out.items()}
     return out | {"MedR": 1.0 + (first.cumsum(0) < 0.5).sum().item(), "MeanR": (first * place).sum().item()}
 
@@ -269,41 +275,26 @@ def class_metrics(scores, query_label, gallery_label, classes):
             "precision_scope": {"scope": scopes, "precision": at_scope}}
 
 
-def class_chance(query_label, gallery_label):
-    """{"mAP"}: the expected mAP of a random order, in closed form; labels as in `class_metrics`.
-
-    Of R relevant items among G, place p holds one with probability R / G; then (R - 1) / (G - 1) of the
-    places before do.
-    """
-    _, begin, end = relevant_items(query_label, gallery_label)
-    count = torch.from_numpy(end - begin).double()
-    G = len(gallery_label)
-    inverse = (1 / torch.arange(1, G + 1, dtype=torch.float64)).mean()  # the mean over p of 1 / p
-    return {"mAP": 100 * (inverse + (1 - inverse) * (count - 1) / max(1, G - 1)).mean().item()}
-
-
 def class_retrieval(images, texts, labels, captions, query, classes):
     """`class_metrics` both ways and their average mAP, as rows {"model", "chance"}.
 
     images (N, D), texts (C, D): unit norm; labels (N,); captions (N,): how many texts each instance has;
     query bool (N,).
     """
-    labels = torch.as_tensor(labels)
-    query = torch.as_tensor(query)
-    images, texts = images.cpu(), texts.cpu()
+    labels, query = torch.as_tensor(labels), torch.as_tensor(query)
     owner = torch.arange(len(labels)).repeat_interleave(torch.as_tensor(captions))
-    text_labels, text_query = labels[owner], query[owner]
-    sides = {"image_to_text": (images[query], labels[query], texts, text_labels),
-             "text_to_image": (texts[text_query], text_labels[text_query], images, labels)}
-    model_row, chance_row = {}, {}
-    for way, (queries, query_labels, gallery, gallery_labels) in sides.items():
-        def scores(begin, end):
-            return queries[begin:end] @ gallery.t()
-        model_row[way] = class_metrics(scores, query_labels, gallery_labels, classes)
-        chance_row[way] = class_chance(query_labels, gallery_labels)
-    for row in (model_row, chance_row):
+    sides = (images.cpu(), labels, query), (texts.cpu(), labels[owner], query[owner])
+    rows = {"model": {}, "chance": {}}
+    for way, side, other in (("image_to_text", *sides), ("text_to_image", *reversed(sides))):
+        features, asked_labels, asked = side
+        gallery, gallery_labels, _ = other
+        queries, asked_labels = features[asked], asked_labels[asked]
+        rows["model"][way] = class_metrics(lambda begin, end: queries[begin:end] @ gallery.t(),
+                                           asked_labels, gallery_labels, classes)
+        rows["chance"][way] = {"mAP": chance(asked_labels, gallery_labels, average_precision=True)["mAP"]}
+    for row in rows.values():
         row["mAP"] = (row["image_to_text"]["mAP"] + row["text_to_image"]["mAP"]) / 2
-    return {"model": model_row, "chance": chance_row}
+    return rows
 
 
 def classification_metrics(probabilities, labels, thresholds=None):
@@ -517,14 +508,20 @@ def embed(model, instances, amp="auto", workers=0, loader=None):
     was_training = model.training
     model.eval()
     loader = loader or evaluation_loader(model, instances, workers)
+    images = embed_images(model, loader, amp)
+    texts = [F.normalize(features, dim=-1) for features in encode_texts(model, loader, amp)]
+    model.train(was_training)
+    return images, torch.cat(texts) if texts else images[:0]
+
+
+def embed_images(model, loader, amp):
+    """(N, D): of each instance of a loader the renormalised mean of its views' features of unit norm."""
     images = []
     for views, mask in encode_images(model, loader, amp):
         owner = torch.arange(len(mask), device=mask.device).repeat_interleave(mask.sum(1))
         sums = views.new_zeros(len(mask), views.shape[1]).index_add(0, owner, F.normalize(views, dim=-1))
         images.append(F.normalize(sums, dim=-1))
-    texts = [F.normalize(features, dim=-1) for features in encode_texts(model, loader, amp)]
-    model.train(was_training)
-    return torch.cat(images), torch.cat(texts)
+    return torch.cat(images)
 
 
 def evaluation_loader(model, instances, workers=0, **options):
@@ -584,9 +581,8 @@ def averaged(parts):
         same = part.classes == first.classes and len(part.instances) == len(first.instances)
         for x, y in zip(part.instances, first.instances):
             same = same and (x.id, x.group, x.captions) == (y.id, y.group, y.captions)
-        if not same:
-            raise clip.CheckpointError("--checkpoint: these models do not rank the same instances, captions "
-                                       "and classes; give models of one data set and one task")
+        clip.expect(same, "--checkpoint", "these models do not rank the same instances, captions and classes; "
+                    "give models of one data set and one task")
     images = torch.cat([part.images for part in parts], dim=1) / math.sqrt(len(parts))
     texts = torch.cat([part.texts for part in parts], dim=1) / math.sqrt(len(parts))
     scores = None
@@ -602,7 +598,8 @@ def write_embeddings(path, embedded):
     instances = embedded.instances
     arrays = {"images": embedded.images.cpu().numpy(), "texts": embedded.texts.cpu().numpy(),
               "ids": np.array([x.id for x in instances]), "groups": np.array([x.group for x in instances]),
-              "owners": caption_owner(instances).numpy()}
+              "owners": caption_owner(instances).numpy(),
+              "captions": np.array([caption for x in instances for caption in x.captions])}
     for task, names in embedded.tasks.items():
         known = [*names, ""]  # -1, the number of an unlabelled instance, is the last place
         arrays[f"label_{task}"] = np.array([known[x.labels.get(task, -1)] for x in instances])
@@ -623,18 +620,19 @@ def fingerprint(model, instances, amp):
 
 
 def kept(path, what, compute, device):
-    """The array of a .npy file. Where it is not there, it is what compute() returns, and is kept there.
+    """The tensor, on `device`, of a .npy file. Where it is not there, it is what compute() returns, and is kept there.
 
     All processes must ask, since they compute it together; the first of each machine writes.
     """
     if not any_process(not os.path.exists(path), device):
         with clip.reading(path, "remove it, and it is computed again"):
-            return np.load(path)
+            return torch.from_numpy(np.load(path)).to(device)
     data.note(f"{what} are computed once and kept in {path}")
-    array = compute()
+    check_writable(path)
+    found = compute()
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        clip.write_file(path, lambda f: np.save(f, array))
-    return array
+        clip.write_file(path, lambda f: np.save(f, found.cpu().numpy()))
+    return found
 
 
 def frozen_features(model, instances, classes, cache, amp="auto", workers=0):
@@ -646,13 +644,13 @@ def frozen_features(model, instances, classes, cache, amp="auto", workers=0):
     device = next(model.parameters()).device
     loader = evaluation_loader(model, instances, workers, cache_bytes=0)  # each is read once
     name = os.path.join(cache, fingerprint(model, instances, amp))
-    images = kept(f"{name}-image.npy", f"features of {sum(len(x.images) for x in instances):,} images",
-                  lambda: torch.cat([part for part, _ in encode_images(model, loader, amp)]).cpu().numpy(), device)
-    texts = kept(f"{name}-text.npy", f"features of {len(loader.tokens):,} texts",
-                 lambda: torch.cat(list(encode_texts(model, loader, amp))).cpu().numpy(), device)
-    labels, captions, query = data.class_layout(instances, classes)
     views = np.array([len(x.images) for x in instances])
-    return data.Features(images, texts, views, captions, labels, query)
+    images = kept(f"{name}-image.npy", f"features of {views.sum():,} images",
+                  lambda: torch.cat([part for part, _ in encode_images(model, loader, amp)]), device)
+    texts = kept(f"{name}-text.npy", f"features of {len(loader.tokens):,} texts",
+                 lambda: torch.cat(list(encode_texts(model, loader, amp))), device)
+    labels, captions, query = data.class_layout(instances, classes)
+    return data.Features(images.cpu().numpy(), texts.cpu().numpy(), views, captions, labels, query)
 
 
 # ---------------------------------------------------------------- tables
@@ -959,14 +957,23 @@ def number(kind, accept, name):
     return parse
 
 
-positive_int = number(int, lambda v: v >= 1, "a positive whole number")
-non_negative_int = number(int, lambda v: v >= 0, "a whole number of 0 or more")
+MOST = 2 ** 31 - 1  # of what is counted
+positive_int = number(int, lambda v: 1 <= v <= MOST, "a positive whole number")
+non_negative_int = number(int, lambda v: 0 <= v <= MOST, "a whole number of 0 or more")
 positive = number(float, lambda v: 0 < v < math.inf, "a positive number")
 non_negative = number(float, lambda v: 0 <= v < math.inf, "a number of 0 or more")
 fraction = number(float, lambda v: 0 <= v <= 1, "a share from 0 to 1")
 positive_fraction = number(float, lambda v: 0 < v <= 1, "a share over 0, up to 1")
-vocabulary = number(int, lambda v: v >= 514,
+vocabulary = number(int, lambda v: 514 <= v <= MOST,
                     "514 or more (every byte, inside and at the end of a word, start and end)")
+
+
+def seed(text):
+    """An argparse type: a whole number of any size, which becomes one that all generators take."""
+    value = abs(int(text))
+    if value < 2 ** 63:
+        return value
+    return int(np.random.SeedSequence(value).generate_state(1, np.uint64)[0]) >> 1
 
 
 def usable_device(text):
@@ -1023,14 +1030,14 @@ def arguments(description, file, kinds, data="primitives"):
     common("--weight-decay", type=non_negative, help="of AdamW")
     common("--eval-every", type=positive_int,
            help="epochs between evaluations on val (default: so many that a run has five at most)")
-    common("--seed", type=non_negative_int, default=0, help="of all that is drawn")
+    common("--seed", type=seed, default=0, help="of all that is drawn: a whole number of any size")
     common("--device", type=usable_device, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     common("--workers", type=non_negative_int,
            help="processes that prepare batches (default: 1; 0 where a CPU computes on all of its cores, since all "
                 "would wait for the one that a worker takes its turn on)")
     common("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16 autocast in the encoders")
     common("--compile", action="store_true", help="torch.compile the encoders' blocks")
-    common("--resume", action="store_true", help="go on from <out>/last.pt")
+    common("--resume", action="store_true", help="go on from <out>/last.pt, with the settings of <out>/config.json")
     common("--out", help="folder of the run (default: runs/<method>-<data>)")
     return p
 
@@ -1043,20 +1050,28 @@ def show_defaults(parser):
             default = ", ".join(f"{value} {kind}" for kind, value in of_kinds.items())
         elif of_kinds:
             default = next(iter(of_kinds.values()))
-        elif action.default in (None, False, argparse.SUPPRESS):
+        elif action.default is None or action.default is False or action.default == argparse.SUPPRESS:
             continue
         else:
             default = action.default
-        action.help = f"{action.help or ''} (default: {default})"
+        plain, _, _ = (action.help or "").partition(" (default: ")  # a general one, such as that of --context
+        action.help = f"{plain} (default: {default})"
 
 
 def parse(parser, argv=None):
     """The arguments of a script's command line, with the defaults of its kind of run.
 
     Real data start from a real CLIP, the built-in shapes from a small one: tiny with random weights, or for a
-    script that trains none from scratch SMALL_CLIP.
+    script that trains none from scratch SMALL_CLIP. With --resume, what is not named is as it was in the run.
     """
     show_defaults(parser)
+    args = parser.parse_args(argv)
+    data_name, _ = os.path.splitext(os.path.basename(args.data))
+    out = args.out or os.path.join("runs", f"{parser.method.removeprefix('train_')}-{data_name}")
+    config = os.path.join(out, "config.json")
+    before = data.read_json(config, {"data": str}, "settings") if args.resume and os.path.exists(config) else {}
+    known = [action.dest for action in parser._actions]
+    parser.set_defaults(**{name: value for name, value in before.items() if name in known})
     args = parser.parse_args(argv)
     built_in = args.data.startswith("primitives")
     if args.clip is None and built_in:
@@ -1072,18 +1087,24 @@ def parse(parser, argv=None):
         on_cpu = args.device == "cpu" or not torch.cuda.is_available()
         args.workers = 0 if on_cpu and torch.get_num_threads() >= os.cpu_count() else 1
     args.eval_every = args.eval_every or math.ceil(args.epochs / 5)
-    data_name, _ = os.path.splitext(os.path.basename(args.data))
     args.method = parser.method
-    args.out = args.out or os.path.join("runs", f"{parser.method.removeprefix('train_')}-{data_name}")
+    args.out = out
+    args.trained_on = before.get("trained_on")  # what `load_splits` notes of the training data
     return args
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn bad input into one line on stderr and exit code 2, Ctrl-C outside the loop into 130.
+    """Turn bad input into one line on stderr and exit code 2, Ctrl-C outside the loop into 130; a bug keeps its
+    traceback. What a console cannot show is written with backslashes.
 
-    A bug keeps its traceback. A process that is one of several ends at once, see `exit_now`.
+    One of several processes ends here at once, without what Python does at its end while gloo's threads go on: it
+    could be aborted ("terminate called without an active exception"), and in torch 2.6 wait for ever in
+    `destroy_process_group`. torchrun ends the others where one has failed.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     clear = "\r\033[K" if sys.stderr.isatty() else ""  # a progress line may stand there
     code = 0
     try:
@@ -1098,22 +1119,12 @@ def one_line_errors():
         if not dist.is_initialized():
             raise
         code = exit_code(e)
-    if dist.is_initialized():
-        exit_now(code)
-    if code:
-        sys.stdout.flush()
-        sys.exit(code)
-
-
-def exit_now(code):
-    """End this process, one of several, without what Python does at its end, in which gloo's threads go on.
-
-    Such a process can be aborted ("terminate called without an active exception"), and in torch 2.6 wait for ever
-    in `destroy_process_group`. torchrun ends the others where one has failed.
-    """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    if dist.is_initialized():
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def exit_code(error):
@@ -1208,7 +1219,8 @@ def load_splits(args, load=None):
     load: a function (name, root, split) in place of data.load.
 
     The test split is needed only at the end, but what is missing in it is said before training. A --crop that
-    was not given is chosen by the kind of data and CLIP (`data.default_crop`).
+    was not given is chosen by the kind of data and CLIP (`data.default_crop`). A run that goes on with other data
+    keeps its classes: labels get their numbers, and a class that it does not know is refused.
     """
     if args.download:
         with rank_zero_first():
@@ -1217,12 +1229,32 @@ def load_splits(args, load=None):
         splits = [load(args.data, args.root, split) for split in ("train", "val", "test")]
     else:
         splits = data.load_splits(args.data, args.root)
+    train, classes = splits[0]
     if args.crop is None:
-        train, _ = splits[0]
-        args.crop = data.default_crop(args.data, train, args.clip not in clip.SCRATCH)
-    elif args.crop in (0, 1):
-        args.crop = None  # the same settings as where nothing is cropped by default, for --resume
+        args.crop = data.default_crop(args.data, train, args.clip not in clip.SCRATCH) or 0.0
+    digest = hashlib.sha256()
+    for x in train:
+        digest.update(repr((x.id, x.captions, x.labels)).encode())
+    before = args.trained_on
+    args.trained_on = {"hash": digest.hexdigest()[:16], "classes": classes}
+    if before and before != args.trained_on:
+        data.note(f"{args.data}: the training data have changed since this run began; it goes on with its own "
+                  "vocabulary and classes")
+        args.trained_on["classes"] = before["classes"]
+        splits = [renumbered(instances, classes, before["classes"], args.data) for instances, classes in splits]
     return splits
+
+
+def renumbered(instances, classes, known, name):
+    """-> (instances, known): their labels, numbers of `classes`, become those of the same names in `known`."""
+    for task in classes:
+        new = [c for c in classes[task] if c not in known.get(task, classes[task])]
+        data.expect(not new, f"--resume: {name}", f"{task} = {', '.join(new)[:100]} is new, and the run has no place "
+                    "for it; start a new run in another --out")
+    for x in instances:
+        x.labels = {task: known[task].index(classes[task][c]) if c >= 0 else -1
+                    for task, c in x.labels.items() if task in known}
+    return instances, known
 
 
 SMALL_CLIP = os.path.join("runs", "mxm-primitives-source", "best.pt")  # what it is: see `small_clip`
@@ -1264,9 +1296,8 @@ def frozen_clip(checkpoint, name="frozen_clip"):
     args = argparse.Namespace(**checkpoint["settings"])
     model, _ = clip.load(args.clip, "cpu", image_size=args.image_size, context_length=args.context)
     identity = clip.identity(model)
-    if identity != checkpoint[name]:
-        raise clip.CheckpointError(f"{args.clip} is the CLIP {identity[:12]} now, and what was trained belongs to "
-                                   f"{str(checkpoint[name])[:12]}; give its weights with --clip")
+    clip.expect(identity == checkpoint[name], args.clip, f"the CLIP {identity[:12]} now, and what was trained belongs "
+                f"to {str(checkpoint[name])[:12]}; give its weights with --clip")
     return model
 
 
@@ -1276,11 +1307,14 @@ def build_or_load(args, train, device):
     --clip tiny or small: random weights, and a vocabulary that is learned from the training captions.
     Otherwise pretrained weights, with the tokenizer that they were trained with.
     """
-    if args.clip in clip.SCRATCH:
-        tokenizer = clip.Tokenizer.train([caption for x in train for caption in x.captions], args.vocab_size)
-        model = clip.build(args.clip, tokenizer, args.seed, args.image_size, args.context).to(device)
-    else:
+    if args.clip not in clip.SCRATCH:
         model = load_clip(args, device)
+    else:
+        if args.resume:
+            tokenizer = clip.Tokenizer(resumed(args)["clip"]["merges"])
+        else:
+            tokenizer = clip.Tokenizer.train([caption for x in train for caption in x.captions], args.vocab_size)
+        model = clip.build(args.clip, tokenizer, args.seed, args.image_size, args.context).to(device)
     if args.compile:
         clip.compile_blocks(model)
     return model.train()
@@ -1300,34 +1334,9 @@ def tokenizer_of(model):
 
 
 def about(args, model, loader):
-    """What a run's first line says of its CLIP: its name, weights and pixels, and on a CPU how long an epoch takes.
-
-    That is the time of encoding a few images and texts, times three (the backward pass takes twice as long as
-    the forward pass), times those that the loader shows in an epoch.
-    """
+    """What a run's first line says of its CLIP: its name, weights and pixels."""
     weights = sum(p.numel() for p in model.parameters())
-    text = f"CLIP {args.clip}, {weights / 1e6:.1f} M weights, {model.config.image_resolution} pixels"
-    if next(model.parameters()).device.type != "cpu" or not isinstance(loader, data.Loader):
-        return text
-    n = 2 if weights > 1e7 else 32
-    images = torch.zeros(n, 3, model.config.image_resolution, model.config.image_resolution)
-    texts = torch.full((n, min(16, model.config.context_length)), 1)
-    texts[:, -1] = 2  # the end
-    was_training = model.training
-    model.eval()
-    seconds = []
-    for encode, inputs in ((model.encode_image, images), (model.encode_text, texts)):
-        with torch.no_grad(), clip.autocast(args.amp, model):
-            encode(inputs)  # the first call also prepares
-            began = time.perf_counter()
-            encode(inputs)
-            seconds.append((time.perf_counter() - began) / n)
-    model.train(was_training)
-    _, world = processes()
-    of_a_sample = (loader.views or loader.frames or 1) * seconds[0] + (loader.captions or 1) * seconds[1]
-    total = 3 * of_a_sample * loader.batch_size * len(loader) / world
-    unit, name = next(part for part in ((3600, "hours"), (60, "minutes"), (0, "seconds")) if total >= 2 * part[0])
-    return f"{text}; an epoch takes about {total / max(unit, 1):.0f} {name} on this CPU"
+    return f"CLIP {args.clip}, {weights / 1e6:.1f} M weights, {model.config.image_resolution} pixels"
 
 
 def warmup_cosine(step, steps, warmup, peak=1.0):
@@ -1366,11 +1375,12 @@ class Run:
         module as its weights without those of its `clip`. Other values say what the run belongs to (names of
         classes, the hash of a frozen CLIP): it goes on only where they are the same.
     only_last: {name: module} that going on needs and evaluation does not; last.pt holds them.
+    more_epochs: whether a run may go on with another number of epochs, since its learning rate does not depend on it.
 
     All processes evaluate and stop at the same steps; only the first one writes.
     """
 
-    def __init__(self, args, optimizer, steps, steps_per_epoch, saved, only_last=None):
+    def __init__(self, args, optimizer, steps, steps_per_epoch, saved, only_last=None, more_epochs=False):
         self.args = args
         self.optimizer = optimizer
         self.steps = steps
@@ -1383,21 +1393,27 @@ class Run:
         self.record = None  # what the log says of the epoch that has just ended
         self.seconds = []  # of each step, without the loading of its batch
         self.norm = 0.0  # of the latest gradient
-        checkpoint = None
-        if self.first or args.resume:
-            checkpoint = open_run(args.out, vars(args), args.resume, self.first)
-        if checkpoint:
-            self.load(checkpoint)
-        elif self.first:
-            self.save("last.pt")  # so that there is always one; and a full disk is found before any work
+        if args.resume:
+            self.load(resumed(args, more_epochs))
+        if self.first:
+            self.lock = open_folder(args, self.state["step"])
+            if not args.resume:
+                self.save("last.pt")  # so that there is always one; and a full disk is found before any work
         barrier()  # the others wait for it
-        if not os.path.exists(os.path.join(args.out, "last.pt")):
-            raise clip.CheckpointError(f"--out {args.out}: another machine has made this folder, and it is "
-                                       "not here; choose one on a disk that all machines share")
+        clip.expect(os.path.exists(os.path.join(args.out, "last.pt")), f"--out {args.out}", "another machine has made "
+                    "this folder, and it is not here; choose one on a disk that all machines share")
         self.progress = Progress(steps, self.state["step"], quiet=not self.first)
         self.say = self.progress.line
         self.saved_at = time.time()
-        self.stop = StopSignal()
+        self.stop_asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask_to_stop)
+
+    def ask_to_stop(self, number, frame):
+        """Note Ctrl-C or SIGTERM, so that the loop finishes its step and saves. A second one stops at once."""
+        if self.stop_asked:
+            raise KeyboardInterrupt
+        self.stop_asked = True
 
     def save(self, name):
         """Write last.pt, from which a run goes on, or best.pt, which holds what evaluation needs."""
@@ -1421,13 +1437,15 @@ class Run:
                 value.load_state_dict(checkpoint[key]["state_dict"])
             elif isinstance(value, torch.nn.Module):
                 clip.load_heads(value, checkpoint[key])
-            elif value != checkpoint[key]:
-                raise clip.CheckpointError(f"--resume: {self.args.out}/last.pt was made with another "
-                                           f"{key.replace('_', ' ')}; start a new run in another --out")
+            else:
+                clip.expect(value == checkpoint[key], f"--resume: {self.args.out}/last.pt", "was made with another "
+                            f"{key.replace('_', ' ')}; start a new run in another --out")
         for key, module in self.only_last.items():
             module.load_state_dict(checkpoint[key])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.state |= checkpoint["state"]
+        clip.expect(self.state["step"] <= self.steps, f"--resume: {self.args.out}", f"has made {self.state['step']} "
+                    f"steps, and these data and settings make {self.steps}; start a new run in another --out")
 
     def batches(self, loader):
         """Yield (step, batch) from where the run stands to its end. After each step: log, save, stop if asked
@@ -1442,7 +1460,7 @@ class Run:
                 if self.first:
                     log_line(self.args.out, **self.record)
                 self.state["finished"] = any_process(self.state["finished"], self.device)
-            stopping = any_process(self.stop.requested, self.device)  # asked once: a later signal waits
+            stopping = any_process(self.stop_asked, self.device)  # asked once: a later signal waits
             if self.first and (self.record or stopping or time.time() - self.saved_at > SAVE_SECONDS):
                 self.save("last.pt")
                 self.saved_at = time.time()
@@ -1509,19 +1527,22 @@ class Run:
 
 
 class Progress:
-    """A live line on a terminal; elsewhere a plain line every `every` seconds."""
+    """A live line on a terminal; elsewhere a plain line of the first step, and then every 20 seconds."""
 
-    def __init__(self, total, start=0, every=20.0, quiet=False):
-        self.total, self.start, self.every, self.quiet = total, start, every, quiet
-        self.began = self.last = time.time()
+    def __init__(self, total, start=0, quiet=False):
+        self.total = total
+        self.start = start
+        self.quiet = quiet
         self.live = sys.stderr.isatty()
+        self.began = time.time()
+        self.last = 0.0
         self.samples = 0
 
     def step(self, step, samples, **values):
+        """Say where the run stands, if it is time to."""
         now = time.time()
         self.samples += samples
-        wait = 0.2 if self.live else self.every
-        if self.quiet or (now - self.last < wait and step < self.total):
+        if self.quiet or (now - self.last < (0.2 if self.live else 20) and step < self.total):
             return
         self.last = now
         spent = now - self.began
@@ -1529,10 +1550,7 @@ class Progress:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         speed = self.samples / max(spent, 1e-9)
         text = f"step {step}/{self.total}  {shown}  {speed:,.0f} samples/s  {left // 60}:{left % 60:02d} left"
-        if self.live:
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        print(f"\r\033[K{text}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
 
     def line(self, text):
         """A line that stays."""
@@ -1540,69 +1558,78 @@ class Progress:
             print(("\r\033[K" if self.live else "") + text, file=sys.stderr, flush=True)
 
 
-class StopSignal:
-    """Notes Ctrl-C and SIGTERM, so that the loop can finish its step and save. A second one stops at once."""
-
-    def __init__(self):
-        self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
 # settings that may differ when a run goes on
-FREE = ("resume", "out", "workers", "device", "download", "root")
+FREE = ("resume", "out", "workers", "device", "download", "root", "epochs", "trained_on")
+FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "metrics.json", "costs.json")  # that a run writes
 
 
-def open_run(out, settings, resume, first=True):
-    """Prepare the folder of a run and write config.json. Returns the checkpoint to go on from, or None.
+def resumed(args, more_epochs=True):
+    """The checkpoint <out>/last.pt, which a run goes on from with these settings. Raises CheckpointError."""
+    last = os.path.join(args.out, "last.pt")
+    clip.expect(os.path.exists(last), f"--resume: {last}", "is not there; give --out the run's folder, "
+                "or start without --resume")
+    checkpoint = clip.load_checkpoint(last)
+    before = checkpoint["settings"]
+    clip.expect(checkpoint["method"] == args.method, f"--resume: {last}", f"is a run of {checkpoint['method']}.py, "
+                f"and this is {args.method}.py; give --out a run of this script")
+    for name, now in vars(args).items():
+        clip.expect(name in FREE or before.get(name) == now, f"--resume: {last}",
+                    f"--{name.replace('_', '-')} was {before.get(name)} and is {now} now; "
+                    "repeat the old value, or start a new run in another --out")
+    clip.expect(more_epochs or before["epochs"] == args.epochs, f"--resume: {last}",
+                f"its learning rate falls over {before['epochs']} epochs, so that --epochs {args.epochs} "
+                "is another run; start it in another --out")
+    return checkpoint
 
-    resume: read <out>/last.pt, and refuse other settings than it was made with. Otherwise an earlier run in
-    the folder is moved aside (<out>.1, <out>.2, ...), so that nothing saved is lost. first: False for the
-    processes of a group that only read. Raises CheckpointError.
+
+def open_folder(args, step):
+    """Prepare the folder of a run at this step, and write config.json. Returns a lock to be kept while the run lives.
+
+    Without --resume the files of an earlier run in the folder are moved aside (to <out>.1, <out>.2, ...), so that
+    nothing saved is lost; what else lies there stays. Raises CheckpointError.
     """
-    out = os.path.normpath(out)
-    last = os.path.join(out, "last.pt")
-    checkpoint = None
-    if resume:
-        if not os.path.exists(last):
-            raise clip.CheckpointError(f"--resume: there is no {last}; give --out the run's folder, "
-                                       "or start without --resume")
-        checkpoint = clip.load_checkpoint(last)
-        if checkpoint["method"] != settings["method"]:
-            raise clip.CheckpointError(f"--resume: {last} is a run of {checkpoint['method']}.py, and this is "
-                                       f"{settings['method']}.py; give --out a run of this script")
-        for name, now in settings.items():
-            before = checkpoint["settings"].get(name)
-            if name not in FREE and before != now:
-                option = name.replace("_", "-")
-                raise clip.CheckpointError(f"--resume: --{option} was {before} in {last} and is {now} now; "
-                                           "repeat the old value, or start a new run in another --out")
-        if not first:
-            return checkpoint
-    elif os.path.exists(last):
+    clip.expect(os.path.exists(args.out) or not os.path.islink(args.out), args.out, "a link to nowhere; "
+                "is a disk missing?")
+    out = os.path.realpath(args.out)
+    config, log = os.path.join(out, "config.json"), os.path.join(out, "log.jsonl")
+    lock(config)
+    if not args.resume and os.path.exists(os.path.join(out, "last.pt")):
         number = 1
-        while os.path.exists(f"{out}.{number}"):
+        while os.path.lexists(f"{out}.{number}"):
             number += 1
         try:
-            os.rename(out, f"{out}.{number}")
+            os.mkdir(f"{out}.{number}")
+            for name in set(FILES) & set(os.listdir(out)):
+                os.rename(os.path.join(out, name), os.path.join(f"{out}.{number}", name))
         except OSError as e:
             raise clip.CheckpointError(f"{out}: holds an earlier run that cannot be moved aside "
                                        f"({e.strerror}); choose another --out") from None
-        data.note(f"an earlier run was moved to {out}.{number} (--resume would have continued it)")
-    write_json(os.path.join(out, "config.json"), settings)
+        data.note(f"an earlier run was moved to {args.out}.{number} (--resume would have continued it)")
+    write_json(config, vars(args))
     for name in os.listdir(out):
         if name.startswith(".writing-"):  # a file that was being written when an earlier process was killed
             os.unlink(os.path.join(out, name))
-    log = os.path.join(out, "log.jsonl")
-    if resume and os.path.exists(log):  # what was logged after the checkpoint will be logged again
-        kept = [line + "\n" for line, row in read_log(log) if row["step"] <= checkpoint["step"]]
-        clip.write_file(log, lambda f: f.write("".join(kept).encode()))
-    return checkpoint
+    if os.path.exists(log):  # what was logged after the checkpoint will be logged again
+        kept_lines = [line + "\n" for line, row in read_log(log) if row["step"] <= step]
+        clip.write_file(log, lambda f: f.write("".join(kept_lines).encode()))
+    return lock(config)
+
+
+def lock(path):
+    """-> the open file, which no other process can lock until it is closed. Raises CheckpointError where one has.
+
+    It ends with the process, and its loader's workers do not inherit it.
+    """
+    try:
+        import fcntl  # not on Windows
+        file = open(path, "r+")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except (BlockingIOError, PermissionError):
+        raise clip.CheckpointError(f"{os.path.dirname(path)}: another run is writing to this folder; "
+                                   "choose another --out, or wait for its end") from None
+    except (ImportError, OSError):  # no such file yet, or a disk without locks
+        return None
 
 
 def log_line(out, **values):
@@ -1635,29 +1662,35 @@ def check_writable(path):
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.lexists(folder):  # it will be made
         folder = os.path.dirname(folder)
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise clip.CheckpointError(f"{path}: cannot be written; choose a file in a folder that can be")
+    writable = not os.path.isdir(path) and os.path.isdir(folder) and os.access(folder, os.W_OK)
+    clip.expect(writable, path, "cannot be written; choose a file in a folder that can be")
 
 
-def report(args, device, **untuned):
-    """Evaluate best.pt on the test split; the first process prints its table and writes metrics.json.
+def report(args, device, untuned=None):
+    """Evaluate best.pt on the test split; the first process writes metrics.json and prints its tables.
 
     The built-in shapes have a second test split, `unseen`: configurations that training never shows.
-    untuned: {row: model} of further models to evaluate in the same way, such as the CLIP before it was tuned.
+    untuned: the CLIP before it was tuned, to be evaluated in the same way.
     """
     rank, _ = processes()
     model, checkpoint = restore(os.path.join(args.out, "best.pt"), device)
+    path = os.path.join(args.out, "metrics.json")
     results = {}
+    texts = []
     for split in ("test", "unseen") if args.data == "primitives" else ("test",):
-        asked = argparse.Namespace(**vars(args) | {"split": split, "gallery": None})
-        rows, text = evaluation([(model, checkpoint)], asked)
-        results[split] = rows
-        if rank == 0:
-            print(text)
+        asked = argparse.Namespace(**vars(args) | dict(split=split, gallery=None, embeddings=None, prompt=None))
+        try:
+            results[split], text = evaluation([(model, checkpoint)], asked)
+            texts.append(text)
+            if untuned:
+                results[f"{split}, not tuned"], text = evaluation([(untuned, checkpoint)], asked)
+                texts.append(f"before it was tuned:\n{text}")
+        except data.DataError as e:
+            raise data.DataError(f"{e}. Training is done: correct this, then "
+                                 f"python eval.py --checkpoint {args.out}/best.pt") from None
     if rank == 0:
-        path = os.path.join(args.out, "metrics.json")
         write_json(path, results)
-        print(f"written to {path}")
+        print(*texts, f"written to {path}", sep="\n")
     barrier()  # torchrun ends the others as soon as one ends: they stay until the first is done
 
 
@@ -1666,28 +1699,27 @@ def report(args, device, **untuned):
 def script(checkpoint):
     """The module of the script that made a checkpoint: any train_*.py beside this file, a copy of one too."""
     name = checkpoint["method"]
+    if name == "clip":  # as it is, of --clip: no script has trained it
+        return None
     folder = os.path.dirname(os.path.abspath(__file__))
     plain = isinstance(name, str) and re.fullmatch(r"train_\w+", name)
-    if not plain or not os.path.isfile(os.path.join(folder, f"{name}.py")):
-        raise clip.CheckpointError(f"a checkpoint of {name!r}, and there is no such train_*.py beside eval.py")
+    clip.expect(plain and os.path.isfile(os.path.join(folder, f"{name}.py")), "a checkpoint",
+                f"of {name!r}, and there is no such train_*.py beside eval.py")
     return importlib.import_module(name)
 
 
 def restore(path, device=None, clip_path=None):
-    """-> (model, checkpoint) of a checkpoint file. The script that it names rebuilds the model.
+    """-> (model, checkpoint) of a checkpoint, a file or the folder of a run, whose best.pt is meant. The script that
+    it names rebuilds the model.
 
     clip_path: for a checkpoint that holds no CLIP: where its CLIP lies now.
     """
+    path = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     checkpoint = clip.load_checkpoint(path)
-    try:
+    with clip.reading(path, "it may be of another version"):
         if clip_path:
             checkpoint["settings"]["clip"] = clip_path
         model = script(checkpoint).restore(checkpoint)
-    except clip.CheckpointError as e:
-        raise clip.CheckpointError(f"{path}: {e}") from None
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ZeroDivisionError) as e:
-        raise clip.CheckpointError(f"{path}: a damaged checkpoint, or one of another version "
-                                   f"({type(e).__name__}: {str(e)[:100]})") from None
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return model, checkpoint
 
@@ -1706,13 +1738,27 @@ def asked_of(checkpoint, args):
     return argparse.Namespace(**vars(args) | {"data": name, "root": root})
 
 
+def load_asked(args):
+    """-> (instances, {task: names of its classes}) of --data and --split: of a folder without a file of its own all
+    pictures in it, which have no captions."""
+    if args.data not in data.DATA_SETS and os.path.isdir(args.data):
+        files = [os.path.join(folder, name) for folder, _, names in sorted(os.walk(args.data)) for name in sorted(names)
+                 if name.lower().endswith(PICTURES) and not name.startswith(".")]
+        data.expect(files, args.data, f"a folder without pictures ({', '.join(PICTURES)})")
+        return [data.Instance(os.path.relpath(file, args.data), [file], [], {}, file) for file in files], {}
+    if args.split == "all":
+        splits = data.load_splits(args.data, args.root)
+        return [x for instances, _ in splits for x in instances], splits[0][1]
+    return data.load(args.data, args.root, args.split)
+
+
 def embed_split(model, checkpoint, args):
     """-> `Embedded` of the split that is asked for: all its instances, compared by the cosine of their features.
 
     args: data, root, split, amp, workers. A script with another similarity, or with classes, has an `embed_split`
     of its own.
     """
-    instances, tasks = data.load(args.data, args.root, args.split)
+    instances, tasks = load_asked(args)
     return Embedded(instances, *embed(model, instances, args.amp, args.workers), tasks)
 
 
@@ -1728,21 +1774,53 @@ def embed_with_all(models, args):
 def evaluation(models, args, title="model"):
     """What the models of some checkpoints reach together on a split -> ({row: metrics}, the text of a table).
 
-    models: [(model, checkpoint)], as of `restore`. args: data, root, split, amp, workers, and gallery: a path for a
-    picture, or None. A script that classifies defines `evaluation` itself, of one model.
+    models: [(model, checkpoint)], as of `restore`. args: data, root, split, amp, workers; gallery and embeddings:
+    paths, or None; prompt: of `zero_shot`, or None. A script that classifies defines `evaluation` itself, of one model.
     """
     model, checkpoint = models[0]
+    asked = asked_of(checkpoint, args)
     if hasattr(script(checkpoint), "evaluation"):
-        return script(checkpoint).evaluation(model, checkpoint, asked_of(checkpoint, args))
-    return retrieval_evaluation(embed_with_all(models, args), asked_of(checkpoint, args), title)
+        return script(checkpoint).evaluation(model, checkpoint, asked)
+    embedded = embed_with_all(models, args)
+    if args.embeddings:
+        write_embeddings(args.embeddings, embedded)
+    if not len(embedded.texts):
+        return {}, f"{len(embedded.instances)} pictures without captions: nothing to evaluate"
+    rows, text = retrieval_evaluation(embedded, asked, title)
+    if args.prompt:
+        of_tasks = zero_shot(model, embedded, args.prompt)
+        rows |= {"zero-shot": of_tasks} if of_tasks else {}
+        for task, metrics in of_tasks.items():
+            text += (f"\n{args.split}: {task}, zero-shot: accuracy {metrics['accuracy']:.1f}, "
+                     f"macro F1 {metrics['macro_f1']:.1f} ({len(embedded.tasks[task])} classes)")
+    return rows, text
+
+
+@torch.no_grad()
+def zero_shot(model, embedded, prompts):
+    """{task: `classification_metrics`} of a CLIP as it is: an image is of the class whose text is closest.
+
+    prompts: texts with {} for the name of a class. A class's text is the renormalised mean of its prompts (Radford et
+    al. 2021, section 3.1.4).
+    """
+    out = {}
+    for task, names in embedded.tasks.items():
+        labels = torch.tensor([x.labels.get(task, -1) for x in embedded.instances])
+        if (labels >= 0).any():
+            texts = [prompt.replace("{}", name) for name in names for prompt in prompts]
+            tokens = tokenizer_of(model)(texts, model.config.context_length, truncate=True)
+            features = torch.cat([model.encode_text(part).float() for part in tokens.split(256)])
+            classes = F.normalize(features, dim=-1).view(len(names), len(prompts), -1).mean(1)
+            scores = embedded.images @ F.normalize(classes, dim=-1).t()  # (N, classes)
+            out[task] = classification_metrics(scores.cpu(), labels)
+    return out
 
 
 def retrieval_evaluation(embedded, args, title="model"):
     """As `evaluation`, of an `Embedded`. title: what the row is called."""
     instances, images, texts = embedded.instances, embedded.images, embedded.texts
-    if args.gallery and not instances[0].images:
-        raise clip.CheckpointError("--gallery: this model was trained on features from files; "
-                                   "there are no pictures to show")
+    clip.expect(not args.gallery or instances[0].images, "--gallery",
+                "this model was trained on features from files; there are no pictures to show")
     if embedded.classes:
         labels_captions_query = data.class_layout(instances, embedded.classes)
         rows = class_retrieval(images, texts, *labels_captions_query, embedded.classes)
@@ -1750,11 +1828,12 @@ def retrieval_evaluation(embedded, args, title="model"):
         rows = retrieval_rows(args.data, embedded)
     rows = {row.replace("model", title): metrics for row, metrics in rows.items()}
     named = {f"{args.split} {row}": metrics for row, metrics in rows.items()}
+    ranked = f"{len(instances):,} instances, {len(texts):,} captions"
     if embedded.classes:
-        text = class_table(named)
+        text = f"{class_table(named)}\n{args.split}: {ranked}"
     else:
         text = table(named, shapes=args.data in ("primitives", "text2shape"))
-        text += f"\n{args.split}: rSum {rows[title]['rSum']:.1f}"
+        text += f"\n{args.split}: {ranked}, rSum {rows[title]['rSum']:.1f}"
     if "ceiling" in rows:
         reached, ceiling = (rows[row]["text_to_image"]["R@1"] for row in (title, "ceiling"))
         text += f", {100 * reached / ceiling:.0f}% of the ceiling's text-to-shape RR@1"
@@ -1765,113 +1844,150 @@ def retrieval_evaluation(embedded, args, title="model"):
     return rows, text
 
 
+@torch.no_grad()
 def answer(models, args):
-    """Print what the words of --query find among a split's images; --gallery draws it.
+    """Print what the words of each --query find among a split's images; --gallery draws it.
 
-    models: [(model, checkpoint)], as of `restore`.
+    models: [(model, checkpoint)], as of `restore`. Features of the images are kept in FEATURES.
     """
-    parts = []
+    images = []
     queries = []
     for model, checkpoint in models:
-        if not getattr(model, "config", None) or not hasattr(model, "encode_text"):
-            raise clip.CheckpointError(f"--query: this model of {checkpoint['method']} "
-                                       "reads no words to search with")
-        parts.append(embed_split(model, checkpoint, asked_of(checkpoint, args)))
-        words = tokenizer_of(model)([args.query], model.config.context_length, truncate=True)
-        with torch.no_grad():
-            query = model.encode_text(words).float()
-        queries.append(F.normalize(query, dim=-1))
-    instances = parts[0].instances
-    images = averaged(parts).images
-    query = torch.cat(queries, dim=1) / math.sqrt(len(queries))  # as `averaged`
-    scores, index = search(query, images, min(args.top, len(instances)))
-    results = [instances[i] for i in index[0].tolist()]
-    for score, x in zip(scores[0].tolist(), results):
-        print(f"{score:6.3f}  {x.id}  {x.captions[0]}")
+        reads = getattr(model, "config", None) and hasattr(model, "encode_text")
+        clip.expect(reads, "--query", f"this model of {checkpoint['method']} reads no words to search with")
+        instances, tasks = load_asked(asked_of(checkpoint, args))
+        path = os.path.join(FEATURES, f"{fingerprint(model, instances, args.amp)}-search.npy")
+        device = next(model.parameters()).device
+        loader = evaluation_loader(model, instances, args.workers)
+        images.append(kept(path, f"features of {len(instances):,} instances",
+                           lambda: embed_images(model, loader, args.amp), device))
+        words = tokenizer_of(model)(args.query, model.config.context_length, truncate=True)
+        queries.append(F.normalize(model.encode_text(words).float(), dim=-1))
+    query = torch.cat(queries, dim=1) / len(queries)  # the mean of the models' cosines, as `averaged`
+    scores, index = search(query, torch.cat(images, dim=1), min(args.top or 5, len(instances)))
+    rows = []
+    for text, row, numbers in zip(args.query, scores.tolist(), index.tolist()):
+        if len(args.query) > 1:
+            print(f"{text}:")
+        results = [instances[i] for i in numbers]
+        for score, x in zip(row, results):
+            print(f"{score:6.3f}  {x.id}  {shown(x, tasks)}")
+        if args.gallery:
+            rows.append((text, [(data.pixels(x.images[0], CELL), None) for x in results]))
     if args.gallery:
-        pictures = [(data.pixels(x.images[0], CELL), None) for x in results]
-        gallery_picture(args.gallery, [(args.query, pictures)])
+        gallery_picture(args.gallery, rows)
 
 
-def check_retrieval(checkpoints, args):
-    """Raise CheckpointError where features or similarities of these checkpoints make no sense together."""
-    for checkpoint in checkpoints:
-        if hasattr(script(checkpoint), "evaluation"):
-            raise clip.CheckpointError(f"{checkpoint['method']} classifies images together with their texts: "
-                                       "it has no similarities to average and no --embeddings of each")
-    names = {asked_of(checkpoint, args).data for checkpoint in checkpoints}
-    if len(names) > 1:
-        raise clip.CheckpointError(f"--checkpoint: models of {' and '.join(sorted(names))}; "
-                                   "say with --data on which they are to be evaluated")
+def shown(x, tasks):
+    """What --query says of an instance: its first file, if it has one, and its classes."""
+    image = x.images[0]
+    file = image if isinstance(image, str) else getattr(image, "file", "")
+    classes = [f"{task} {tasks[task][c]}" for task, c in x.labels.items() if c >= 0]
+    return "  ".join(part for part in (file, ", ".join(classes)) if part)
+
+
+def check_together(models, args):
+    """Raise CheckpointError where what is asked of these models makes no sense, alone or together."""
+    names = {asked_of(checkpoint, args).data for _, checkpoint in models}
+    clip.expect(len(names) == 1, "--checkpoint", f"models of {' and '.join(sorted(names))}; "
+                "say with --data on which they are to be evaluated")
+    for _, checkpoint in models:
+        method = checkpoint["method"]
+        clip.expect(not args.attention or hasattr(script(checkpoint), "attention_picture"), "--attention",
+                    f"{method} has no attention between the modalities; train_cmaclip has")
+        classifies = hasattr(script(checkpoint), "evaluation")
+        clip.expect(not classifies or len(models) == 1 and not args.embeddings, method, "classifies images together "
+                    "with their texts: it has no similarities to average and no --embeddings of each")
 
 
 def main(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint", nargs="+", metavar="FILE",
-                   help="best.pt or last.pt of a run; of several runs, the mean of their similarities counts")
+                   help="best.pt or last.pt of a run, or its folder; of several runs, the mean of their similarities "
+                        "counts")
     p.add_argument("--curves", nargs="+", metavar="RUN",
                    help="write a picture of the loss and of the validation metric over the steps of these "
                         "folders of runs to --out (default curves.png)")
-    p.add_argument("--clip", help="the CLIP that an adapter belongs to, where it lies elsewhere now")
-    p.add_argument("--data", help="default: the data the model was trained on")
+    p.add_argument("--clip", help="a CLIP to evaluate as it is: a published name, a file or a folder; with --checkpoint, "
+                                  "the CLIP that it belongs to, where that lies elsewhere now")
+    p.add_argument("--prompt", nargs="+", metavar="TEXT",
+                   help="what makes a text of a class's name, for --clip on data with labels; of several, the mean "
+                        '(default: "a photo of a {}.")')
+    p.add_argument("--data", help="a data set, a .jsonl or .csv file, or a folder of pictures (default: the data the "
+                                  "model was trained on)")
     p.add_argument("--root", help="folder of the data set")
-    p.add_argument("--split", default="test")
+    p.add_argument("--split", default="test", help="train, val, test (the default), all, or another that the data have")
     p.add_argument("--gallery", metavar="PNG",
                    help="write a picture of queries and their top results, or of what is predicted")
     p.add_argument("--attention", metavar="PNG",
                    help="write a picture of what a model with attention between the modalities looks at")
     p.add_argument("--embeddings", metavar="NPZ",
                    help="write the split's features of unit norm: images (N, D), the means of their views or "
-                        "frames, texts (C, D), owners (C,), the number of each text's image, ids (N,), "
+                        "frames, texts (C, D), captions (C,), owners (C,), the number of each text's image, ids (N,), "
                         "groups (N,), what counts as the same thing, and label_<task> (N,), class names")
-    p.add_argument("--query",
+    p.add_argument("--query", nargs="+", metavar="TEXT",
                    help="search the split's images with your own words (videos: the mean of their frames)")
-    p.add_argument("--top", type=positive_int, default=5, help="results of --query")
+    p.add_argument("--top", type=positive_int, help="results of --query (default: 5)")
     p.add_argument("--device", type=usable_device)
     p.add_argument("--workers", type=non_negative_int, default=0)
     p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto")
-    p.add_argument("--out", help="folder for metrics.json (default: the first checkpoint's)")
+    p.add_argument("--out", help="folder for metrics.json (default: the first checkpoint's, or runs/clip-<data>)")
     args = p.parse_args(argv)
-    if bool(args.checkpoint) == bool(args.curves):
-        p.error("give either --checkpoint or --curves")
+    if bool(args.curves) == bool(args.checkpoint or args.clip):
+        p.error("give one of --checkpoint, --clip and --curves")
     if args.curves:
         path = args.out or "curves.png"
         check_writable(path)
         draw_curves(path, args.curves)
         print(f"written to {path}")
         return
-
-    path = os.path.join(args.out or os.path.dirname(args.checkpoint[0]) or ".", "metrics.json")
+    alone = not args.checkpoint  # a CLIP as it is
+    for wrong, problem in ((alone and not args.data, "--clip needs --data, or --checkpoint"),
+                           (args.prompt and not alone, "--prompt is for --clip without --checkpoint"),
+                           (args.top and not args.query, "--top is for --query"),
+                           (args.attention and args.query, "--attention and --query: give one of them"),
+                           (any("{}" not in text for text in args.prompt or ()), "--prompt needs {} for the class")):
+        if wrong:
+            p.error(problem)
+    if alone:
+        name, _ = os.path.splitext(os.path.basename(os.path.normpath(args.data)))
+        folder = args.out or os.path.join("runs", f"clip-{name}")
+        args.prompt = args.prompt or ["a photo of a {}."]
+    else:
+        first = args.checkpoint[0]
+        folder = args.out or (first if os.path.isdir(first) else os.path.dirname(first))
+    path = os.path.join(folder, "metrics.json")
     for file in (None if args.query else path, args.gallery, args.attention, args.embeddings):
         if file:
             check_writable(file)
-    models = [restore(file, args.device, args.clip) for file in args.checkpoint]
+    if alone:
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        settings = {"data": args.data, "root": args.root}
+        models = [(clip.load(args.clip, device)[0], {"method": "clip", "settings": settings})]
+    else:
+        models = [restore(file, args.device, args.clip) for file in args.checkpoint]
+    check_together(models, args)
     model, checkpoint = models[0]
     if next(model.parameters()).device.type == "cpu":
         clip.fast_float32()
     asked = asked_of(checkpoint, args)
-    if args.attention and not hasattr(script(checkpoint), "attention_picture"):
-        raise clip.CheckpointError(f"--attention: {checkpoint['method']} has no attention between the "
-                                   "modalities; train_cmaclip has")
-    if len(models) > 1 or args.embeddings:
-        check_retrieval([checkpoint for _, checkpoint in models], args)
-    if args.query is not None:
+    if args.query:
         answer(models, args)
-        return
-    title = "model" if len(models) == 1 else "mean of " + " + ".join(run_names(args.checkpoint))
-    rows, text = evaluation(models, args, title)
-    print(text)
-    key = args.split if asked.data == checkpoint["settings"]["data"] else f"{asked.data} {args.split}"
-    add_metrics(path, key, rows)
-    print(f"written to {path}")
-    if args.embeddings:
-        write_embeddings(args.embeddings, embed_with_all(models, args))
-        print(f"written to {args.embeddings}")
-    if args.gallery:
-        print(f"written to {args.gallery}")
+        if args.embeddings:
+            write_embeddings(args.embeddings, embed_with_all(models, args))
+    else:
+        title = "model" if len(models) == 1 else "mean of " + " + ".join(run_names(args.checkpoint))
+        rows, text = evaluation(models, args, title)
+        if rows:
+            trained = checkpoint["settings"]["data"]
+            add_metrics(path, args.split if asked.data == trained else f"{asked.data} {args.split}", rows)
+            text += f"\nwritten to {path}"
+        print(text)
     if args.attention:
         script(checkpoint).attention_picture(model, checkpoint, asked, args.attention)
-        print(f"written to {args.attention}")
+    for file in (args.gallery, args.embeddings, args.attention):
+        if file:
+            print(f"written to {file}")
 
 
 if __name__ == "__main__":
