@@ -998,7 +998,8 @@ def arguments(description, file, kinds, data="primitives"):
 
     file: the script's, whose name is that of the method: a copy of a script is a method of its own.
     kinds: {kind of run: its settings}, such as {"from scratch": {"lr": 1e-3}, "pretrained": {"lr": 1e-5}}; a kind
-        that has the name of a data set is for it. `parse` fills these in; --help shows them all.
+        that has the name of a data set is for pretrained weights on it. `parse` fills these in; --help shows them
+        all.
     data: the data set that is used where none is named.
     """
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1077,7 +1078,7 @@ def parse(parser, argv=None):
     if args.clip is None and built_in:
         args.clip = "tiny" if "from scratch" in parser.kinds else SMALL_CLIP
     args.clip = args.clip or "ViT-B/32"
-    kinds = (args.data, "from scratch" if args.clip in clip.SCRATCH else "", "built-in shapes" if built_in else "",
+    kinds = ("from scratch" if args.clip in clip.SCRATCH else "", args.data, "built-in shapes" if built_in else "",
              "pretrained")
     kind = next(kind for kind in kinds if kind in parser.kinds)
     for name, value in parser.kinds[kind].items():
@@ -1738,7 +1739,7 @@ def asked_of(checkpoint, args):
     return argparse.Namespace(**vars(args) | {"data": name, "root": root})
 
 
-def load_asked(args):
+def load_asked(checkpoint, args):
     """-> (instances, {task: names of its classes}) of --data and --split: of a folder without a file of its own all
     pictures in it, which have no captions."""
     if args.data not in data.DATA_SETS and os.path.isdir(args.data):
@@ -1746,10 +1747,10 @@ def load_asked(args):
                  if name.lower().endswith(PICTURES) and not name.startswith(".")]
         data.expect(files, args.data, f"a folder without pictures ({', '.join(PICTURES)})")
         return [data.Instance(os.path.relpath(file, args.data), [file], [], {}, file) for file in files], {}
-    if args.split == "all":
-        splits = data.load_splits(args.data, args.root)
-        return [x for instances, _ in splits for x in instances], splits[0][1]
-    return data.load(args.data, args.root, args.split)
+    load = data.load_regions if checkpoint.get("regions") else data.load  # region features, of train_user.py
+    names = ("train", "val", "test") if args.split == "all" else [args.split]
+    splits = [load(args.data, args.root, name) for name in names]
+    return [x for instances, _ in splits for x in instances], splits[0][1]
 
 
 def embed_split(model, checkpoint, args):
@@ -1758,7 +1759,7 @@ def embed_split(model, checkpoint, args):
     args: data, root, split, amp, workers. A script with another similarity, or with classes, has an `embed_split`
     of its own.
     """
-    instances, tasks = load_asked(args)
+    instances, tasks = load_asked(checkpoint, args)
     return Embedded(instances, *embed(model, instances, args.amp, args.workers), tasks)
 
 
@@ -1855,7 +1856,7 @@ def answer(models, args):
     for model, checkpoint in models:
         reads = getattr(model, "config", None) and hasattr(model, "encode_text")
         clip.expect(reads, "--query", f"this model of {checkpoint['method']} reads no words to search with")
-        instances, tasks = load_asked(asked_of(checkpoint, args))
+        instances, tasks = load_asked(checkpoint, asked_of(checkpoint, args))
         path = os.path.join(FEATURES, f"{fingerprint(model, instances, args.amp)}-search.npy")
         device = next(model.parameters()).device
         loader = evaluation_loader(model, instances, args.workers)

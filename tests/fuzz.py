@@ -458,7 +458,8 @@ def nrrd():
     samples = []
     for encoding, body in (("raw", voxels), ("gzip", gzip.compress(voxels))):
         path = f"{encoding}.nrrd"
-        header = f"NRRD0004\n# x\ntype: uint8\ndimension: 4\nsizes: 4 6 6 6\nencoding: {encoding}\n\n"
+        header = ("NRRD0004\n# x\ntype: uint8\ndimension: 4\nsizes: 4 6 6 6\n"
+                  f"space directions: none (0,0.1,0) (0,0,0.1) (0.1,0,0)\nencoding: {encoding}\n\n")
         write(path, header.encode() + body)
         samples.append(Sample(path, lambda path=path: data.pixels(data.VoxelView(path, 3), 16)))
     return samples
