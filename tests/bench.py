@@ -399,7 +399,7 @@ def training(args, device):
 OUTSIDE = [(data, "to_device"), (eval, "average_gradients"), (torch.nn.utils, "clip_grad_norm_"),
            (torch.nn.utils, "get_total_norm"), (torch.optim.AdamW, "step"), (torch.optim.AdamW, "zero_grad"),
            (torch.optim.Adam, "step"), (torch.optim.Adam, "zero_grad"), (train_user, "augmented"),
-           (train_user, "momentum_update"), (train_user.Queue, "enqueue"), (train_cmaclip, "corrupt_batch"),
+           (train_user, "momentum_update"), (train_user.Queue, "enqueue"), (train_cmaclip, "corrupt"),
            (eval.Run, "check"), (eval.Run, "log")]
 
 

@@ -646,16 +646,16 @@ def cmaclip_columns(metrics):
         return columns
     for heading, scores in (("clean", noise["image"]["0.0"]), ("all images noisy", noise["image"]["1.0"]),
                             ("all texts noisy", noise["text"]["1.0"])):
-        weights = [values["image_weight"] for values in scores.values() if "image_weight" in values]
-        if weights:
-            columns[f"mean image weight, {heading}"] = statistics.mean(weights)
+        if "image_weight" in scores["mean"]:
+            columns[f"mean image weight, {heading}"] = scores["mean"]["image_weight"]
     return columns
 
 
 def task_columns(measure):
     """The function that takes one measure of every task by itself, and its mean."""
     def columns(metrics):
-        return {task: values[measure] for task, values in metrics["test"]["model"].items()}
+        model = metrics["test"]["model"]
+        return {task: values[measure] for task, values in [*model["tasks"].items(), ("mean", model["mean"])]}
     return columns
 
 

@@ -25,8 +25,8 @@ def fake_metrics(script, value):
     measures = dict.fromkeys(["R@1", "R@5", "R@10", "MRR", "NDCG@5", "mAP"], value)
     model = {way: measures for way in WAYS} | {"rSum": value, "mAP": value}
     if script == "train_cmaclip.py":
-        mean = {"accuracy": value, "macro_f1": value, "recall_at_precision": value}
-        scores = {"colour": mean | {"image_weight": value}, "mean": mean}
+        mean = {"accuracy": value, "macro_f1": value, "recall_at_precision": value, "image_weight": value}
+        scores = {"tasks": {"colour": mean}, "mean": mean}
         noise = {fraction: scores for fraction in ("0.0", "0.5", "1.0")}
         return {"test": {"model": scores, "noise": {"image": noise, "text": noise}}}
     return {split: {"model": model} for split in ("test", "unseen")}
