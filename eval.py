@@ -40,7 +40,7 @@ import data
 
 TIE = 1e-6  # scores closer than this are equal: rounding differs between the rows of one matrix product
 FEATURES = os.path.join("runs", "features")  # of galleries that --query has searched
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of a folder, by their endings
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # in a folder of pictures
 BLOCK = 1 << 22  # scores held at a time: larger is slower, because memory is mapped anew for every block
 SAVE_SECONDS = 300  # last.pt is written after every epoch, and at least this often
 WAYS = ("text_to_image", "image_to_text")
@@ -48,12 +48,12 @@ ALL = slice(None)
 
 
 # ---------------------------------------------------------------- retrieval metrics
-# scores: a function (begin, end) -> the scores of these queries with the whole gallery, float (end - begin, G), so
-# that memory grows with the block and not with queries x gallery; or a tensor (Q, G). An item is relevant to a query
-# of the same group; query_group (Q,), gallery_group (G,): any integers.
+# scores: a function (begin, end) -> the scores of these queries with the whole gallery, (end - begin, G), so
+# that memory grows with the block and not with queries x gallery; or a tensor (Q, G). An item is relevant to
+# a query of the same group. query_group (Q,), gallery_group (G,): any integers.
 
 def relevant_items(query_group, gallery_group):
-    """-> (order (G,), begin (Q,), end (Q,)), arrays: order[begin[q]:end[q]] are the numbers of q's relevant items.
+    """-> arrays (order (G,), begin (Q,), end (Q,)): order[begin[q]:end[q]] are the relevant items of query q.
 
     Raises ValueError for a query that has none.
     """
@@ -70,17 +70,17 @@ def relevant_items(query_group, gallery_group):
 
 
 def at_least(values, bounds):
-    """How many of the values (n,) are at or above each of the bounds (K,). Where these are many, it sorts once."""
-    if len(bounds) <= 16:
+    """(K,): how many of the values (n,) are at or above each of the bounds (K,)."""
+    if len(bounds) <= 16:  # counting is faster than sorting
         return np.array([np.count_nonzero(values >= bound) for bound in bounds])
     return len(values) - np.searchsorted(np.sort(values), bounds, side="left")
 
 
 def ranks(scores, query_group, gallery_group, k=None):
-    """Yield (place, count) of blocks of queries: where the relevant items of each stand in its ranking, at worst.
+    """Yield (place, count) of blocks of queries: where the relevant items stand in their rankings, at worst.
 
-    place: float64 (b, K), the 1-based positions of a query's best, second best, ... relevant item, and inf where it
-    has fewer. K is the most that any query of the block has, or k where that is less. count (b,): how many it has.
+    place: float64 (b, K), the 1-based positions of a query's best, second best, ... relevant item; inf where it
+    has fewer. K is the most that any query of the block has, or k where that is less. count (b,): how many.
 
     A position counts every irrelevant item that scores higher *or equal*, so a constant score earns nothing.
     Raises CheckpointError (a ValueError: the model is at fault) for a NaN score.
@@ -154,9 +154,9 @@ def cosine_scores(images, texts):
 def retrieval_metrics(images, texts, image_group, text_group, image_query=ALL, text_query=ALL, scores=None):
     """`ranking_metrics` of both directions, and rSum, the sum of R@1, 5 and 10 of both (0..600).
 
-    images (N, D), texts (C, D): of unit norm, compared by their cosine. image_group (N,), text_group (C,): integers.
+    images (N, D), texts (C, D): of unit norm, compared by their cosine; or, where the similarity is another
+    one, scores: two functions as of `cosine_scores`. image_group (N,), text_group (C,): integers.
     image_query (N,), text_query (C,): bool, which rows are asked about (default: all); all are searched.
-    scores: of another similarity, two functions as `cosine_scores` returns them; images and texts are not used then.
     """
     text_scores, image_scores = scores or cosine_scores(images, texts)
     asked_texts = torch.arange(len(text_group))[text_query]
@@ -172,8 +172,8 @@ def retrieval_metrics(images, texts, image_group, text_group, image_query=ALL, t
 def chance(query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
     """The expected `ranking_metrics` of a random order, in closed form.
 
-    MedR is the first position that half of the queries have reached. mAP: of R relevant items among G, place p
-    holds one with probability R / G; then (R - 1) / (G - 1) of the places before do.
+    MedR is the first position that half of the queries have reached. mAP: of R relevant items among G, a
+    place holds one with probability R / G; then (R - 1) / (G - 1) of the places before it do.
     """
     _, begin, end = relevant_items(query_group, gallery_group)
     count = torch.from_numpy(end - begin)
@@ -581,8 +581,8 @@ def averaged(parts):
         same = part.classes == first.classes and len(part.instances) == len(first.instances)
         for x, y in zip(part.instances, first.instances):
             same = same and (x.id, x.group, x.captions) == (y.id, y.group, y.captions)
-        clip.expect(same, "--checkpoint", "these models do not rank the same instances, captions and classes; "
-                    "give models of one data set and one task")
+        clip.expect(same, "--checkpoint", "these models do not rank the same instances, captions and "
+                    "classes; give models of one data set and one task")
     images = torch.cat([part.images for part in parts], dim=1) / math.sqrt(len(parts))
     texts = torch.cat([part.texts for part in parts], dim=1) / math.sqrt(len(parts))
     scores = None
@@ -607,7 +607,7 @@ def write_embeddings(path, embedded):
 
 
 def fingerprint(model, instances, amp):
-    """16 hex digits that change with a model's weights and with the pictures and captions that it is shown."""
+    """16 hex digits that change with a model's weights and with the pictures and captions it is shown."""
     known = [clip.identity(model), model.config, amp, tokenizer_of(model).merges]
     digest = hashlib.sha256(repr(known).encode())
     for x in instances:
@@ -620,7 +620,7 @@ def fingerprint(model, instances, amp):
 
 
 def kept(path, what, compute, device):
-    """The tensor, on `device`, of a .npy file. Where it is not there, it is what compute() returns, and is kept there.
+    """The tensor of a .npy file. Where it is not there, it is what compute() returns, and is kept there.
 
     All processes must ask, since they compute it together; the first of each machine writes.
     """
@@ -924,7 +924,7 @@ def read_log(path):
 
 
 def draw_curves(path, runs):
-    """Write a picture of the loss and of the score on val that best.pt is chosen by, over the steps of runs."""
+    """Write a picture of the loss, and of the score on val that chooses best.pt, over the steps of runs."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -939,7 +939,8 @@ def draw_curves(path, runs):
             rows = [row for _, row in read_log(log)]
             evaluated = [row for row in rows if "val" in row]
             left.plot([row["step"] for row in rows], [row["loss"] for row in rows])
-            right.plot([row["step"] for row in evaluated], [row["score"] for row in evaluated], marker=".", label=name)
+            scores = [row["score"] for row in evaluated]
+            right.plot([row["step"] for row in evaluated], scores, marker=".", label=name)
     right.legend()
     clip.write_file(path, lambda f: figure.savefig(f, format="png"))
 
@@ -994,12 +995,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments(description, file, kinds, data="primitives"):
-    """A parser with the arguments that every script has, with the same names and meanings; the script adds its own.
+    """A parser with the arguments that every script has, in the same words; the script adds its own.
 
     file: the script's, whose name is that of the method: a copy of a script is a method of its own.
-    kinds: {kind of run: its settings}, such as {"from scratch": {"lr": 1e-3}, "pretrained": {"lr": 1e-5}}; a kind
-        that has the name of a data set is for pretrained weights on it. `parse` fills these in; --help shows them
-        all.
+    kinds: {kind of run: its settings}, such as {"from scratch": {"lr": 1e-3}, "pretrained": {"lr": 1e-5}}; a
+        kind that has the name of a data set is for pretrained weights on it. `parse` fills these in.
     data: the data set that is used where none is named.
     """
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1012,20 +1012,20 @@ def arguments(description, file, kinds, data="primitives"):
     common("--download", action=argparse.BooleanOptionalAction, default=True,
            help="fetch the data set where it is not there and that is possible (text2shape)")
     common("--crop", type=fraction, metavar="AREA",
-           help="train on random crops of at least this share of a picture's area, half of them mirrored where no "
-                "caption says left or right; 0 or 1: whole pictures (default: for photos and your own data 0.5 from "
-                "scratch, 0.9 with pretrained weights; off for shapes and videos)")
-    common("--clip", help="the CLIP to start from. Pretrained: a published name, a file or a folder; from scratch: "
-                          "tiny or small (default: ViT-B/32; for the built-in shapes a tiny one)")
+           help="train on random crops of at least this share of a picture's area, half of them mirrored "
+                "where no caption says left or right; 0 or 1: whole pictures (default: for photos and your own "
+                "data 0.5 from scratch, 0.9 with pretrained weights; off for shapes and videos)")
+    common("--clip", help="the CLIP to start from. Pretrained: a published name, a file or a folder; from "
+                          "scratch: tiny or small (default: ViT-B/32; for the built-in shapes a tiny one)")
     common("--image-size", type=positive_int, help="pixels of a picture's side (default: what the CLIP has)")
     common("--context", type=positive_int,
-           help="tokens of a text that are read, start and end among them; longer texts are cut (default: what the "
-                "CLIP has positions for: 32 of tiny, 48 of small, 77 of published ones)")
+           help="tokens of a text that are read, start and end among them; longer texts are cut (default: "
+                "what the CLIP has positions for: 32 of tiny, 48 of small, 77 of published ones)")
     common("--vocab-size", type=vocabulary, default=1024,
            help="symbols of the vocabulary learned for a model from scratch")
     common("--epochs", type=positive_int,
-           help="passes over the training instances; of train_user.py and train_adapter.py over the image-caption "
-                "pairs, as the papers count")
+           help="passes over the training instances; of train_user.py and train_adapter.py over the "
+                "image-caption pairs, as the papers count")
     common("--batch-size", type=positive_int, help="instances (or pairs) per step, over all processes")
     common("--lr", type=positive, help="peak learning rate")
     common("--weight-decay", type=non_negative, help="of AdamW")
@@ -1034,11 +1034,11 @@ def arguments(description, file, kinds, data="primitives"):
     common("--seed", type=seed, default=0, help="of all that is drawn: a whole number of any size")
     common("--device", type=usable_device, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     common("--workers", type=non_negative_int,
-           help="processes that prepare batches (default: 1; 0 where a CPU computes on all of its cores, since all "
-                "would wait for the one that a worker takes its turn on)")
+           help="processes that prepare batches (default: 1; 0 where a CPU computes on all of its cores, "
+                "since all would wait for the one that a worker takes its turn on)")
     common("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16 autocast in the encoders")
     common("--compile", action="store_true", help="torch.compile the encoders' blocks")
-    common("--resume", action="store_true", help="go on from <out>/last.pt, with the settings of <out>/config.json")
+    common("--resume", action="store_true", help="go on from <out>/last.pt, with the settings that it has")
     common("--out", help="folder of the run (default: runs/<method>-<data>)")
     return p
 
@@ -1046,7 +1046,8 @@ def arguments(description, file, kinds, data="primitives"):
 def show_defaults(parser):
     """Let --help say the default of every option, of each kind of run where they differ."""
     for action in parser._actions:
-        of_kinds = {kind: values[action.dest] for kind, values in parser.kinds.items() if action.dest in values}
+        name = action.dest
+        of_kinds = {kind: values[name] for kind, values in parser.kinds.items() if name in values}
         if len(set(of_kinds.values())) > 1:
             default = ", ".join(f"{value} {kind}" for kind, value in of_kinds.items())
         elif of_kinds:
@@ -1070,16 +1071,18 @@ def parse(parser, argv=None):
     data_name, _ = os.path.splitext(os.path.basename(args.data))
     out = args.out or os.path.join("runs", f"{parser.method.removeprefix('train_')}-{data_name}")
     config = os.path.join(out, "config.json")
-    before = data.read_json(config, {"data": str}, "settings") if args.resume and os.path.exists(config) else {}
-    known = [action.dest for action in parser._actions]
-    parser.set_defaults(**{name: value for name, value in before.items() if name in known})
-    args = parser.parse_args(argv)
+    before = {}
+    if args.resume and os.path.exists(config):
+        before = data.read_json(config, {"data": str}, "settings")
+        known = [action.dest for action in parser._actions]
+        parser.set_defaults(**{name: value for name, value in before.items() if name in known})
+        args = parser.parse_args(argv)
     built_in = args.data.startswith("primitives")
     if args.clip is None and built_in:
         args.clip = "tiny" if "from scratch" in parser.kinds else SMALL_CLIP
     args.clip = args.clip or "ViT-B/32"
-    kinds = ("from scratch" if args.clip in clip.SCRATCH else "", args.data, "built-in shapes" if built_in else "",
-             "pretrained")
+    kinds = ("from scratch" if args.clip in clip.SCRATCH else "", args.data,
+             "built-in shapes" if built_in else "", "pretrained")
     kind = next(kind for kind in kinds if kind in parser.kinds)
     for name, value in parser.kinds[kind].items():
         if getattr(args, name) is None:
@@ -1096,12 +1099,11 @@ def parse(parser, argv=None):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn bad input into one line on stderr and exit code 2, Ctrl-C outside the loop into 130; a bug keeps its
-    traceback. What a console cannot show is written with backslashes.
+    """Turn bad input into one line on stderr and exit code 2, Ctrl-C outside the loop into 130.
 
-    One of several processes ends here at once, without what Python does at its end while gloo's threads go on: it
-    could be aborted ("terminate called without an active exception"), and in torch 2.6 wait for ever in
-    `destroy_process_group`. torchrun ends the others where one has failed.
+    A bug keeps its traceback. What a console cannot show is written with backslashes. One of several
+    processes ends here, without what Python does at its end while gloo's threads go on: it could be aborted
+    ("terminate called without an active exception"), and in torch 2.6 wait for ever. torchrun ends the others.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -1220,8 +1222,8 @@ def load_splits(args, load=None):
     load: a function (name, root, split) in place of data.load.
 
     The test split is needed only at the end, but what is missing in it is said before training. A --crop that
-    was not given is chosen by the kind of data and CLIP (`data.default_crop`). A run that goes on with other data
-    keeps its classes: labels get their numbers, and a class that it does not know is refused.
+    was not given is chosen by the kind of data and CLIP (`data.default_crop`). A run that goes on with other
+    data keeps its classes: labels get their numbers, and a class that it does not know is refused.
     """
     if args.download:
         with rank_zero_first():
@@ -1239,19 +1241,19 @@ def load_splits(args, load=None):
     before = args.trained_on
     args.trained_on = {"hash": digest.hexdigest()[:16], "classes": classes}
     if before and before != args.trained_on:
-        data.note(f"{args.data}: the training data have changed since this run began; it goes on with its own "
-                  "vocabulary and classes")
-        args.trained_on["classes"] = before["classes"]
-        splits = [renumbered(instances, classes, before["classes"], args.data) for instances, classes in splits]
+        data.note(f"{args.data}: the training data have changed since this run began; it goes on with its "
+                  "own vocabulary and classes")
+        known = args.trained_on["classes"] = before["classes"]
+        splits = [renumbered(instances, classes, known, args.data) for instances, classes in splits]
     return splits
 
 
-def renumbered(instances, classes, known, name):
-    """-> (instances, known): their labels, numbers of `classes`, become those of the same names in `known`."""
-    for task in classes:
-        new = [c for c in classes[task] if c not in known.get(task, classes[task])]
-        data.expect(not new, f"--resume: {name}", f"{task} = {', '.join(new)[:100]} is new, and the run has no place "
-                    "for it; start a new run in another --out")
+def renumbered(instances, classes, known, where):
+    """-> (instances, known): labels, which are numbers of `classes`, become those of the same names in `known`."""
+    for task, names in classes.items():
+        new = set(names) - set(known.get(task, names))
+        data.expect(not new, f"--resume: {where}", f"{task} = {', '.join(sorted(new))[:100]} is new, and the "
+                    "run has no place for it; start a new run in another --out")
     for x in instances:
         x.labels = {task: known[task].index(classes[task][c]) if c >= 0 else -1
                     for task, c in x.labels.items() if task in known}
@@ -1262,7 +1264,7 @@ SMALL_CLIP = os.path.join("runs", "mxm-primitives-source", "best.pt")  # what it
 
 
 def small_clip():
-    """Train the CLIP that built-in shapes are adapted from: a tiny one, by CLIP's own loss on primitives-source.
+    """Train the CLIP that built-in shapes are adapted from: tiny, by CLIP's own loss on primitives-source.
 
     It is trained once, by train_mxm.py in a process of its own, and kept in `runs/`.
     """
@@ -1272,9 +1274,10 @@ def small_clip():
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train_mxm.py")
     command = [sys.executable, script, "--data", "primitives-source", "--loss", "clip", "--batch-size", "128",
                "--epochs", "12", "--eval-every", "12", "--out", os.path.dirname(SMALL_CLIP)]
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    if subprocess.run(command, env=alone, stdout=subprocess.DEVNULL).returncode:
-        raise clip.CheckpointError(f"{SMALL_CLIP}: could not be trained; `python {' '.join(command[1:])}` says why")
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # of the processes that wait for it
+    alone = {name: value for name, value in os.environ.items() if name not in group}
+    done = subprocess.run(command, env=alone, stdout=subprocess.DEVNULL)
+    clip.expect(done.returncode == 0, SMALL_CLIP, f"could not be trained; `{' '.join(command)}` says why")
 
 
 def load_clip(args, device):
@@ -1297,8 +1300,8 @@ def frozen_clip(checkpoint, name="frozen_clip"):
     args = argparse.Namespace(**checkpoint["settings"])
     model, _ = clip.load(args.clip, "cpu", image_size=args.image_size, context_length=args.context)
     identity = clip.identity(model)
-    clip.expect(identity == checkpoint[name], args.clip, f"the CLIP {identity[:12]} now, and what was trained belongs "
-                f"to {str(checkpoint[name])[:12]}; give its weights with --clip")
+    clip.expect(identity == checkpoint[name], args.clip, f"is the CLIP {identity[:12]} now, and what was "
+                f"trained belongs to {str(checkpoint[name])[:12]}; give its weights with --clip")
     return model
 
 
@@ -1314,7 +1317,8 @@ def build_or_load(args, train, device):
         if args.resume:
             tokenizer = clip.Tokenizer(resumed(args)["clip"]["merges"])
         else:
-            tokenizer = clip.Tokenizer.train([caption for x in train for caption in x.captions], args.vocab_size)
+            captions = [caption for x in train for caption in x.captions]
+            tokenizer = clip.Tokenizer.train(captions, args.vocab_size)
         model = clip.build(args.clip, tokenizer, args.seed, args.image_size, args.context).to(device)
     if args.compile:
         clip.compile_blocks(model)
@@ -1324,9 +1328,10 @@ def build_or_load(args, train, device):
 def training_loader(args, instances, model, **options):
     """A data.Loader of the training batches that a run asks for, of each this process's part."""
     rank, world = processes()
-    return data.Loader(instances, tokenizer_of(model), model.config.context_length, model.config.image_resolution,
-                       args.batch_size, train=True, seed=args.seed, workers=args.workers, rank=rank, world=world,
-                       crop=args.crop, **options)
+    config = model.config
+    return data.Loader(instances, tokenizer_of(model), config.context_length, config.image_resolution,
+                       args.batch_size, train=True, seed=args.seed, workers=args.workers, rank=rank,
+                       world=world, crop=args.crop, **options)
 
 
 def tokenizer_of(model):
@@ -1372,11 +1377,11 @@ class Run:
     It calls neither the model nor the loss nor the optimizer. Everything that changes is in the weights, the
     optimizer and `state`, so a resumed run ends with the same bits.
 
-    saved: what a checkpoint holds beside the settings, {name: value}. A CLIP is held as its description, another
-        module as its weights without those of its `clip`. Other values say what the run belongs to (names of
-        classes, the hash of a frozen CLIP): it goes on only where they are the same.
+    saved: what a checkpoint holds beside the settings, {name: value}. A CLIP is held as its description,
+        another module as its weights without those of its `clip`. Other values say what the run belongs to
+        (names of classes, the hash of a frozen CLIP): it goes on only where they are the same.
     only_last: {name: module} that going on needs and evaluation does not; last.pt holds them.
-    more_epochs: whether a run may go on with another number of epochs, since its learning rate does not depend on it.
+    more_epochs: whether it may go on with another number of epochs, since its learning rate is the same then.
 
     All processes evaluate and stop at the same steps; only the first one writes.
     """
@@ -1401,8 +1406,8 @@ class Run:
             if not args.resume:
                 self.save("last.pt")  # so that there is always one; and a full disk is found before any work
         barrier()  # the others wait for it
-        clip.expect(os.path.exists(os.path.join(args.out, "last.pt")), f"--out {args.out}", "another machine has made "
-                    "this folder, and it is not here; choose one on a disk that all machines share")
+        clip.expect(os.path.exists(os.path.join(args.out, "last.pt")), f"--out {args.out}", "was made by "
+                    "another machine, and is not here; choose a folder on a disk that all machines share")
         self.progress = Progress(steps, self.state["step"], quiet=not self.first)
         self.say = self.progress.line
         self.saved_at = time.time()
@@ -1411,7 +1416,7 @@ class Run:
             signal.signal(number, self.ask_to_stop)
 
     def ask_to_stop(self, number, frame):
-        """Note Ctrl-C or SIGTERM, so that the loop finishes its step and saves. A second one stops at once."""
+        """Of Ctrl-C and SIGTERM: the loop finishes its step and saves. A second one stops at once."""
         if self.stop_asked:
             raise KeyboardInterrupt
         self.stop_asked = True
@@ -1439,14 +1444,15 @@ class Run:
             elif isinstance(value, torch.nn.Module):
                 clip.load_heads(value, checkpoint[key])
             else:
-                clip.expect(value == checkpoint[key], f"--resume: {self.args.out}/last.pt", "was made with another "
-                            f"{key.replace('_', ' ')}; start a new run in another --out")
+                clip.expect(value == checkpoint[key], f"--resume: {self.args.out}/last.pt", "was made with "
+                            f"another {key.replace('_', ' ')}; start a new run in another --out")
         for key, module in self.only_last.items():
             module.load_state_dict(checkpoint[key])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.state |= checkpoint["state"]
-        clip.expect(self.state["step"] <= self.steps, f"--resume: {self.args.out}", f"has made {self.state['step']} "
-                    f"steps, and these data and settings make {self.steps}; start a new run in another --out")
+        done = self.state["step"]
+        clip.expect(done <= self.steps, f"--resume: {self.args.out}", f"has made {done} steps, and these data "
+                    f"and settings make {self.steps}; start a new run in another --out")
 
     def batches(self, loader):
         """Yield (step, batch) from where the run stands to its end. After each step: log, save, stop if asked
@@ -1551,7 +1557,8 @@ class Progress:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         speed = self.samples / max(spent, 1e-9)
         text = f"step {step}/{self.total}  {shown}  {speed:,.0f} samples/s  {left // 60}:{left % 60:02d} left"
-        print(f"\r\033[K{text}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
+        before, after = ("\r\033[K", "") if self.live else ("", "\n")
+        print(f"{before}{text}", end=after, file=sys.stderr, flush=True)
 
     def line(self, text):
         """A line that stays."""
@@ -1571,8 +1578,9 @@ def resumed(args, more_epochs=True):
                 "or start without --resume")
     checkpoint = clip.load_checkpoint(last)
     before = checkpoint["settings"]
-    clip.expect(checkpoint["method"] == args.method, f"--resume: {last}", f"is a run of {checkpoint['method']}.py, "
-                f"and this is {args.method}.py; give --out a run of this script")
+    method = checkpoint["method"]
+    clip.expect(method == args.method, f"--resume: {last}", f"is a run of {method}.py, and this is "
+                f"{args.method}.py; give --out a run of this script")
     for name, now in vars(args).items():
         clip.expect(name in FREE or before.get(name) == now, f"--resume: {last}",
                     f"--{name.replace('_', '-')} was {before.get(name)} and is {now} now; "
@@ -1584,10 +1592,10 @@ def resumed(args, more_epochs=True):
 
 
 def open_folder(args, step):
-    """Prepare the folder of a run at this step, and write config.json. Returns a lock to be kept while the run lives.
+    """Prepare the folder of a run at this step, and write config.json. Returns a lock to keep while it lives.
 
-    Without --resume the files of an earlier run in the folder are moved aside (to <out>.1, <out>.2, ...), so that
-    nothing saved is lost; what else lies there stays. Raises CheckpointError.
+    Without --resume the files of an earlier run in the folder are moved aside, to <out>.1, <out>.2, ...; what
+    else lies there stays. Raises CheckpointError.
     """
     clip.expect(os.path.exists(args.out) or not os.path.islink(args.out), args.out, "a link to nowhere; "
                 "is a disk missing?")
@@ -1617,9 +1625,9 @@ def open_folder(args, step):
 
 
 def lock(path):
-    """-> the open file, which no other process can lock until it is closed. Raises CheckpointError where one has.
+    """-> the open file, which no other process can lock until it is closed; CheckpointError where one has.
 
-    It ends with the process, and its loader's workers do not inherit it.
+    The lock ends with the process, and its loader's workers do not inherit it.
     """
     try:
         import fcntl  # not on Windows
@@ -1679,7 +1687,8 @@ def report(args, device, untuned=None):
     results = {}
     texts = []
     for split in ("test", "unseen") if args.data == "primitives" else ("test",):
-        asked = argparse.Namespace(**vars(args) | dict(split=split, gallery=None, embeddings=None, prompt=None))
+        nothing_else = dict(gallery=None, embeddings=None, prompt=None)
+        asked = argparse.Namespace(**vars(args) | nothing_else, split=split)
         try:
             results[split], text = evaluation([(model, checkpoint)], asked)
             texts.append(text)
@@ -1710,8 +1719,7 @@ def script(checkpoint):
 
 
 def restore(path, device=None, clip_path=None):
-    """-> (model, checkpoint) of a checkpoint, a file or the folder of a run, whose best.pt is meant. The script that
-    it names rebuilds the model.
+    """-> (model, checkpoint) of a file, or of a run's folder, whose best.pt is meant. Its script rebuilds it.
 
     clip_path: for a checkpoint that holds no CLIP: where its CLIP lies now.
     """
@@ -1732,7 +1740,7 @@ def run_names(files):
 
 
 def asked_of(checkpoint, args):
-    """What is asked of one checkpoint: args with the data and root that it was trained on, where none are given."""
+    """args with the data and root that a checkpoint was trained on, where none are given."""
     settings = checkpoint["settings"]
     name = args.data or settings["data"]
     root = args.root or (settings["root"] if name == settings["data"] else None)
@@ -1740,11 +1748,16 @@ def asked_of(checkpoint, args):
 
 
 def load_asked(checkpoint, args):
-    """-> (instances, {task: names of its classes}) of --data and --split: of a folder without a file of its own all
-    pictures in it, which have no captions."""
+    """-> (instances, {task: names of its classes}) of --data and --split.
+
+    Of a folder of pictures it is all of them, in its folders too; these have no captions. --split all: train,
+    val and test.
+    """
     if args.data not in data.DATA_SETS and os.path.isdir(args.data):
-        files = [os.path.join(folder, name) for folder, _, names in sorted(os.walk(args.data)) for name in sorted(names)
-                 if name.lower().endswith(PICTURES) and not name.startswith(".")]
+        files = []
+        for folder, _, names in sorted(os.walk(args.data)):
+            files += [os.path.join(folder, name) for name in sorted(names) if not name.startswith(".")]
+        files = [file for file in files if file.lower().endswith(PICTURES)]
         data.expect(files, args.data, f"a folder without pictures ({', '.join(PICTURES)})")
         return [data.Instance(os.path.relpath(file, args.data), [file], [], {}, file) for file in files], {}
     load = data.load_regions if checkpoint.get("regions") else data.load  # region features, of train_user.py
@@ -1754,17 +1767,17 @@ def load_asked(checkpoint, args):
 
 
 def embed_split(model, checkpoint, args):
-    """-> `Embedded` of the split that is asked for: all its instances, compared by the cosine of their features.
+    """-> `Embedded` of the asked split: all its instances, compared by the cosine of their features.
 
-    args: data, root, split, amp, workers. A script with another similarity, or with classes, has an `embed_split`
-    of its own.
+    args: data, root, split, amp, workers. A script with another similarity, or with classes, has an
+    `embed_split` of its own.
     """
     instances, tasks = load_asked(checkpoint, args)
     return Embedded(instances, *embed(model, instances, args.amp, args.workers), tasks)
 
 
 def embed_with_all(models, args):
-    """-> `averaged` of the asked split by the models of all checkpoints, each by its script's `embed_split`."""
+    """-> `averaged` of the asked split by all models, each by its script's `embed_split`."""
     parts = []
     for model, checkpoint in models:
         of_script = getattr(script(checkpoint), "embed_split", embed_split)
@@ -1775,8 +1788,8 @@ def embed_with_all(models, args):
 def evaluation(models, args, title="model"):
     """What the models of some checkpoints reach together on a split -> ({row: metrics}, the text of a table).
 
-    models: [(model, checkpoint)], as of `restore`. args: data, root, split, amp, workers; gallery and embeddings:
-    paths, or None; prompt: of `zero_shot`, or None. A script that classifies defines `evaluation` itself, of one model.
+    models: [(model, checkpoint)], as of `restore`. args: data, root, split, amp, workers; gallery and
+    embeddings, paths, or None; prompt, of `zero_shot`, or None. A script that classifies has its own.
     """
     model, checkpoint = models[0]
     asked = asked_of(checkpoint, args)
@@ -1801,8 +1814,8 @@ def evaluation(models, args, title="model"):
 def zero_shot(model, embedded, prompts):
     """{task: `classification_metrics`} of a CLIP as it is: an image is of the class whose text is closest.
 
-    prompts: texts with {} for the name of a class. A class's text is the renormalised mean of its prompts (Radford et
-    al. 2021, section 3.1.4).
+    prompts: texts with {} for the name of a class, whose feature is their renormalised mean (Radford et al.
+    2021, section 3.1.4).
     """
     out = {}
     for task, names in embedded.tasks.items():
@@ -1897,42 +1910,42 @@ def check_together(models, args):
         clip.expect(not args.attention or hasattr(script(checkpoint), "attention_picture"), "--attention",
                     f"{method} has no attention between the modalities; train_cmaclip has")
         classifies = hasattr(script(checkpoint), "evaluation")
-        clip.expect(not classifies or len(models) == 1 and not args.embeddings, method, "classifies images together "
-                    "with their texts: it has no similarities to average and no --embeddings of each")
+        clip.expect(not classifies or len(models) == 1 and not args.embeddings, method, "classifies images with "
+                    "their texts: it has no similarities to average and no --embeddings of each")
 
 
 def main(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint", nargs="+", metavar="FILE",
-                   help="best.pt or last.pt of a run, or its folder; of several runs, the mean of their similarities "
-                        "counts")
+                   help="best.pt or last.pt of a run, or its folder; of several runs, the mean of their "
+                        "similarities counts")
     p.add_argument("--curves", nargs="+", metavar="RUN",
                    help="write a picture of the loss and of the validation metric over the steps of these "
                         "folders of runs to --out (default curves.png)")
-    p.add_argument("--clip", help="a CLIP to evaluate as it is: a published name, a file or a folder; with --checkpoint, "
-                                  "the CLIP that it belongs to, where that lies elsewhere now")
+    p.add_argument("--clip", help="a CLIP to evaluate as it is: a published name, a file or a folder; with "
+                                  "--checkpoint, the CLIP that it belongs to, where that lies elsewhere now")
     p.add_argument("--prompt", nargs="+", metavar="TEXT",
-                   help="what makes a text of a class's name, for --clip on data with labels; of several, the mean "
-                        '(default: "a photo of a {}.")')
-    p.add_argument("--data", help="a data set, a .jsonl or .csv file, or a folder of pictures (default: the data the "
-                                  "model was trained on)")
+                   help="what makes a text of a class's name, for --clip on data with labels; several are "
+                        'averaged (default: "a photo of a {}.")')
+    p.add_argument("--data", help="a data set, a .jsonl or .csv file, or a folder of pictures (default: the "
+                                  "data that the model was trained on)")
     p.add_argument("--root", help="folder of the data set")
-    p.add_argument("--split", default="test", help="train, val, test (the default), all, or another that the data have")
+    p.add_argument("--split", default="test", help="train, val, test, all, or another one of the data")
     p.add_argument("--gallery", metavar="PNG",
                    help="write a picture of queries and their top results, or of what is predicted")
     p.add_argument("--attention", metavar="PNG",
                    help="write a picture of what a model with attention between the modalities looks at")
     p.add_argument("--embeddings", metavar="NPZ",
                    help="write the split's features of unit norm: images (N, D), the means of their views or "
-                        "frames, texts (C, D), captions (C,), owners (C,), the number of each text's image, ids (N,), "
-                        "groups (N,), what counts as the same thing, and label_<task> (N,), class names")
+                        "frames, texts (C, D), captions (C,), owners (C,), the number of each text's image, "
+                        "ids (N,), groups (N,), what counts as the same thing, and label_<task> (N,), names")
     p.add_argument("--query", nargs="+", metavar="TEXT",
                    help="search the split's images with your own words (videos: the mean of their frames)")
     p.add_argument("--top", type=positive_int, help="results of --query (default: 5)")
     p.add_argument("--device", type=usable_device)
     p.add_argument("--workers", type=non_negative_int, default=0)
     p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto")
-    p.add_argument("--out", help="folder for metrics.json (default: the first checkpoint's, or runs/clip-<data>)")
+    p.add_argument("--out", help="folder of metrics.json (default: the checkpoint's, or runs/clip-<data>)")
     args = p.parse_args(argv)
     if bool(args.curves) == bool(args.checkpoint or args.clip):
         p.error("give one of --checkpoint, --clip and --curves")
@@ -1947,7 +1960,7 @@ def main(argv=None):
                            (args.prompt and not alone, "--prompt is for --clip without --checkpoint"),
                            (args.top and not args.query, "--top is for --query"),
                            (args.attention and args.query, "--attention and --query: give one of them"),
-                           (any("{}" not in text for text in args.prompt or ()), "--prompt needs {} for the class")):
+                           (any("{}" not in text for text in args.prompt or ()), "--prompt: {} is missing")):
         if wrong:
             p.error(problem)
     if alone:
