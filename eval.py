@@ -1126,7 +1126,7 @@ def one_line_errors():
     sys.stderr.flush()
     if dist.is_initialized():
         os._exit(code)
-    if code:
+    elif code:
         sys.exit(code)
 
 
