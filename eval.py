@@ -79,8 +79,8 @@ def at_least(values, bounds):
 def ranks(scores, query_group, gallery_group, k=None):
     """Yield (place, count) of blocks of queries: where the relevant items stand in their rankings, at worst.
 
-    place: float64 (b, K), the 1-based positions of a query's best, second best, ... relevant item; inf where it
-    has fewer. K is the most that any query of the block has, or k where that is less. count (b,): how many.
+    place: float64 (b, K), the 1-based positions of a query's best, second best, ... relevant item; inf where
+    it has fewer. K is the most that a query of the block has, or k where that is less. count (b,): how many.
 
     A position counts every irrelevant item that scores higher *or equal*, so a constant score earns nothing.
     Raises CheckpointError (a ValueError: the model is at fault) for a NaN score.
@@ -782,12 +782,12 @@ def gallery_picture(path, rows):
     clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
 
 
-def draw_gallery(path, instances, caption_scores, image_scores, seed=0, rows=6, top=5):
+def draw_gallery(path, instances, scores, seed=0, rows=6, top=5):
     """A gallery of random queries of a split: `rows` text-to-image, then `rows` image-to-text.
 
-    caption_scores: a function of a caption's number -> the scores of all instances (N,).
-    image_scores: a function of an instance's number -> the scores of all captions (C,).
+    scores: two functions as of `cosine_scores`.
     """
+    text_scores, image_scores = scores
     rng = np.random.default_rng(seed)
     groups = layout(instances)
     captions = [caption for x in instances for caption in x.captions]
@@ -798,16 +798,17 @@ def draw_gallery(path, instances, caption_scores, image_scores, seed=0, rows=6, 
     def draw(asked):
         return rng.permutation(asked.nonzero().flatten().numpy())[:rows].tolist()
 
-    def best(scores):
+    def best(scores_of, index):
+        scores = scores_of(torch.tensor([index]))[0]
         return scores.argsort(descending=True, stable=True)[:top].tolist()
 
     out = []
     for c in draw(groups["text_query"]):
         right = groups["image_group"] == groups["text_group"][c]
-        out.append((captions[c], [(picture(i), bool(right[i])) for i in best(caption_scores(c))]))
+        out.append((captions[c], [(picture(i), bool(right[i])) for i in best(text_scores, c)]))
     for i in draw(groups["image_query"]):
         right = groups["text_group"] == groups["image_group"][i]
-        out.append((picture(i), [(captions[c], bool(right[c])) for c in best(image_scores(i))]))
+        out.append((picture(i), [(captions[c], bool(right[c])) for c in best(image_scores, i)]))
     gallery_picture(path, out)
 
 
@@ -1013,8 +1014,8 @@ def arguments(description, file, kinds, data="primitives"):
            help="fetch the data set where it is not there and that is possible (text2shape)")
     common("--crop", type=fraction, metavar="AREA",
            help="train on random crops of at least this share of a picture's area, half of them mirrored "
-                "where no caption says left or right; 0 or 1: whole pictures (default: for photos and your own "
-                "data 0.5 from scratch, 0.9 with pretrained weights; off for shapes and videos)")
+                "where no caption says left or right; 0 or 1: whole pictures (default: for photos and your "
+                "own data 0.5 from scratch, 0.9 with pretrained weights; off for shapes and videos)")
     common("--clip", help="the CLIP to start from. Pretrained: a published name, a file or a folder; from "
                           "scratch: tiny or small (default: ViT-B/32; for the built-in shapes a tiny one)")
     common("--image-size", type=positive_int, help="pixels of a picture's side (default: what the CLIP has)")
@@ -1103,7 +1104,7 @@ def one_line_errors():
 
     A bug keeps its traceback. What a console cannot show is written with backslashes. One of several
     processes ends here, without what Python does at its end while gloo's threads go on: it could be aborted
-    ("terminate called without an active exception"), and in torch 2.6 wait for ever. torchrun ends the others.
+    ("terminate called without an active exception"), and in torch 2.6 wait for ever.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -1249,7 +1250,7 @@ def load_splits(args, load=None):
 
 
 def renumbered(instances, classes, known, where):
-    """-> (instances, known): labels, which are numbers of `classes`, become those of the same names in `known`."""
+    """-> (instances, known): labels, numbers of `classes`, become those of the same names in `known`."""
     for task, names in classes.items():
         new = set(names) - set(known.get(task, names))
         data.expect(not new, f"--resume: {where}", f"{task} = {', '.join(sorted(new))[:100]} is new, and the "
@@ -1292,7 +1293,7 @@ def load_clip(args, device):
     return model
 
 
-def frozen_clip(checkpoint, name="frozen_clip"):
+def frozen_clip(checkpoint):
     """The CLIP that a checkpoint was trained on without holding it, loaded from where its --clip says.
 
     Raises CheckpointError where its weights are no longer those whose hash stands in the checkpoint.
@@ -1300,8 +1301,9 @@ def frozen_clip(checkpoint, name="frozen_clip"):
     args = argparse.Namespace(**checkpoint["settings"])
     model, _ = clip.load(args.clip, "cpu", image_size=args.image_size, context_length=args.context)
     identity = clip.identity(model)
-    clip.expect(identity == checkpoint[name], args.clip, f"is the CLIP {identity[:12]} now, and what was "
-                f"trained belongs to {str(checkpoint[name])[:12]}; give its weights with --clip")
+    trained = str(checkpoint["frozen_clip"])
+    clip.expect(identity == trained, args.clip, f"is the CLIP {identity[:12]} now, and what was trained "
+                f"belongs to {trained[:12]}; give its weights with --clip")
     return model
 
 
@@ -1451,8 +1453,8 @@ class Run:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.state |= checkpoint["state"]
         done = self.state["step"]
-        clip.expect(done <= self.steps, f"--resume: {self.args.out}", f"has made {done} steps, and these data "
-                    f"and settings make {self.steps}; start a new run in another --out")
+        clip.expect(done <= self.steps, f"--resume: {self.args.out}", f"has made {done} steps, and these "
+                    f"data and settings make {self.steps}; start a new run in another --out")
 
     def batches(self, loader):
         """Yield (step, batch) from where the run stands to its end. After each step: log, save, stop if asked
@@ -1582,7 +1584,8 @@ def resumed(args, more_epochs=True):
     clip.expect(method == args.method, f"--resume: {last}", f"is a run of {method}.py, and this is "
                 f"{args.method}.py; give --out a run of this script")
     for name, now in vars(args).items():
-        clip.expect(name in FREE or before.get(name) == now, f"--resume: {last}",
+        same = (before.get(name) or None) == (now or None)  # an option that is off may be newer than the run
+        clip.expect(same or name in FREE, f"--resume: {last}",
                     f"--{name.replace('_', '-')} was {before.get(name)} and is {now} now; "
                     "repeat the old value, or start a new run in another --out")
     clip.expect(more_epochs or before["epochs"] == args.epochs, f"--resume: {last}",
@@ -1799,7 +1802,9 @@ def evaluation(models, args, title="model"):
     if args.embeddings:
         write_embeddings(args.embeddings, embedded)
     if not len(embedded.texts):
-        return {}, f"{len(embedded.instances)} pictures without captions: nothing to evaluate"
+        clip.expect(args.embeddings and not args.gallery, asked.data, "pictures without captions; "
+                    "search them with --query, or write their --embeddings")
+        return {}, f"{len(embedded.instances):,} pictures without captions"
     rows, text = retrieval_evaluation(embedded, asked, title)
     if args.prompt:
         of_tasks = zero_shot(model, embedded, args.prompt)
@@ -1852,9 +1857,7 @@ def retrieval_evaluation(embedded, args, title="model"):
         reached, ceiling = (rows[row]["text_to_image"]["R@1"] for row in (title, "ceiling"))
         text += f", {100 * reached / ceiling:.0f}% of the ceiling's text-to-shape RR@1"
     if args.gallery:
-        text_scores, image_scores = embedded.scores or cosine_scores(images, texts)
-        draw_gallery(args.gallery, instances, lambda c: text_scores(torch.tensor([c]))[0],
-                     lambda i: image_scores(torch.tensor([i]))[0])
+        draw_gallery(args.gallery, instances, embedded.scores or cosine_scores(images, texts))
     return rows, text
 
 
@@ -1910,8 +1913,8 @@ def check_together(models, args):
         clip.expect(not args.attention or hasattr(script(checkpoint), "attention_picture"), "--attention",
                     f"{method} has no attention between the modalities; train_cmaclip has")
         classifies = hasattr(script(checkpoint), "evaluation")
-        clip.expect(not classifies or len(models) == 1 and not args.embeddings, method, "classifies images with "
-                    "their texts: it has no similarities to average and no --embeddings of each")
+        clip.expect(not classifies or len(models) == 1 and not args.embeddings, method, "classifies images "
+                    "and texts together: it has no similarities to average and no --embeddings of each")
 
 
 def main(argv=None):

@@ -472,9 +472,7 @@ def test_draw_gallery_marks_what_is_relevant(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(eval, "gallery_picture", lambda path, rows: drawn.extend(rows))
 
-    def scores(i):  # of caption i and of picture i alike
-        return features @ features[i]
-    eval.draw_gallery("x.png", instances, scores, scores, top=3)
+    eval.draw_gallery("x.png", instances, eval.cosine_scores(features, features), top=3)
     texts, images = drawn[:4], drawn[4:]  # distractors are not asked about
     assert sorted(query for query, _ in texts) == [f"caption {i}" for i in range(4)] and len(images) == 4
     for query, results in texts:  # a query's own group, then the impostor or, of equal scores, the first
