@@ -1722,11 +1722,10 @@ def script(checkpoint):
 
 
 def restore(path, device=None, clip_path=None):
-    """-> (model, checkpoint) of a file, or of a run's folder, whose best.pt is meant. Its script rebuilds it.
+    """-> (model, checkpoint) of a checkpoint file. The script that it names rebuilds the model.
 
     clip_path: for a checkpoint that holds no CLIP: where its CLIP lies now.
     """
-    path = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     checkpoint = clip.load_checkpoint(path)
     with clip.reading(path, "it may be of another version"):
         if clip_path:
@@ -1971,8 +1970,8 @@ def main(argv=None):
         folder = args.out or os.path.join("runs", f"clip-{name}")
         args.prompt = args.prompt or ["a photo of a {}."]
     else:
-        first = args.checkpoint[0]
-        folder = args.out or (first if os.path.isdir(first) else os.path.dirname(first))
+        args.checkpoint = [os.path.join(x, "best.pt") if os.path.isdir(x) else x for x in args.checkpoint]
+        folder = args.out or os.path.dirname(args.checkpoint[0])
     path = os.path.join(folder, "metrics.json")
     for file in (None if args.query else path, args.gallery, args.attention, args.embeddings):
         if file:
