@@ -51,6 +51,7 @@ import eval
 import losses
 
 FROZEN = dict(epochs=500, batch_size=300, lr=1e-4, weight_decay=0.0, eval_every=1)  # the authors'
+SHAPES = dict(epochs=40, batch_size=300, lr=1e-3, weight_decay=0.0, eval_every=4)  # about a minute
 BETAS = (0.5, 0.999)  # of Adam
 PATIENCE = 10  # evaluations without a better mAP on val after which a run stops; the authors'
 # Steps that these evaluations must span at least; ours. On little data ten epochs are a few dozen steps, and
@@ -93,7 +94,7 @@ CONSTANTS = {
 
 def settings(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    p = eval.arguments(__doc__, __file__, {"pretrained": FROZEN})
+    p = eval.arguments(__doc__, __file__, {"built-in shapes": SHAPES, "pretrained": FROZEN})
     p.add_argument("--loss", default="pcl", metavar="NAME[:WEIGHT]+...",
                    help="weighted sum of " + ", ".join(LOSSES))
     p.add_argument("--task", help="which of the data's labels are the classes (default: its first task)")
@@ -395,10 +396,10 @@ def restore(checkpoint):
 def embed_split(model, checkpoint, args):
     """-> `eval.Embedded` of the asked split: of the instances that have a class, whose metrics are those by
     class. A model that was trained on features from files has those alone."""
-    trained = argparse.Namespace(**checkpoint["settings"])
+    run = argparse.Namespace(**checkpoint["settings"])
     classes = checkpoint["classes"]
-    if trained.features:
-        splits, names = data.feature_splits(trained.features, args.root)
+    if run.features:
+        splits, names = data.feature_splits(run.features, args.root)
         data.expect(names == classes, "--features", f"files with the classes {', '.join(names)[:100]}; "
                     f"the model knows {', '.join(classes)[:100]}")
         data.expect(args.split in splits, "--split", f"features have {', '.join(splits)}, not {args.split!r}")
@@ -406,8 +407,8 @@ def embed_split(model, checkpoint, args):
         instances = [data.Instance(f"{args.split} {row}", [], [""], group=classes[label])
                      for row, label in enumerate(features.labels)]
     else:
-        instances, _ = data.load_split(args.data, args.root, args.split, trained.task, classes)
-        features = eval.frozen_features(model.clip, instances, classes, trained.cache, args.amp, args.workers)
+        instances, _ = data.load_split(args.data, args.root, args.split, run.task, classes)
+        features = eval.frozen_features(model.clip, instances, classes, run.cache, args.amp, args.workers)
     return eval.Embedded(instances, *embed_features(model, features), {}, classes)
 
 

@@ -1,5 +1,5 @@
-"""Tests of losses.py: every loss against loops over samples, in value and in gradient, at extremes and in half
-precision; two processes against one. A function with the name of a loss is that loss by its definition.
+"""Tests of losses.py: every loss against loops over samples, in value and in gradient, at extremes and in
+half precision; two processes against one. A function with the name of a loss is that loss by its definition.
 
 Each script's own loss is tested with it, by the same functions.
 
