@@ -40,7 +40,6 @@ import data
 
 TIE = 1e-6  # scores closer than this are equal: rounding differs between the rows of one matrix product
 FEATURES = os.path.join("runs", "features")  # of galleries that --query has searched
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # in a folder of pictures
 BLOCK = 1 << 22  # scores held at a time: larger is slower, because memory is mapped anew for every block
 SAVE_SECONDS = 300  # last.pt is written after every epoch, and at least this often
 WAYS = ("text_to_image", "image_to_text")
@@ -1224,7 +1223,7 @@ def load_splits(args, load=None):
 
     The test split is needed only at the end, but what is missing in it is said before training. A --crop that
     was not given is chosen by the kind of data and CLIP (`data.default_crop`). A run that goes on with other
-    data keeps its classes: labels get their numbers, and a class that it does not know is refused.
+    data keeps its classes; one that it does not know is refused.
     """
     if args.download:
         with rank_zero_first():
@@ -1245,20 +1244,13 @@ def load_splits(args, load=None):
         data.note(f"{args.data}: the training data have changed since this run began; it goes on with its "
                   "own vocabulary and classes")
         known = args.trained_on["classes"] = before["classes"]
-        splits = [renumbered(instances, classes, known, args.data) for instances, classes in splits]
+        for task, names in classes.items():
+            new = sorted(set(names) - set(known.get(task, names)))
+            data.expect(not new, f"--resume: {args.data}", f"{task} = {', '.join(new)[:100]} is new, and the run "
+                        "has no place for it; start a new run in another --out")
+        if classes != known:
+            splits = data.load_splits(args.data, args.root, classes=known)
     return splits
-
-
-def renumbered(instances, classes, known, where):
-    """-> (instances, known): labels, numbers of `classes`, become those of the same names in `known`."""
-    for task, names in classes.items():
-        new = set(names) - set(known.get(task, names))
-        data.expect(not new, f"--resume: {where}", f"{task} = {', '.join(sorted(new))[:100]} is new, and the "
-                    "run has no place for it; start a new run in another --out")
-    for x in instances:
-        x.labels = {task: known[task].index(classes[task][c]) if c >= 0 else -1
-                    for task, c in x.labels.items() if task in known}
-    return instances, known
 
 
 SMALL_CLIP = os.path.join("runs", "mxm-primitives-source", "best.pt")  # what it is: see `small_clip`
@@ -1750,22 +1742,9 @@ def asked_of(checkpoint, args):
 
 
 def load_asked(checkpoint, args):
-    """-> (instances, {task: names of its classes}) of --data and --split.
-
-    Of a folder of pictures it is all of them, in its folders too; these have no captions. --split all: train,
-    val and test.
-    """
-    if args.data not in data.DATA_SETS and os.path.isdir(args.data):
-        files = []
-        for folder, _, names in sorted(os.walk(args.data)):
-            files += [os.path.join(folder, name) for name in sorted(names) if not name.startswith(".")]
-        files = [file for file in files if file.lower().endswith(PICTURES)]
-        data.expect(files, args.data, f"a folder without pictures ({', '.join(PICTURES)})")
-        return [data.Instance(os.path.relpath(file, args.data), [file], [], {}, file) for file in files], {}
+    """-> (instances, {task: names of its classes}) of the data and the split that are asked for."""
     load = data.load_regions if checkpoint.get("regions") else data.load  # region features, of train_user.py
-    names = ("train", "val", "test") if args.split == "all" else [args.split]
-    splits = [load(args.data, args.root, name) for name in names]
-    return [x for instances, _ in splits for x in instances], splits[0][1]
+    return load(args.data, args.root, args.split)
 
 
 def embed_split(model, checkpoint, args):
