@@ -217,7 +217,8 @@ def test_a_run_goes_on_with_its_classes(classes, rows, says, monkeypatch, capsys
     monkeypatch.setattr(data, "load_splits", lambda *_: own_splits(*DATA_OF_A_RUN))
     eval.load_splits(args)
     assert args.crop == 0.5 and args.trained_on["classes"] == DATA_OF_A_RUN[0]
-    monkeypatch.setattr(data, "load_splits", lambda *_: own_splits(classes, rows))
+    given = classes
+    monkeypatch.setattr(data, "load_splits", lambda *_, classes=given: own_splits(classes, rows))
     if "new" in says:
         with pytest.raises(data.DataError, match=says):
             eval.load_splits(args)
