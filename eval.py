@@ -959,8 +959,8 @@ def number(kind, accept, name):
 
 
 MOST = 2 ** 31 - 1  # of what is counted
-positive_int = number(int, lambda v: 1 <= v <= MOST, f"a whole number from 1 to {MOST:,}")
-non_negative_int = number(int, lambda v: 0 <= v <= MOST, f"a whole number from 0 to {MOST:,}")
+positive_int = number(int, lambda v: 1 <= v <= MOST, f"a positive whole number, up to {MOST:,}")
+non_negative_int = number(int, lambda v: 0 <= v <= MOST, f"a whole number of 0 or more, up to {MOST:,}")
 positive = number(float, lambda v: 0 < v < math.inf, "a positive number")
 non_negative = number(float, lambda v: 0 <= v < math.inf, "a number of 0 or more")
 fraction = number(float, lambda v: 0 <= v <= 1, "a share from 0 to 1")
