@@ -4,15 +4,13 @@
     python tests/bench.py --quick              # fewer repetitions, models and items
     python tests/bench.py --only encoding losses
     python tests/bench.py --gpu                # on the GPU, and what --compile gains there
-    python tests/bench.py --only scale         # a model of what a step costs on 1 to 1,024 GPUs
 
 It prints Markdown tables for tests/results.md. A time is the median of several calls, in turns with those it
 is compared with. Peers (open_clip_torch, transformers) are used where they are installed, with the same
-weights and inputs, and as they come. This project's lines are as its scripts run, with `clip.fast_float32()`
-and `clip.keep_memory()`, unless they say "as torch comes". "Bare products" are the matrix products and
-convolutions that the line's own call does, on the same operands, with nothing in between; attention's are
-left out. Nothing but the code is needed: pictures are noise, and texts have the lengths of Flickr8k's
-captions.
+weights and inputs, and as they come. This project's lines are as its scripts run, with `clip.fast_float32()`,
+unless they say "as torch comes". "Bare products" are the matrix products and convolutions that the line's own
+call does, on the same operands, with nothing in between; attention's are left out. Nothing but the code is
+needed: pictures are noise, and texts have the lengths of Flickr8k's captions.
 """
 import argparse
 import concurrent.futures
@@ -20,8 +18,6 @@ import contextlib
 import copy
 import io
 import itertools
-import json
-import math
 import multiprocessing
 import os
 import platform
@@ -396,10 +392,11 @@ def training(args, device):
 
 # ---------------------------------------------------------------- the five scripts
 
-OUTSIDE = [(data, "to_device"), (eval, "average_gradients"), (torch.nn.utils, "clip_grad_norm_"),
-           (torch.nn.utils, "get_total_norm"), (torch.optim.AdamW, "step"), (torch.optim.AdamW, "zero_grad"),
-           (torch.optim.Adam, "step"), (torch.optim.Adam, "zero_grad"), (train_user, "augmented"),
-           (train_user, "momentum_update"), (train_user.Queue, "enqueue"), (train_cmaclip, "corrupt_batch"),
+OUTSIDE = [(data, "to_device"), (data, "changed_words"), (eval, "average_gradients"),
+           (torch.nn.utils, "clip_grad_norm_"), (torch.nn.utils, "get_total_norm"),
+           (torch.optim.AdamW, "step"), (torch.optim.AdamW, "zero_grad"),
+           (torch.optim.Adam, "step"), (torch.optim.Adam, "zero_grad"),
+           (train_user, "momentum_update"), (train_user.Queue, "enqueue"), (train_cmaclip, "corrupt"),
            (eval.Run, "check"), (eval.Run, "log")]
 
 
@@ -478,7 +475,6 @@ def methods(args, device):
         features = os.path.join(folder, "features")
         commands = [(train_mxm, ""),
                     (train_clip4cmr, f"--clip {frozen} --cache {features}"),
-                    (train_clip4cmr, "--finetune --batch-size 64"),
                     (train_user, "--clip-lr 0"), (train_user, ""),
                     (train_adapter, f"--clip {frozen} --batch-size 32 --frames 12"),
                     (train_adapter, f"--clip {frozen} --batch-size 32 --frames 12 --tune full"),
@@ -532,18 +528,18 @@ def all_losses(args, device):
     images, texts, owner = features(64, 512), features(256, 512), torch.arange(64, device=device)
     text_owner = owner.repeat_interleave(4)
 
+    hybrid = train_mxm.settings(["--soft-relation", "features"])
+
     def mxm(images, texts):
-        relation = losses.soft_relation(images, texts, owner, text_owner, 0.1)
-        return losses.mxm_loss(images, texts, 20.0, owner, text_owner, 0.5, relation)
+        return train_mxm.total_loss(hybrid, images, texts, 20.0, owner, text_owner, None, None, 0.5)
     measure("CLIP's", "64 images, 64 texts, 512", (images, texts[::4]),
             lambda a, b: losses.clip_loss(a, b, 20.0))
-    for name, loss in (("hard", lambda a, b: losses.hard_loss(a, b, 20.0, owner, text_owner)),
-                       ("mil-nce", lambda a, b: losses.mil_nce_loss(a, b, 20.0, owner, text_owner)),
+    for name, loss in (("hard", lambda a, b: train_mxm.hard_loss(a, b, 20.0, owner, text_owner)),
                        ("hybrid, relation of features", mxm)):
         measure(f"MXM-CLR: {name}", "64 x 1 images, 64 x 4 texts, 512", (images, texts), loss)
 
     images, texts, labels = features(300, 1024), features(300, 1024), numbers(300, 10)
-    model = train_clip4cmr.CLIP4CMR(None, (8, 8), 10, 1024, fixed=False).to(device)
+    model = train_clip4cmr.CLIP4CMR(None, (8, 8), 10, dim=1024, fixed=False).to(device)
     for name in (*train_clip4cmr.PAIR_WISE, *train_clip4cmr.CLASS_WISE):
         def loss(a, b, name=name):
             return train_clip4cmr.total_loss(model, {name: 1.0}, a, labels, b, labels)
@@ -552,8 +548,10 @@ def all_losses(args, device):
     images, texts, group = features(128, 1024), features(128, 1024), torch.arange(128, device=device)
     queue = train_user.Queue(2048, 1024).to(device)
     for kind in train_user.LOSSES:
-        def loss(a, b, kind=kind):
-            return train_user.total_loss(kind, 20.0, a, b, group, (images, texts), queue)
+        of_kind = train_user.settings(["--loss", kind, "--batch-weight", "20"])
+
+        def loss(a, b, of_kind=of_kind):
+            return train_user.total_loss(of_kind, a, b, group, (images, texts), queue)
         measure(f"USER: {kind}", "128 x 1,024, queues of 2,048", (images, texts), loss,
                 [(images, queue.texts), (texts, queue.images)])
 
@@ -756,7 +754,6 @@ def peak_of_steps(who, device):
     """
     if device == "cpu" and who not in PEERS:
         clip.fast_float32()
-        clip.keep_memory()
     step = a_step(who, device)
     if step is None:
         return None
@@ -783,152 +780,11 @@ def memory(args, device):
             above = found
 
 
-# ---------------------------------------------------------------- large data
-
-def private_megabytes(pid):
-    """Memory of a process that no other shares; nan where there is no /proc."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps_rollup") as f:
-        return sum(int(row.split()[1]) for row in f if row.startswith("Private_")) * 1024 / 1e6
-    return float("nan")
-
-
-def first_batch(path):
-    """What a script does with a file of pairs before its first step -> (seconds to read it, until the first
-    batch is there, MB at most above the start, MB that a worker has for itself)."""
-    before = megabytes("VmRSS")
-    begin = time.perf_counter()
-    instances = data.load_splits(path)[0][0]
-    read = time.perf_counter() - begin
-    tokenizer = clip.Tokenizer.train([caption for x in instances for caption in x.captions], 1024)
-    batches = data.Loader(instances, tokenizer, 32, 32, 128, 1, 1, train=True, workers=1, crop=0.5)
-    batch = batches.batches()
-    next(batch)
-    seconds = time.perf_counter() - begin
-    worker = max(private_megabytes(child.pid) for child in multiprocessing.active_children())
-    batch.close()
-    return read, seconds, megabytes("VmHWM") - before, worker
-
-
-def first_features(folder):
-    """-> (seconds until the first batch of features is there, MB of memory of its own above the start)."""
-    before = megabytes("RssAnon")
-    begin = time.perf_counter()
-    splits, _ = data.feature_splits(["train", "test"], folder)
-    batches = data.FeatureLoader(splits["train"], 128)
-    batches.make(0)
-    return time.perf_counter() - begin, megabytes("RssAnon") - before
-
-
-@torch.no_grad()
-def large(args, device, dim=512):
-    """A million image-caption pairs, a million rows of features, and a search among as many.
-
-    Memory is that of the process itself, without what it maps from files.
-    """
-    n = 50_000 if args.quick else 1_000_000
-    heading(f"{n:,} of everything, cpu", "what", "time", "memory above the start")
-    with tempfile.TemporaryDirectory() as folder:
-        Image.new("RGB", (64, 48)).save(os.path.join(folder, "0.jpg"))
-        path = os.path.join(folder, "pairs.jsonl")
-        with open(path, "w") as f:
-            for i in range(n):  # every third word is a new one
-                caption = f"a dog {i} runs {i // 7} over the {i // 49} grass and looks back"
-                f.write(json.dumps({"id": str(i), "images": ["0.jpg"], "captions": [caption]}) + "\n")
-        read, seconds, peak, worker = in_new_process(first_batch, path)
-        row("pairs of a .jsonl file, read", duration(read), None)
-        row("the same, vocabulary and first batch", duration(seconds),
-            f"{peak:,.0f} MB at most; a worker's own: {worker:,.0f} MB")
-        rng = np.random.default_rng(0)
-        for part, rows in (("train", n), ("test", n // 10)):
-            os.mkdir(os.path.join(folder, part))
-            for key in ("image", "text"):
-                array = np.lib.format.open_memmap(os.path.join(folder, part, f"{key}.npy"), "w+", np.float32,
-                                                  (rows, dim))
-                for block in np.array_split(array, range(1 << 16, rows, 1 << 16)):
-                    block[:] = rng.standard_normal(block.shape, np.float32)
-            np.save(os.path.join(folder, part, "label.npy"), np.arange(rows) % 10)
-        seconds, own = in_new_process(first_features, folder)
-        row(f"features (N, {dim}) in folders of .npy, first batch", duration(seconds),
-            f"{own:,.0f} MB")
-        gallery = F.normalize(torch.from_numpy(np.load(os.path.join(folder, "train", "text.npy"))), dim=1)
-    for count in (1, 100):
-        queries = F.normalize(torch.randn(count, dim), dim=1)
-        t = median_times({"ours": partial(eval.search, queries, gallery, 10),
-                          "bare": lambda: queries @ gallery.t()}, args.repeat)
-        row(f"search in them, queries: {count}",
-            f"{duration(t['ours'])}, {t['ours'] / t['bare']:.2f} times its bare product", None)
-
-
-# ---------------------------------------------------------------- many GPUs: a model, no measurement
-
-# assumed: an H100, about a third of its peak in bfloat16, half in float32; a network of 400 Gb/s for each GPU
-FLOPS = 300e12  # of the encoders, per second
-LOSS_FLOPS = 30e12  # of the similarities, in float32 as all losses are
-BANDWIDTH = 50e9  # bytes per second, sent by each GPU
-LATENCY = 10e-6  # seconds of a message between two GPUs
-MESSAGES = 12  # of all GPUs in a step: features, owners, their gradients, the weights' gradients, stop?
-WORDS = 20  # tokens of a caption
-
-
-def pair_flops(config):
-    """FLOPs of an image and a caption, forward and backward (twice the forward)."""
-    def transformer(width, layers, tokens):
-        return layers * (24 * tokens * width ** 2 + 4 * tokens ** 2 * width)  # weights, attention
-    patches = (config.image_resolution // config.vision_patch_size) ** 2
-    embedding = 2 * patches * 3 * config.vision_patch_size ** 2 * config.vision_width
-    return 3 * (embedding + transformer(config.vision_width, config.vision_layers, patches + 1)
-                + transformer(config.transformer_width, config.transformer_layers, WORDS))
-
-
-def loss_memory(batch):
-    """Bytes that CLIP's loss holds at most, measured on this machine. Run in a process of its own."""
-    images, texts = torch.randn(2, batch, 64).requires_grad_()
-    before = megabytes("VmRSS")
-    losses.clip_loss(images, texts, torch.tensor(10.0)).backward()
-    return 1e6 * (megabytes("VmHWM") - before)
-
-
-def scale(args, device, batch=4096):
-    """A table of what a step of `train_mxm.py --loss clip --clip ViT-B/32` takes on N GPUs.
-
-    With B pairs in all every GPU computes the loss of all of them: a similarity matrix B x B.
-
-        encoders     (B / N) pair_flops / FLOPS
-        loss         6 B^2 D / LOSS_FLOPS: one product forward, two backward
-        features     each GPU gets 2 B D numbers, and sends twice as many for their gradient
-        gradients    twice the weights
-    """
-    config = clip.MODELS["ViT-B/32"][0]
-    weights = sum(p.numel() for p in clip.build("ViT-B/32").parameters())
-    copies = in_new_process(loss_memory, batch) / (4 * batch ** 2)
-    D = config.embed_dim
-    print(f"\n### A step on many GPUs\n\nA model, no measurement. Assumed: {FLOPS / 1e12:.0f} TFLOP/s in the "
-          f"encoders, {LOSS_FLOPS / 1e12:.0f} in the loss, {BANDWIDTH / 1e9:.0f} GB/s and "
-          f"{1e6 * LATENCY:.0f} us between GPUs, captions of {WORDS} tokens, and that nothing overlaps. "
-          f"Computed: {pair_flops(config) / 1e9:.1f} GFLOP a pair, {weights / 1e6:.0f} M weights. Measured "
-          f"here: the loss holds {copies:.1f} matrices of B x B float32 at most.")
-    heading("Milliseconds and bytes", "GPUs", "pairs on each", "batch", "encoders, ms", "loss, ms",
-            "features, ms (MB)", "gradients, ms (MB)", "step, ms", "pairs/s", "memory of the loss, GB")
-    for N, b in ((1, 512), (8, 512), (64, 512), (1024, 32), (1024, 128)):
-        B = N * b
-        encoders = b * pair_flops(config) / FLOPS
-        loss = 6 * B ** 2 * D / LOSS_FLOPS
-        features = 3 * 2 * B * D * 4 * (N - 1) / N
-        gradients = 2 * weights * 4 * (N - 1) / N
-        waiting = MESSAGES * 2 * math.log2(N) * LATENCY
-        step = encoders + loss + (features + gradients) / BANDWIDTH + waiting
-        times = [f"{1000 * seconds:,.0f}" for seconds in (encoders, loss)]
-        sent = [f"{1000 * size / BANDWIDTH:,.0f} ({size / 1e6:,.0f})" for size in (features, gradients)]
-        row(f"{N:,}", str(b), f"{B:,}", *times, *sent, f"{1000 * step:,.0f}", f"{B / step:,.0f}",
-            f"{copies * 4 * B ** 2 / 1e9:,.1f}")
-
-
 # ---------------------------------------------------------------- all of them
 
 TABLES = {"memory": memory, "metrics": metrics, "encoding": encoding, "training": training,
-          "methods": methods, "losses": all_losses, "loader": loader, "inference": inference,
-          "large": large, "scale": scale}
-CPU_ONLY = ("metrics", "loader", "inference", "large", "scale")
+          "methods": methods, "losses": all_losses, "loader": loader, "inference": inference}
+CPU_ONLY = ("metrics", "loader", "inference")
 
 
 def machine(device):
@@ -956,7 +812,6 @@ def main():
         p.error("--gpu: there is none that torch can use")
     args.repeat = 3 if args.quick else 5
     device = "cuda" if args.gpu else "cpu"
-    clip.keep_memory()
     print(machine(device))
     begin = time.time()
     for name in args.only:

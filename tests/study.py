@@ -62,7 +62,7 @@ def study(name, base, rows, claims=()):
     for row, changed in rows.items():
         variant, _, changed = changed.partition(" ") if changed.startswith(":") else ("", "", changed)
         STUDIES[name][row] = " ".join(f"{script}{variant} {common} {changed}".split())
-    BASES[name] = base
+    BASES[name] = f"{script}.py {common}".strip()
     CLAIMS[name] = list(claims)
 
 
@@ -363,11 +363,12 @@ def tables(name, folders, options):
 
 def section(name, made, seeds):
     """What stands between a study's markers: how its tables were made, and the tables."""
-    of_seeds = "1 run in each row, seed 0" if seeds == 1 else f"{seeds} runs in each row, from seed 0 on"
+    of_seeds = f"{seeds} runs in each row, from seed 0 on: mean ± standard deviation."
+    if seeds == 1:
+        of_seeds = "One run in each row, seed 0."
     lines = [f"<!-- study: {name} -->",
-             f"`python tests/study.py {name} --seeds {seeds}`: `{BASES[name]}`, and in each row the",
-             f"arguments of its name. {of_seeds}: mean ± standard deviation. torch {torch.__version__}, "
-             f"{os.cpu_count()} cores."]
+             f"`python tests/study.py {name} --seeds {seeds}`, which runs, with what each row adds,\\",
+             f"`{BASES[name]}`.\\", f"{of_seeds} torch {torch.__version__}, {os.cpu_count()} cores."]
     for caption, text in made.items():
         lines += ["", f"{caption}:", ""] if caption else [""]
         lines += [text]

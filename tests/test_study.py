@@ -140,7 +140,7 @@ def test_write_replaces_what_stands_between_the_markers_and_nothing_else(results
     study.main([*arguments, "--write"])
     written = results.read_text()
     assert written.startswith(f"{BEFORE}<!-- study: adapter-share -->\n"
-                              "`python tests/study.py adapter-share --seeds 2`: `train_adapter --data")
+                              "`python tests/study.py adapter-share --seeds 2`, which runs")
     assert written.endswith(f"<!-- end -->\n{AFTER}")
     section = written[len(BEFORE):-len(AFTER)]
     assert "old" not in section and "| d_s 16 | 12.0 ± 1.4 | 12.0 ± 1.4 |" in section
