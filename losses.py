@@ -109,7 +109,8 @@ def instance_means(features, owner):
 # directions.
 # A temperature divides cosines (in lifted structure sqrt(d)), also where a loss is written with d: since d =
 # 2 - 2 cos, e^(-d / (2 temperature)) is proportional to e^(cos / temperature). The authors' code below is
-# github.com/zhixiongz/CLIP4CMR. What is said of it was found by comparing the code; none of it was run.
+# github.com/zhixiongz/CLIP4CMR, commit d8b3901. What is said of it was found by reading it and by running its
+# losses on the same features.
 
 def _distances(a, b):
     """Squared Euclidean distances of the rows of a (N, D) and b (M, D) -> (N, M)."""
@@ -136,27 +137,15 @@ def contrastive_loss(images, texts, image_labels, text_labels, margin=1.4):
         mean over positive pairs of d + mean over negative pairs of max(0, margin - sqrt(d))^2
 
     The margin is compared with unsquared distances, which are about sqrt(2) at the start. Each kind of pair
-    has a mean of its own, so that the many negatives do not drown the positives. Both are ours, see
-    `contrastive_published_loss`.
+    has a mean of its own, so that the many negatives do not drown the positives. Both are ours: the authors'
+    code divides all pairs by N and compares squared distances with a margin of 0.2, within which no negative
+    is at the start.
     """
     d = _distances(images, texts)
     positive = _same_class(image_labels, text_labels)
     pull = d[positive].sum() / positive.sum().clamp(min=1)
     push = F.relu(margin - _square_root(d[~positive])).square().sum() / (~positive).sum().clamp(min=1)
     return pull + push
-
-
-def contrastive_published_loss(images, texts, image_labels, text_labels, margin=0.2):
-    """The contrastive loss of CLIP4CMR's code, with N the number of images:
-
-        (sum of d over positive pairs + sum of max(0, margin - d) over negative pairs) / N
-
-    Random directions have d about 2, so that with a margin of 0.2 no negative is active at the start: the
-    loss begins as `modality_invariant_loss`.
-    """
-    d = _distances(images, texts)
-    positive = _same_class(image_labels, text_labels)
-    return (d[positive].sum() + F.relu(margin - d[~positive]).sum()) / len(images)
 
 
 def modality_invariant_loss(images, texts, image_labels, text_labels):
@@ -167,7 +156,7 @@ def modality_invariant_loss(images, texts, image_labels, text_labels):
 
 def triplet_loss(images, texts, image_labels, text_labels, margin=0.2):
     """Mean over positive pairs of the sum over the anchor's negatives of max(0, d_positive - d_negative +
-    margin).
+    margin). The authors' code takes the sum of both directions, not their mean.
 
     N^3 triplets without N^3 memory: an active triplet is linear in two distances, so the loss is a weighted
     sum of distances. The weights are counts. A positive's is the number of negatives nearer than d + margin;
@@ -191,10 +180,10 @@ def lifted_structure_loss(images, texts, image_labels, text_labels, temperature=
         ( 2 u / temperature + log sum over the image's negatives of e^(-u / temperature)
             + log sum over the text's negatives of e^(-u / temperature) ) / 2
 
-    The paper's margin is left out: without its outer hinge it adds a constant. CLIP4CMR's code counts u once,
-    and takes the text's negatives from the row of the image that has the text's number. Here the text has
-    negatives of its own, and u counts once for each of the two sums: products' features reach a validation
-    mAP of 97 with it and of 64 without, at a temperature of 0.1.
+    The paper's margin is left out: without its outer hinge it adds a constant. The authors' code counts u
+    once, and takes the text's negatives from the row of the image that has the text's number. Here the text
+    has negatives of its own, and u counts once for each of the two sums: products' features reach a
+    validation mAP of 97 with it and of 64 without, at a temperature of 0.1.
     """
     u = _square_root(_distances(images, texts)) / temperature
     positive = _same_class(image_labels, text_labels)
@@ -216,8 +205,8 @@ def n_pairs_loss(images, texts, image_labels, text_labels, temperature=1.0):
         mean over positive pairs of
         log(1 + sum over the anchor's negatives of e^((cos_negative - cos_positive) / temperature))
 
-    CLIP4CMR's code takes e^cos for the cosine, leaves out the 1, penalises norms that are 1 anyway, and stops
-    at an undefined name, so that it cannot have been run as it stands.
+    The authors' code takes e^cos for the cosine, leaves out the 1, penalises norms that are 1 anyway, and
+    stops at an undefined name, so that it cannot have been run as it stands.
     """
     def one_direction(logits, positive):
         negatives = logits.masked_fill(positive, -math.inf).logsumexp(1, keepdim=True)
@@ -230,7 +219,8 @@ def supervised_contrastive_loss(images, texts, image_labels, text_labels, temper
     """Khosla et al. 2020 (arXiv 2004.11362), equation 2, across modalities.
 
     Mean over the anchors that have a positive, of the mean over its positives, of -log softmax(cosines /
-    temperature).
+    temperature). The authors' code has -d, divided by its mean in the batch, in place of cosines over a
+    temperature, leaves the positives out of the denominator, and takes images alone as anchors.
     """
     def one_direction(logits, positive):
         has_positive = positive.any(1)
@@ -238,21 +228,6 @@ def supervised_contrastive_loss(images, texts, image_labels, text_labels, temper
         return -of_positives[has_positive].sum() / has_positive.sum().clamp(min=1)
     logits = images.float() @ texts.float().t() / temperature
     return _both_directions(one_direction, logits, _same_class(image_labels, text_labels))
-
-
-def supervised_contrastive_published_loss(images, texts, image_labels, text_labels):
-    """The supervised contrastive loss of CLIP4CMR's code. With r = d / (mean d of the batch), mean over
-    positive pairs of
-
-        r + log sum over the image's negatives of e^-r
-
-    There is no temperature, positives are left out of the denominator, and only images are anchors.
-    """
-    d = _distances(images, texts)
-    r = d / d.mean().clamp(min=1e-12)
-    positive = _same_class(image_labels, text_labels)
-    negatives = (-r).masked_fill(positive, -math.inf).logsumexp(1, keepdim=True)
-    return (r + _finite(negatives))[positive].sum() / positive.sum().clamp(min=1)
 
 
 # Class-wise losses see the features x (N, D) of one modality at a time; train_clip4cmr.py adds those of both.
@@ -265,7 +240,8 @@ def label_regression_loss(logits, labels):
 def prototype_contrastive_loss(x, prototypes, labels, temperature=0.5):
     """PCL: cross-entropy over -d / (2 temperature), with d to the prototypes (C, D), which have unit norm.
 
-    The paper's -d is a temperature of 0.5.
+    The paper's -d is a temperature of 0.5. The authors' code divides by the batch's size twice, so that there
+    a small last batch counts more.
     """
     return F.cross_entropy(-_distances(x, prototypes) / (2 * temperature), labels)
 
@@ -274,8 +250,8 @@ def proxy_nca_loss(x, prototypes, labels, temperature=0.5):
     """Proxy-NCA (Movshovitz-Attias et al. 2017, arXiv 1703.07464): PCL with the right prototype left out of
     the denominator. Needs two classes or more.
 
-    The paper's -d is a temperature of 0.5. CLIP4CMR's code has no such loss: a remark in it gives this name
-    to a classifier with rows of unit norm, which is `cross-entropy` here.
+    The paper's -d is a temperature of 0.5. The authors' code has the cosine in its place, a temperature of 1;
+    it cannot be run as it stands, since its docstring is not closed.
     """
     d = _distances(x, prototypes) / (2 * temperature)
     right = F.one_hot(labels, len(prototypes)).bool()

@@ -8,6 +8,7 @@ What every script promises of a run is tested in test_runs.py.
 import json
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ import losses
 import train_mxm
 from runs import (SMALL, arguments, evaluated, in_process, kept_signals, log,  # noqa: F401
                   make_squares, metrics, refused)  # (in_process acts by being here)
+from test_losses import (IMAGE_OWNER, INSTANCES, TEXT_OWNER, assert_close, assert_finite, both_directions,
+                         features, mean, pair_terms, value_and_gradients)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,130 @@ def test_soft_weight_ramps_up(squares, tmp_path, seen):
     at_once = ("--epochs", 1, "--soft-weight", 0.8, "--soft-warmup", 0)
     train_mxm.main(arguments(squares, "--out", tmp_path / "b", *at_once))
     assert [given[5] for given in calls] == [0.8] * 3
+
+
+# ---------------------------------------------------------------- the losses, by loops over observations
+
+OWNERS = (IMAGE_OWNER, TEXT_OWNER)
+SCALE = torch.tensor(7.0, dtype=torch.float64)
+TEMPERATURE = 0.3
+
+
+def instance_mean(x, owner, number):
+    total = sum(x[i] for i in range(len(owner)) if owner[i] == number)
+    return total / total.pow(2).sum().sqrt()
+
+
+def relation_of_features(images, texts):
+    """P (N, C): how probable it is that a caption is about an instance, by the features within the
+    modalities."""
+    P = torch.zeros(len(INSTANCES), len(texts), dtype=torch.float64)
+    for c, owner in enumerate(TEXT_OWNER):
+        v = instance_mean(images, IMAGE_OWNER, owner)
+        for i, number in enumerate(INSTANCES):
+            of_images = (v * instance_mean(images, IMAGE_OWNER, number)).sum()
+            of_texts = (texts[c] * instance_mean(texts, TEXT_OWNER, number)).sum()
+            P[i, c] = ((of_images + of_texts) / 2 / TEMPERATURE).exp()
+        P[:, c] /= P[:, c].sum()
+    return P
+
+
+def cross_entropy(scores, target):
+    e = torch.stack(scores).exp()
+    return -(target / target.sum() * torch.log(e / e.sum())).sum()
+
+
+def soft_by_loops(images, texts, scale, P):
+    means = [instance_mean(images, IMAGE_OWNER, number) for number in INSTANCES]
+    to_image = []
+    for c, text in enumerate(texts):
+        to_image.append(cross_entropy([scale * (v * text).sum() for v in means], P[:, c]))
+    to_text = []
+    for image, owner in zip(images, IMAGE_OWNER):
+        row = P[INSTANCES.index(owner)]
+        to_text.append(cross_entropy([scale * (image * text).sum() for text in texts], row))
+    return (mean(to_image) + mean(to_text)) / 2
+
+
+def test_hard_loss():
+    leaves = (features(10, 0), features(9, 1), SCALE)
+    expected = value_and_gradients(partial(both_directions, pair_terms), leaves, *OWNERS)
+    assert_close(value_and_gradients(train_mxm.hard_loss, leaves, *OWNERS), expected)
+
+
+def test_soft_loss():
+    """The columns of a relation need not add up to 1: a caption that is about many images outside the batch
+    has less mass among the texts."""
+    P = torch.rand(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    leaves = (features(10, 0), features(9, 1), SCALE)
+    expected = value_and_gradients(soft_by_loops, leaves, P)
+    assert_close(value_and_gradients(train_mxm.soft_loss, leaves, IMAGE_OWNER, P.log()), expected)
+
+
+def test_the_relation_of_features():
+    images, texts = features(10, 0), features(9, 1)
+    relation = train_mxm.features_relation(images.clone().requires_grad_(), texts, *OWNERS, TEMPERATURE)
+    assert not relation.requires_grad
+    assert_close([relation.exp().double()], [relation_of_features(images, texts)])
+
+
+def test_the_hybrid_is_a_weighted_mean():
+    leaves = (features(10, 0), features(9, 1), SCALE)
+    args = train_mxm.settings(["--soft-relation", "features", "--soft-temperature", str(TEMPERATURE)])
+    P = relation_of_features(*leaves[:2])
+    hard, soft = train_mxm.hard_loss(*leaves, *OWNERS), soft_by_loops(*leaves, P)
+    for weight in (0.0, 0.3, 1.0):
+        found = train_mxm.total_loss(args, *leaves, *OWNERS, None, None, weight)
+        assert found.item() == pytest.approx(((1 - weight) * hard + weight * soft).item(), rel=1e-5)
+
+
+def test_captions_of_one_instance_have_targets_of_their_own():
+    """The first caption of instance 0 is about both images, the second about the first alone: the minimum of
+    the soft loss is where the scores say so."""
+    relation = torch.tensor([[0.5, 1.0, 0.0], [0.5, 0.0, 1.0]]).clamp(min=1e-6).log()
+    logits = torch.zeros(2, 3, requires_grad=True)
+    images = torch.eye(2)
+    for _ in range(300):
+        loss = train_mxm.soft_loss(images, logits.t(), 1.0, torch.arange(2), relation)
+        gradient = torch.autograd.grad(loss, logits)[0]
+        logits = (logits - 2 * gradient).detach().requires_grad_()
+    assert logits.softmax(0)[0].tolist() == pytest.approx([0.5, 1, 0], abs=0.02)
+    assert logits.softmax(1).tolist()[0] == pytest.approx([1 / 3, 2 / 3, 0], abs=0.02)
+
+
+def test_a_second_positive_is_nobodys_negative_in_the_hard_loss():
+    """How the first caption is drawn to its image does not depend on the second."""
+    # the images are at right angles: a caption moves along its image by its own positive pairs alone
+    image, elsewhere = torch.eye(4)[:2]
+    first, second, third, other = features(4, 3, dim=4).float().unbind()
+
+    def pull(*captions):
+        texts = torch.stack([*captions, other]).requires_grad_()
+        owner = torch.tensor([1] * len(captions) + [2])
+        images = torch.stack([image, elsewhere])
+        value = train_mxm.hard_loss(images, texts, torch.tensor(5.0), torch.tensor([1, 2]), owner)
+        of_first = torch.autograd.grad(value, texts)[0][0]
+        return (of_first @ image).item() * (len(captions) + 1)  # undoes the mean over positive pairs
+    assert pull(first, second) == pytest.approx(pull(first, third), rel=1e-5)
+    assert pull(first, second) == pytest.approx(pull(first), rel=1e-5)
+
+
+def soft_of_features(images, texts, scale, *owners):
+    relation = train_mxm.features_relation(images, texts, *owners, TEMPERATURE)
+    return train_mxm.soft_loss(images, texts, scale, owners[0], relation)
+
+
+@pytest.mark.parametrize("loss", [train_mxm.hard_loss, soft_of_features])
+def test_losses_at_extremes_stay_finite(loss):
+    images, texts = features(10, 0), features(9, 1)
+    images[0] = texts[1]  # the worst: a negative at cosine 1, positives at -1
+    texts[0] = -images[2]
+    texts[5] = -images[0]
+    worst = value_and_gradients(loss, (images, texts, torch.tensor(100.0)), *OWNERS)
+    assert_finite(worst)
+    assert worst[0] > 10
+    owner = torch.zeros(9, dtype=torch.int64)  # one instance has no negatives: an empty sum gives no NaN
+    assert_finite(value_and_gradients(loss, (images[:9], texts, torch.tensor(7.0)), owner, owner))
 
 
 # ---------------------------------------------------------------- the soft relation
