@@ -437,6 +437,45 @@ def check_classes(count, where, task):
         note(f"{where}: {task}: {(count == 1).sum()} of {len(count)} classes have a single training instance")
 
 
+def choose_tasks(classes, asked, where, instances):
+    """{task: names of its classes} to learn: what --tasks asked for, or all tasks of the training data.
+
+    Raises DataError for an asked task that is not fit to learn, and where no task is. What was not asked for
+    and is not fit is left out with a remark.
+    """
+    chosen = {}
+    tasks = asked.split(",") if asked else list(classes)
+    for task in tasks or [None]:  # None: data without labels, which choose_task refuses
+        try:
+            choose_task(classes, task, where, instances)
+            chosen[task] = classes[task]
+        except DataError as e:
+            if asked or not classes:
+                raise
+            note(f"{e}; left out")
+    expect(chosen, where, f"none of the tasks {', '.join(classes)} has two or more classes to learn")
+    return chosen
+
+
+def pairs(instances, data_classes, classes):
+    """One instance for each caption, with one of the images: what is classified by image and text together.
+
+    A label is the number of a class; the data's numbers become those of the model's `classes`, by name: -1
+    where there is no label or the model does not know its class.
+    """
+    number = {(task, name): c for task, names in classes.items() for c, name in enumerate(names)}
+    out = []
+    for x in instances:
+        labels = dict.fromkeys(classes, -1)
+        for task in classes:
+            if x.labels.get(task, -1) >= 0:
+                labels[task] = number.get((task, data_classes[task][x.labels[task]]), -1)
+        for k, caption in enumerate(x.captions):
+            image = x.images[k % len(x.images)]
+            out.append(replace(x, images=[image], captions=[caption], labels=labels))
+    return out
+
+
 def load_split(name, root, split, task, classes=None):
     """As `load`, for one task: -> (instances that have a label of it, names of its classes). What counts as
     the same thing, the group, becomes the class. classes: those that a model knows; others are left out."""

