@@ -1190,11 +1190,12 @@ def show_defaults(parser):
             default = ", ".join(f"{value} {kind}" for kind, value in of_kinds.items())
         elif of_kinds:
             default = next(iter(of_kinds.values()))
-        elif action.default in (None, False, argparse.SUPPRESS):
+        elif action.default is None or action.default is False or action.default == argparse.SUPPRESS:
             continue
         else:
             default = action.default
-        action.help = f"{action.help or ''} (default: {default})"
+        plain, _, _ = (action.help or "").partition(" (default: ")  # a general one, such as that of --context
+        action.help = f"{plain} (default: {default})"
 
 
 def parse(parser, argv=None):
@@ -1786,19 +1787,21 @@ def check_writable(path):
         raise clip.CheckpointError(f"{path}: cannot be written; choose a file in a folder that can be")
 
 
-def report(args, device, **untuned):
+def report(args, device, untuned=None):
     """Evaluate best.pt on the test split; the first process prints its table and writes metrics.json.
 
     The built-in shapes have a second test split, `unseen`: configurations that training never shows.
-    untuned: {row: model} of further models to evaluate in the same way, such as the CLIP before it was tuned.
+    untuned: the CLIP before it was tuned, to be evaluated in the same way.
     """
     rank, _ = processes()
     model, checkpoint = restore(os.path.join(args.out, "best.pt"), device)
     results = {}
     for split in ("test", "unseen") if args.data == "primitives" else ("test",):
         asked = argparse.Namespace(**vars(args) | {"split": split, "gallery": None})
-        rows, text = evaluation([(model, checkpoint)], asked)
-        results[split] = rows
+        results[split], text = evaluation([(model, checkpoint)], asked)
+        if untuned:
+            results[f"{split}, not tuned"], untuned_text = evaluation([(untuned, checkpoint)], asked)
+            text += f"\nbefore it was tuned:\n{untuned_text}"
         if rank == 0:
             print(text)
     if rank == 0:
