@@ -1138,7 +1138,8 @@ def arguments(description, file, kinds, data="primitives"):
 
     file: the script's, whose name is that of the method: a copy of a script is a method of its own.
     kinds: {kind of run: its settings}, such as {"from scratch": {"lr": 1e-3}, "pretrained": {"lr": 1e-5}}; a kind
-        that has the name of a data set is for it. `parse` fills these in; --help shows them all.
+        that has the name of a data set is for pretrained weights on it. `parse` fills these in; --help shows them
+        all.
     data: the data set that is used where none is named.
     """
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1210,7 +1211,7 @@ def parse(parser, argv=None):
     if args.clip is None and built_in:
         args.clip = "tiny" if "from scratch" in parser.kinds else SMALL_CLIP
     args.clip = args.clip or "ViT-B/32"
-    kinds = (args.data, "from scratch" if args.clip in clip.SCRATCH else "", "built-in shapes" if built_in else "",
+    kinds = ("from scratch" if args.clip in clip.SCRATCH else "", args.data, "built-in shapes" if built_in else "",
              "pretrained")
     kind = next(kind for kind in kinds if kind in parser.kinds)
     for name, value in parser.kinds[kind].items():
@@ -1475,7 +1476,7 @@ def about(args, model, loader):
     of_a_sample = (loader.views or loader.frames or 1) * seconds[0] + (loader.captions or 1) * seconds[1]
     total = 3 * of_a_sample * loader.batch_size * len(loader) / world
     unit, name = next(part for part in ((3600, "hours"), (60, "minutes"), (0, "seconds")) if total >= 2 * part[0])
-    return f"{text}; an epoch takes about {total / max(unit, 1):.0f} {name} on this CPU"
+    return f"{text}; an epoch takes about {max(2, round(total / max(unit, 1)))} {name} on this CPU"
 
 
 def warmup_cosine(step, steps, warmup, peak=1.0):

@@ -52,8 +52,8 @@ def settings(argv=None):
                    help="clip: the baseline, one view and one caption of each instance, all else negative")
     p.add_argument("--views", type=eval.positive_int, default=1, help="images per instance and step")
     p.add_argument("--captions", type=eval.positive_int,
-                   help="captions per instance and step (default: 4, or all where there are fewer; as many as "
-                        "--views for --loss clip)")
+                   help="captions per instance and step (default: 4, or all where there are fewer; as many "
+                        "as --views for --loss clip)")
     p.add_argument("--soft-weight", type=eval.fraction, default=0.5,
                    help="lambda: the soft relation's share of the hybrid loss")
     p.add_argument("--soft-warmup", type=eval.fraction, default=0.5,
@@ -64,8 +64,8 @@ def settings(argv=None):
     p.add_argument("--soft-temperature", type=eval.positive, default=0.1,
                    help="of the similarities in --soft-relation features")
     p.add_argument("--teacher", metavar="CLIP",
-                   help="of --soft-relation teacher: best.pt of a run on the same data, or a CLIP as of --clip; "
-                        "it is frozen, and reads the training data once")
+                   help="of --soft-relation teacher: best.pt of a run on the same data, or a CLIP as of "
+                        "--clip; it is frozen, and reads the training data once")
     args = eval.parse(p, argv)
     if args.loss == "clip" and args.captions not in (None, args.views):
         p.error("--loss clip pairs an instance's k-th view with its k-th caption: "
@@ -121,8 +121,9 @@ def features_relation(images, texts, image_owner, text_owner, temperature):
 
         P(i | c) = softmax over i of (v_i . v_c + t_i . t_c) / (2 temperature)
 
-    t_c is the caption itself, v_c the mean of the images of its instance; v_i and t_i are the means of instance
-    i. The relation comes from the very features that it trains: what they cannot tell apart is called alike.
+    t_c is the caption itself, v_c the mean of the images of its instance; v_i and t_i are the means of
+    instance i. The relation comes from the very features that it trains: what they cannot tell apart is
+    called alike.
     """
     v, _ = losses.instance_means(images, image_owner)
     t, position = losses.instance_means(texts, text_owner)

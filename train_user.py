@@ -76,8 +76,8 @@ def settings(argv=None):
     p.add_argument("--dim", type=eval.number(int, lambda v: v >= 2, "2 or more"),
                    help="dimensions of the common space")
     p.add_argument("--clip-lr", type=eval.non_negative,
-                   help="learning rate of CLIP's own weights; 0: they stay as they are (default: that of --lr; "
-                        "of a pretrained CLIP a tenth of it)")
+                   help="learning rate of CLIP's own weights; 0: they stay as they are (default: that of "
+                        "--lr; of a pretrained CLIP a tenth of it)")
     p.add_argument("--lr-drop", type=eval.fraction,
                    help="share of the steps after which learning rates are a tenth")
     p.add_argument("--regions", action="store_true",
@@ -149,7 +149,10 @@ class SGE(nn.Module):
 
 
 class CGE(nn.Module):
-    """The global representation of CLIP-guided enhancement: CLIP's own (B, E) -> g (B, D), unit norm."""
+    """The global representation of CLIP-guided enhancement: CLIP's own (B, E) -> g (B, D), unit norm.
+
+    No gradient flows back into CLIP: the authors take embeddings that were extracted in advance.
+    """
 
     def __init__(self, embed_dim, width):
         super().__init__()
@@ -159,7 +162,7 @@ class CGE(nn.Module):
         xavier(self)
 
     def forward(self, clip_embedding):
-        return F.normalize(self.projection(clip_embedding.float()), dim=-1)
+        return F.normalize(self.projection(clip_embedding.detach().float()), dim=-1)
 
 
 class GPO(nn.Module):
@@ -232,13 +235,14 @@ class USER(nn.Module):
         return self
 
     def local_features(self, images):
-        """-> x (B, L, D), and CLIP's own embedding of the images (B, E), or None where CGE does not ask for it.
+        """-> x (B, L, D), and CLIP's own embedding of the images (B, E), or None of region features alone.
 
         images (B, 3, S, S), or data.Regions, or region features alone (B, L, D).
         """
         if isinstance(images, data.Regions):
             return images.features.float(), images.clip_input
         if images.ndim == 3:
+            data.expect(not self.cge, "--regions", "CGE needs CLIP's embeddings of the images, in *_clip.npy")
             return images.float(), None
         clip_embedding, x = self.clip.encode_image(images, tokens=True)
         return x[:, 1:].float(), clip_embedding  # the class token is the global embedding, no patch
@@ -335,8 +339,8 @@ LOSSES = {  # --loss: that of a batch, both directions; of queries, their keys a
 def total_loss(args, images, texts, group, keys, queue):
     """lambda_b times the loss of the batch, plus the losses of both queues.
 
-    group (N,): what each pair shows. keys: the momentum embeddings (images, texts) of the same pairs; keys and
-    queue are None without queues.
+    group (N,): what each pair shows. keys: the momentum embeddings (images, texts) of the same pairs; keys
+    and queue are None without queues.
     """
     batch_loss, queue_loss = LOSSES[args.loss]
     if args.mu:
@@ -354,16 +358,36 @@ def total_loss(args, images, texts, group, keys, queue):
 
 # ---------------------------------------------------------------- training
 
+def check_regions(model, *splits):
+    """Raise DataError, before training, where the region files of a split are not what the model takes."""
+    width = model.image_fc.in_features
+    embed_dim = model.config.embed_dim
+    for instances in splits:
+        view = instances[0].images[0]
+        found = view.features().shape[1]
+        data.expect(found == width, view.path,
+                    f"features of width {found}; those of the training split have {width}")
+        if model.cge:
+            file = view.path.replace("_ims.npy", "_clip.npy")
+            data.expect(view.has_clip_input(), file, f"does not exist; CGE needs CLIP's embeddings there, "
+                        f"float32 (images, {embed_dim}): write them, or give --enhance sge")
+            found = len(view.clip_input(None))
+            data.expect(found == embed_dim, file,
+                        f"embeddings of width {found}; those of --clip have {embed_dim}")
+
+
 def main(argv=None):
     args = settings(argv)
     device = eval.join(args)
     rank, _ = eval.processes()
     load = partial(data.load_regions, clip_input=args.enhance in ("cge", "both")) if args.regions else None
-    (train, _), (val, _), _ = eval.load_splits(args, load)
+    (train, _), (val, _), (test, _) = eval.load_splits(args, load)
     clip_model = eval.build_or_load(args, train, device)
     clip_model.requires_grad_(args.clip_lr > 0)
     regions = train[0].images[0].features().shape[1] if args.regions else None
     model = USER(clip_model, args.enhance, args.unit_norm, args.dim, regions, args.seed).to(device).train()
+    if regions:
+        check_regions(model, train, val, test)
     momentum_model = queue = None
     only_last = {}  # what going on needs and evaluation does not
     if args.queue:
