@@ -191,7 +191,7 @@ def open_clip_peer(model):
 
 
 def transformers_peer(model):
-    """transformers' model with the same weights, or None: it is not installed, or has no such ResNet."""
+    """transformers' model of the same size, or None: it is not installed, or has no such ResNet."""
     c = model.config
     if c.vision_patch_size is None:
         return None
@@ -208,7 +208,6 @@ def transformers_peer(model):
             "bos_token_id": c.vocab_size - 2, "eos_token_id": c.vocab_size - 1}
     peer = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision,
                                                           projection_dim=c.embed_dim))
-    copy_to_hugging_face(peer, model)
 
     def encode_image(images):
         features = peer.get_image_features(pixel_values=images)
@@ -224,49 +223,17 @@ def transformers_peer(model):
 
 PEERS = {"open_clip": open_clip_peer, "transformers": transformers_peer}
 
-LAYERS = {"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
-          "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-OTHER_KEYS = {  # transformers' key without the encoder's name -> ours; {} is "visual." or nothing
-    "logit_scale": "logit_scale", "visual_projection.weight": "visual.proj",
-    "text_projection.weight": "text_projection",
-    "embeddings.token_embedding.weight": "token_embedding.weight",
-    "embeddings.position_embedding.weight": "{}positional_embedding",
-    "embeddings.class_embedding": "visual.class_embedding",
-    "embeddings.patch_embedding.weight": "visual.conv1.weight",
-    "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias",
-    "pre_layrnorm.weight": "visual.ln_pre.weight", "pre_layrnorm.bias": "visual.ln_pre.bias",
-    "post_layernorm.weight": "visual.ln_post.weight", "post_layernorm.bias": "visual.ln_post.bias"}
-
-
-def copy_to_hugging_face(peer, model):
-    """Copy our weights into a transformers CLIPModel."""
-    ours = model.state_dict()
-    for key, value in peer.state_dict().items():
-        side = "visual." if key.startswith("vision_model.") else ""
-        rest = key.removeprefix("vision_model.").removeprefix("text_model.")
-        if not rest.startswith("encoder.layers."):
-            source = ours[OTHER_KEYS[rest].format(side)]
-            value.copy_(source.t() if "projection" in rest else source)
-            continue
-        _, _, number, part = rest.split(".", 3)
-        stem, kind = part.rsplit(".", 1)
-        block = f"{side}transformer.resblocks.{number}."
-        if stem in LAYERS:
-            value.copy_(ours[f"{block}{LAYERS[stem]}.{kind}"])
-        else:
-            q_k_or_v = "qkv".index(stem.removeprefix("self_attn.")[0])
-            value.copy_(ours[f"{block}attn.in_proj_{kind}"].chunk(3)[q_k_or_v])
-
 
 def models_of(name, device):
     """-> {"ours": model, and each peer that there is}, with the same weights, in evaluation mode."""
     ours = clip.build(name, seed=1)
-    models = {"ours": ours}
-    for peer, make in PEERS.items():
-        model = make(ours)
-        if model is not None:
-            models[peer] = model
-    return {peer: model.to(device).eval() for peer, model in models.items()}
+    models = {"transformers": transformers_peer(ours)}
+    if models["transformers"]:
+        with tempfile.TemporaryDirectory() as folder:
+            models["transformers"].save_pretrained(folder)
+            ours, _ = clip.load(folder, "cpu")
+    models |= {"ours": ours, "open_clip": open_clip_peer(ours)}
+    return {peer: model.to(device).eval() for peer, model in models.items() if model}
 
 
 def pictures(config, count, device):
@@ -458,16 +425,15 @@ def methods(args, device):
     heading(f"The five scripts, {device}, tiny model", "command", "step", "outside model and loss",
             "waiting for a batch")
     steps = 8 if args.quick else 16
-    load = data.load
+    load_splits = data.load_splits
 
     def some(*words, **options):
-        instances, tasks = load(*words, **options)
-        return instances[::8], tasks
+        return [(instances[::8], tasks) for instances, tasks in load_splits(*words, **options)]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        data.load = some
-        stack.callback(setattr, data, "load", load)
+        data.load_splits = some
+        stack.callback(setattr, data, "load_splits", load_splits)
         stack.enter_context(fast())
-        instances, _ = some("primitives")
+        instances, _ = some("primitives")[0]
         tokenizer = clip.Tokenizer.train([caption for x in instances for caption in x.captions], 1024)
         frozen = os.path.join(folder, "clip.pt")
         clip.save_checkpoint(frozen, {"method": "train_mxm", "settings": {}, "step": 0,
@@ -476,8 +442,7 @@ def methods(args, device):
         commands = [(train_mxm, ""),
                     (train_clip4cmr, f"--clip {frozen} --cache {features}"),
                     (train_user, "--clip-lr 0"), (train_user, ""),
-                    (train_adapter, f"--clip {frozen} --batch-size 32 --frames 12"),
-                    (train_adapter, f"--clip {frozen} --batch-size 32 --frames 12 --tune full"),
+                    (train_adapter, f"--clip {frozen}"), (train_adapter, f"--clip {frozen} --tune full"),
                     (train_cmaclip, f"--clip {frozen} --freeze"), (train_cmaclip, "")]
         for script, words in commands:
             argv = [*words.split(), "--epochs", str(steps), "--eval-every", str(steps), "--device", device,
@@ -488,7 +453,7 @@ def methods(args, device):
             row(f"`{command}`", duration(step), f"{100 * outside / step:.1f}%", duration(waiting))
 
 
-# ---------------------------------------------------------------- losses, metrics, inference
+# ---------------------------------------------------------------- losses and metrics
 
 def all_losses(args, device):
     """Forward and backward of every loss at the sizes of its paper, against the product of all images with
@@ -622,45 +587,6 @@ def metrics(args, device):
     measure(f"recall, NDCG, MRR, both ways, {n:,} images x {5 * n:,} texts", ranking, blocks, repeat=1)
 
 
-def cross_attention(words, regions, sharpness=9.0):
-    """SCAN's text-to-image attention (Lee et al. 2018, arXiv 1803.08024, section 3.1).
-
-    words (L, D) of a query, regions (N, R, D) of images, unit norm -> scores (N,): every word attends to an
-    image's regions, and the score is the mean over words of the cosine of a word and what it attends to.
-    """
-    cosines = (regions @ words.t()).transpose(1, 2)  # (N, L, R)
-    weights = (sharpness * F.normalize(cosines.relu(), dim=1)).softmax(2)  # over the regions
-    return F.cosine_similarity(weights @ regions, words, dim=2).mean(1)
-
-
-@torch.no_grad()
-def inference(args, device, count=36, width=2048, dim=1024, length=12, block=50):
-    """USER, which makes one vector of an image before any query, beside cross-attention, which compares all
-    regions with all words for each query: encoding a gallery's region features, and searching it.
-
-    What encodes a query's words is the same for both and left out.
-    """
-    heading(f"Inference with {count} regions of {width:,}, cpu", "gallery", "USER, encoding",
-            "cross-attention's projection", "USER, a query", "cross-attention, a query", "times as long")
-    model = train_user.USER(clip.build("tiny"), enhance="sge", dim=dim, regions=width).eval()
-    project = torch.nn.Linear(width, dim)
-    features = torch.randn(block, count, width)
-    functions = {"USER": within(fast, partial(model.encode_image, features)),
-                 "attention": within(fast, lambda: F.normalize(project(features), dim=2))}
-    encode = median_times(functions, args.repeat)
-    words = F.normalize(torch.randn(length, dim), dim=1)
-    for n in (200, 1000) if args.quick else (1000, 5000):
-        regions = F.normalize(torch.randn(n, count, dim), dim=2)
-        vectors = F.normalize(torch.randn(n, dim), dim=1)
-
-        def search_by_attention():
-            return torch.cat([cross_attention(words, part) for part in regions.split(block)]).topk(10)
-        t = median_times({"USER": within(fast, partial(eval.search, words[:1], vectors, 10)),
-                          "attention": within(fast, search_by_attention)}, args.repeat)
-        row(f"{n:,}", duration(encode["USER"] * n / block), duration(encode["attention"] * n / block),
-            duration(t["USER"]), duration(t["attention"]), f"{t['attention'] / t['USER']:,.0f}")
-
-
 # ---------------------------------------------------------------- the loader, and memory
 
 def loader(args, device):
@@ -783,8 +709,8 @@ def memory(args, device):
 # ---------------------------------------------------------------- all of them
 
 TABLES = {"memory": memory, "metrics": metrics, "encoding": encoding, "training": training,
-          "methods": methods, "losses": all_losses, "loader": loader, "inference": inference}
-CPU_ONLY = ("metrics", "loader", "inference")
+          "methods": methods, "losses": all_losses, "loader": loader}
+CPU_ONLY = ("metrics", "loader")
 
 
 def machine(device):

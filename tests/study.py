@@ -3,7 +3,7 @@
     python tests/study.py --list                                 # the commands of all studies
     python tests/study.py mxm-relation                           # run what is missing, then print the tables
     python tests/study.py mxm-relation --write                   # put the tables into tests/results.md
-    python tests/study.py user-loss --root flickr8k=FOLDER --root products=FOLDER --root hm=FOLDER --jobs 2
+    OMP_NUM_THREADS=1 python tests/study.py user-norm --jobs 2 --root products=FOLDER ...  # two at a time
 
 Rates are tuned for each row. Where an option of a row has several values (`--lr 1e-3|3e-3`), each is run with
 seed 0, the one with the best score on validation is chosen, and only that is run with the other seeds.
@@ -88,11 +88,10 @@ def sampled(instances, views, captions, epochs):
 
 
 # 64 images in each of 378 steps, whatever the row
-ONE_BY_ONE = f"--loss clip {sampled(64, 1, 1, 6)}"
 ONE_BY_FOUR = sampled(64, 1, 4, 6)
 TWO_BY_TWO = sampled(32, 2, 2, 3)
 study("mxm-shapes", "train_mxm --lr 1e-4|3e-4|1e-3|3e-3", {
-    "clip, 1 x 1": ONE_BY_ONE,
+    "clip, 1 x 1": f"--loss clip {sampled(64, 1, 1, 6)}",
     "hard, 1 x 4": f"--loss hard {ONE_BY_FOUR}",
     "clip, 2 x 2": f"--loss clip {TWO_BY_TWO}",
     "hard, 2 x 2": f"--loss hard {TWO_BY_TWO}",
@@ -178,7 +177,6 @@ study("cmr-dimension", f"{WIKIPEDIA.replace('--dim 256 ', '')} --loss pcl",
 
 # ---- USER: from a CLIP trained on the same products, among others
 
-# titles of 12,823 products in 500 steps of 128
 USER = ("train_user --data products --clip {clip:everything} --dim 256 --epochs 5 --eval-every 5 "
         "--batch-weight 1 --momentum 0.99 --lr-drop 0.8 --clip-lr 3e-4")
 # with mu = 20 UTO weighs negatives as InfoNCE does at its temperature of 0.05
@@ -259,8 +257,7 @@ NUMBERS = {  # heading -> where its number stands in what metrics.json says of a
     "image weight, images wrong": "noise image 1.0 mean image_weight",
     "image weight, texts wrong": "noise text 1.0 mean image_weight",
 }
-# what claims are judged by, where it is there
-CLAIMED = ("rSum", "mAP", "accuracy", "R@P90", "accuracy, images wrong", "accuracy, texts wrong")
+JUDGED_BY = ("rSum", "mAP", "accuracy", "R@P90", "accuracy, images wrong", "accuracy, texts wrong")
 
 
 def numbers_of(out):
@@ -297,14 +294,10 @@ def compared(differences):
     """Cells of a comparison: the mean difference with its 95% interval, how many are positive, a verdict."""
     n = len(differences)
     mean = statistics.mean(differences)
-    shown = f"{mean:+.1f}"
-    verdict = "one seed"
-    if n > 1:
-        half = STUDENT_T[min(n - 1, len(STUDENT_T)) - 1] * statistics.stdev(differences) / math.sqrt(n)
-        shown = f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
-        verdict = "not resolved" if abs(mean) <= half else "ahead" if mean > 0 else "behind"
-    return {"difference (95% interval)": shown, "seeds ahead": f"{sum(d > 0 for d in differences)} of {n}",
-            "verdict": verdict}
+    half = STUDENT_T[min(n - 1, len(STUDENT_T)) - 1] * statistics.stdev(differences) / math.sqrt(n)
+    verdict = "not resolved" if abs(mean) <= half else "ahead" if mean > 0 else "behind"
+    return {"difference (95% interval)": f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})",
+            "seeds ahead": f"{sum(d > 0 for d in differences)} of {n}", "verdict": verdict}
 
 
 def spread(values):
@@ -332,7 +325,7 @@ def of_claims(rows, claims):
     everywhere = set.intersection(*map(set, rows.values()))
     cells = {}
     for row, other in claims:
-        for heading in CLAIMED:
+        for heading in JUDGED_BY:
             if heading in everywhere:
                 differences = [a - b for a, b in zip(of_seeds(row, heading), of_seeds(other, heading))]
                 cells[f"{row} against {other}, {heading}"] = compared(differences)
@@ -354,7 +347,7 @@ def tables(name, folders, options):
         label = f"{row}, `{options[row]}`" if options[row] else row
         cells[label] = {heading: spread(numbers) for heading, numbers in values.items()}
     made = {"": markdown(cells)}
-    if CLAIMS[name]:
+    if CLAIMS[name] and len(outs) > 1:
         made["Differences, seed by seed"] = markdown(of_claims(rows, CLAIMS[name]))
     return made
 
@@ -363,12 +356,11 @@ def tables(name, folders, options):
 
 def section(name, made, seeds):
     """What stands between a study's markers: how its tables were made, and the tables."""
-    of_seeds = f"{seeds} runs in each row, from seed 0 on: mean ± standard deviation."
-    if seeds == 1:
-        of_seeds = "One run in each row, seed 0."
+    of_seeds = f"{seeds} runs in each row, from seed 0 on: mean ± standard deviation"
+    of_seeds = "One run in each row, seed 0" if seeds == 1 else of_seeds
     lines = [f"<!-- study: {name} -->",
              f"`python tests/study.py {name} --seeds {seeds}`, which runs, with what each row adds,\\",
-             f"`{BASES[name]}`.\\", f"{of_seeds} torch {torch.__version__}, {os.cpu_count()} cores."]
+             f"`{BASES[name]}`.\\", f"{of_seeds}. torch {torch.__version__}, {os.cpu_count()} cores."]
     for caption, text in made.items():
         lines += ["", f"{caption}:", ""] if caption else [""]
         lines += [text]
@@ -377,8 +369,7 @@ def section(name, made, seeds):
 
 def write_results(sections):
     """Replace the sections {study: text} of results.md."""
-    with open(RESULTS) as f:
-        text = f.read()
+    text = data.read_text(RESULTS)
     for name, made in sections.items():
         begin = f"<!-- study: {name} -->"
         before, _, after = text.partition(f"{begin}\n")
@@ -436,9 +427,8 @@ def settings(argv=None):
     p.add_argument("--root", action="append", default=[], metavar="NAME=FOLDER",
                    help="where the data set NAME lies; may be repeated")
     p.add_argument("--epochs", type=eval.positive_int,
-                   help="of every run, in place of its own: a trial; give --out a folder of its own")
+                   help="of every run: a trial; give --out a folder of its own")
     p.add_argument("--jobs", type=eval.positive_int, default=1, help="runs at a time")
-    p.add_argument("--threads", type=eval.positive_int, help="threads of each run")
     p.add_argument("--out", default=os.path.join("runs", "study"))
     p.add_argument("--list", action="store_true", help="print the commands only")
     p.add_argument("--write", action="store_true", help="put the tables into tests/results.md; runs nothing")
@@ -526,40 +516,35 @@ def planned(name, args):
     return runs, folders, options
 
 
-def finished(out):
-    return os.path.exists(os.path.join(out, "metrics.json"))
-
-
 def all_there(folders):
     """Refuse to go on where one of these runs is not finished."""
-    missing = [out for out in folders if not finished(out)]
+    missing = [out for out in folders if not os.path.exists(os.path.join(out, "metrics.json"))]
     data.expect(not missing, f"{len(missing)} runs are missing",
                 f"first {', '.join(missing[:1])}; run the same command without --write")
 
 
-def start(run, args):
+def start(run):
     """The process that makes a run (command, folder), or goes on with it, and prints to a file there."""
     command, out = run
     words = shlex.split(command)
     if os.path.exists(os.path.join(out, "last.pt")):
         words.append("--resume")
     os.makedirs(out, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": str(args.threads)} if args.threads else {}
     words[0] = os.path.join(ROOT, words[0])
     with open(os.path.join(out, "output.txt"), "a") as f:
-        return subprocess.Popen([sys.executable, *words], env=os.environ | threads, stdout=f, stderr=f)
+        return subprocess.Popen([sys.executable, *words], stdout=f, stderr=f)
 
 
 def execute_all(runs, args):
     """Make what is missing of some runs, --jobs at a time."""
     runs = list(dict.fromkeys(runs))
-    waiting = [run for run in runs if not finished(run[1])]
+    waiting = [run for run in runs if not os.path.exists(os.path.join(run[1], "metrics.json"))]
     done = len(runs) - len(waiting)
     active = {}
     while waiting or active:
         while waiting and len(active) < args.jobs:
             run = waiting.pop(0)
-            process = start(run, args)
+            process = start(run)
             active[process.pid] = process, run
         pid, status, usage = os.wait3(0)
         process, (command, out) = active.pop(pid)
