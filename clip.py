@@ -1426,12 +1426,6 @@ def _tokenizer_of(described):
     return None if merges is None else Tokenizer(merges, described.get("vocabulary"))
 
 
-def from_description(description, where="the checkpoint"):
-    """The CLIP of `describe`, of the configuration that stands there, in evaluation mode. Raises CheckpointError."""
-    config = Config(**description["config"])
-    return from_state_dict(description["state_dict"], {key: getattr(config, key) for key in HINTS} | {"tokenizer": description["merges"]}, where=where).eval()
-
-
 def describe_heads(model):
     """The weights of a module that has a CLIP as its `clip`, without the CLIP's: a state dict on the CPU."""
     return {name: value for name, value in weights(model).items() if not name.startswith("clip.")}
