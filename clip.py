@@ -164,11 +164,15 @@ class Packed(NamedTuple):
     L: int
 
 
+def _hooked(module):
+    """Whether something looks at what goes through a module, or does its work."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
 def _untouched(layer, kind):
-    """Whether a layer is no more than it was made as: else it is called, and its weights are not read."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is kind and type(layer.weight) is nn.Parameter and not any(hooks) \
-        and "forward" not in vars(layer)
+    """Whether a layer is still what it was made as. Any other is called, and its weights are not read."""
+    return type(layer) is kind and type(layer.weight) is nn.Parameter and not _hooked(layer)
 
 
 @torch.compiler.assume_constant_result
@@ -237,7 +241,8 @@ class MLP(nn.Module):
         self.quick_gelu = quick_gelu
 
     def forward(self, x):
-        if not _untouched(self.c_fc, nn.Linear) or not _untouched(self.c_proj, nn.Linear):
+        layers = self.c_fc, self.c_proj
+        if not all(_untouched(layer, nn.Linear) and layer.bias is not None for layer in layers):
             h = self.c_fc(x)
             return self.c_proj(h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
         lying = x.transpose(0, -2)  # as it lies in memory
@@ -264,7 +269,8 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = LayerNorm(width)
 
     def forward(self, x, packed=None):
-        x = x + self.attn(self.ln_1(x), packed)
+        h = self.ln_1(x)
+        x = x + (self.attn(h) if packed is None else self.attn(h, packed))
         return x + self.mlp(self.ln_2(x))
 
 
@@ -502,6 +508,9 @@ class CLIP(nn.Module):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise ValueError(f"a token id of {int(ids.max())}; this model's vocabulary is {self.vocab_size}: "
                              "it needs its own tokenizer (model.tokenize)")
+        start = getattr(self.tokenizer, "start", 49406)
+        if start != 49406 and B and (text[:, 0] == 49406).all():
+            raise ValueError("these ids are of OpenAI's tokenizer, and this model has its own (model.tokenize)")
         if not self._packs():
             return self._encode_columns(text[:, :self.context_length].to(device), tokens)
         last = mask.sum(1).cumsum(0) - 1  # the row of each text's end token
@@ -524,10 +533,9 @@ class CLIP(nn.Module):
         """Whether the text encoder's layers may see packed rows, see `pack_texts`."""
         if self.pack_texts is not None:
             return self.pack_texts
-        for part in (self.token_embedding, self.transformer, self.ln_final):
-            for module in part.modules():
-                if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-                    return False
+        parts = (self.token_embedding, self.transformer, self.ln_final)
+        if any(_hooked(module) for part in parts for module in part.modules()):
+            return False
         return isinstance(self.transformer, Transformer) and all(
             isinstance(block, ResidualAttentionBlock) and isinstance(block.attn, Attention)
             for block in self.transformer.resblocks)
