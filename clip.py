@@ -904,7 +904,7 @@ def _pick(content, path):
     found = list(_candidates(content))
     copies = [any(word in place.lower() for word in ("ema", "teacher", "momentum")) for place, _, _ in found]
     place, prefix, held = found[copies.index(min(copies))] if found else ("", "", content)
-    tensors = {key: value for key, value in held.items() if isinstance(value, torch.Tensor)}
+    tensors = {str(key): value for key, value in held.items() if isinstance(value, torch.Tensor)}
     state = {key.removeprefix(prefix).replace("_orig_mod.", ""): value
              for key, value in tensors.items() if key.startswith(prefix)}
     if "text.token_embedding.weight" in state:  # open_clip's custom text towers
@@ -1179,6 +1179,7 @@ def _assemble(config, state, tokenizer, where):
     for width, n in ((pooled_width, config.vision_heads), text):
         divides = type(n) is int and n > 0 and width % n == 0
         expect(divides, where, f"a width of {width} has no {n} attention heads; give a file of CLIP weights")
+    _supported(where, {"interpolation": config.interpolation})
     with torch.device("meta"):
         model = CLIP(config)
     expected = model.state_dict()

@@ -271,7 +271,7 @@ def plain_encode(bare, image=None, ids=None, adapted=not_adapted, prompts=None):
         if prompts is not None:
             x = torch.cat([x, prompts.image])
     for i, block in enumerate(encoder.transformer.resblocks):
-        x = x + adapted(name, i, "attn", block.attn(block.ln_1(x)[None])[0])
+        x = x + adapted(name, i, "attn", block.attn(block.ln_1(x)[:, None])[:, 0])
         x = x + adapted(name, i, "mlp", block.mlp(block.ln_2(x)))
     if image is None:
         return bare.ln_final(x[-1]) @ bare.text_projection
