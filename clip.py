@@ -1003,7 +1003,7 @@ def _read_hugging_face(folder):
             defaults = {"num_attention_heads": heads, "hidden_act": "quick_gelu", "image_size": 224,
                         "eos_token_id": 2}  # files leave out what is default
             tower = defaults | (config.get(f"{name}_config") or {})
-            if config.get(f"{name}_config_dict"):  # older files have both, and this one counts
+            if config.get(f"{name}_config_dict") is not None:  # older files have both, and this one counts
                 tower |= defaults | config[f"{name}_config_dict"]
             _supported(path, tower)
             towers.append(tower)
@@ -1029,7 +1029,7 @@ def _read_hugging_face(folder):
         fits = cropped or size == {"height": side, "width": side}
         expect(fits, path, f"size {size} and crop {crop}: the model takes {side} pixels a side; correct them")
         hints |= {"squash": not shorter,
-                  "image_resize": shorter,
+                  "image_resize": None if shorter == side else shorter,
                   "interpolation": "bilinear" if pixels.get("resample") == 2 else "bicubic",
                   "image_mean": tuple(pixels.get("image_mean", IMAGE_MEAN)),
                   "image_std": tuple(pixels.get("image_std", IMAGE_STD))}
@@ -1069,11 +1069,13 @@ def _folder_tokenizer(folder, text_config={}):
     def has(name):
         return os.path.isfile(os.path.join(folder, name))
 
-    kinds = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-    others = [name for name in kinds if has(name)]
-    others += [text_config[key] for key in ("hf_tokenizer_name", "tokenizer_kwargs") if text_config.get(key)]
     whole = _read_json(folder, "tokenizer.json")
+    kinds = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+    others = [name for name in kinds if has(name)] + [text_config.get("hf_tokenizer_name")]
     try:
+        for key in ("tokenizer_mode", "tokenizer_kwargs"):
+            if text_config.get(key):
+                raise ValueError(f"{key} {text_config[key]}")
         if whole:
             ids = whole["model"]["vocab"]
             pairs = whole["model"]["merges"]
@@ -1081,8 +1083,8 @@ def _folder_tokenizer(folder, text_config={}):
             ids = _read_json(folder, "vocab.json")
             with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as f:
                 pairs = [line for line in f.read().splitlines() if line and not line.startswith("#version")]
-        elif others:
-            raise ValueError(others[0])
+        elif any(others):
+            raise ValueError(f"it is {others[0]}")
         else:
             return None
         added = _read_json(folder, "added_tokens.json").keys()
@@ -1165,8 +1167,6 @@ def _infer_config(state, hints):
     config |= {key: hints[key] for key in HINTS if key in hints}
     if config.get("image_resolution", 0) // step != grid:  # not stated, or not of these weights
         config["image_resolution"] = step * grid
-    if config.get("image_resize") == config["image_resolution"]:
-        config["image_resize"] = None
     if (config.get("end_token") or vocab_size) >= vocab_size - 1:
         config["end_token"] = None  # the largest id anyway
     return Config(**config)
