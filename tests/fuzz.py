@@ -209,19 +209,19 @@ def safetensors():
 def config():
     """The small JSON files beside weights."""
     content = as_safetensors(small_clip().state_dict())
-    for folder in ("open", "shards"):
-        write(f"{folder}/open_clip_model.safetensors", content)
+    write("open/open_clip_model.safetensors", content)
+    write("shards/part.safetensors", content)
     tower = {"layers": 1, "width": 64, "patch_size": 4, "image_size": 8, "head_width": 64}
     text = {"context_length": 8, "vocab_size": 540, "width": 64, "heads": 1, "layers": 1}
     write("open/open_clip_config.json",
           {"model_cfg": {"embed_dim": 8, "quick_gelu": True, "vision_cfg": tower, "text_cfg": text}})
     write("shards/model.safetensors.index.json",
-          {"metadata": {}, "weight_map": {"a": "open_clip_model.safetensors"}})
+          {"metadata": {}, "weight_map": {"a": "part.safetensors"}})
     hidden = {"hidden_act": "gelu", "num_attention_heads": 1}
     write("config.json", {"vision_config": hidden, "text_config": hidden})
     return [Sample("open/open_clip_config.json", read_clip("open")),
             Sample("shards/model.safetensors.index.json", read_clip("shards")),
-            Sample("config.json", lambda: clip._read_config("config.json"))]
+            Sample("config.json", lambda: clip._read_hugging_face("."))]
 
 
 @kind

@@ -253,7 +253,7 @@ def plain_encode(bare, image=None, ids=None, adapted=not_adapted):
         x = F.conv2d(image[None], encoder.conv1.weight, stride=encoder.patch_size)[0].flatten(1).t()
         x = encoder.ln_pre(torch.cat([encoder.class_embedding[None], x]) + encoder.positional_embedding)
     for i, block in enumerate(encoder.transformer.resblocks):
-        x = x + adapted(name, i, "attn", block.attn(block.ln_1(x)[None])[0])
+        x = x + adapted(name, i, "attn", block.attn(block.ln_1(x)[:, None])[:, 0])
         x = x + adapted(name, i, "mlp", block.mlp(block.ln_2(x)))
     if image is None:
         return bare.ln_final(x[-1]) @ bare.text_projection
