@@ -13,11 +13,13 @@ Each data set has a reader that yields `Row`s as its files state them; `finish` 
 Knows nothing of models or losses.
 """
 import atexit
+import contextlib
 import csv
 import difflib
 import gc
 import hashlib
 import html
+import io
 import json
 import math
 import mmap
@@ -1417,15 +1419,15 @@ def _names(path, key, array):
     """Labels or ids (N,) as integers or strings; a column (N, 1) and whole numbers of other types are read."""
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
-    if array.dtype.kind in "fb" and (array == array.astype(np.int64)).all():
-        array = array.astype(np.int64)
+    with np.errstate(invalid="ignore"):
+        if array.dtype.kind in "fb" and (array == array.astype(np.int64)).all():
+            array = array.astype(np.int64)
+    expect(array.ndim == 1 and array.dtype.kind in "iuUSO" and array.size, path,
+           f"{key} is {array.dtype} of shape {array.shape}; expected one class or id a row (N,)")
     if array.dtype.kind in "SO":  # Python 2's strings are bytes
         names = [str(x, "utf-8", "replace") if isinstance(x, bytes) else x for x in array.tolist()]
-        expect(array.ndim == 1 and all(isinstance(x, (str, int, float, type(None))) for x in names), path,
-               f"{key} holds lists or other things, not names")
+        expect(all(isinstance(x, (str, int, float, type(None))) for x in names), path, f"{key} holds no names")
         array = np.array([str(x) for x in names])
-    expect(array.ndim == 1 and array.dtype.kind in "iuU" and array.size, path,
-           f"{key} is {array.dtype} of shape {array.shape}; expected one class or id a row (N,)")
     return array
 
 
@@ -1593,23 +1595,24 @@ def load_regions(name, root, split, clip_input=True):
 
 def open_image(path):
     """A picture as RGB: EXIF rotation applied, more than 8 bits of grey scaled by their range, transparency on
-    white, one frame."""
+    white, one frame. Metadata that are broken are ignored."""
     expect_file(path)
-    with reading(path, "replace it or remove its row"):
+    with reading(path, "replace it or remove its row"), open(path, "rb") as f:
         try:
-            with Image.open(path) as image:
-                return _rgb(ImageOps.exif_transpose(image), image.format == "TIFF")
-        except Image.DecompressionBombError:
-            raise
-        except Exception as error:  # where only metadata are broken, torchvision reads the pixels
-            from torchvision.io import decode_image
+            return _rgb(Image.open(f))
+        except Exception as error:
+            f.seek(0)
             try:
-                return _rgb(Image.fromarray(decode_image(path).permute(1, 2, 0).squeeze(-1).numpy()))
+                return _rgb(Image.open(io.BytesIO(_without_metadata(f.read()))))
             except Exception:
                 raise error from None
 
 
-def _rgb(image, tiff=False):
+def _rgb(image):
+    tiff = image.format == "TIFF"
+    image.load()
+    with contextlib.suppress(Exception):  # metadata that are broken say nothing of the pixels
+        image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # convert("RGB") alone would clip them to white
         levels = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
         top = min(top for top in (1, 255, 4095, 65535, levels.max()) if top >= levels.max())
@@ -1620,6 +1623,21 @@ def _rgb(image, tiff=False):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _without_metadata(content):
+    """The bytes of a PNG or a JPEG with those parts alone that make its pixels."""
+    png = content.startswith(b"\x89PNG")
+    at = 8 if png else 2
+    kept = [content[:at]]
+    while at < len(content) and (png or content[at + 1] != 0xDA):  # after this mark a JPEG's pixels follow
+        size = int.from_bytes(content[at:at + 4] if png else content[at + 2:at + 4], "big")
+        end = at + size + (12 if png else 2)
+        needed = content[at + 4:at + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+        if needed if png else content[at + 1] in (0xEE, *range(0xC0, 0xE0)):  # 0xEE tells the kind of colour
+            kept.append(content[at:end])
+        at = end
+    return b"".join(kept) + content[at:]
 
 
 def square(image, size):
