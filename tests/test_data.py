@@ -376,6 +376,39 @@ def test_bad_pictures_are_named(tmp_path):
     refused("is no file", data.open_image, str(tmp_path))
 
 
+def png_with(kind, body):
+    """A 30 x 20 PNG with one more chunk behind its header; and its pixels."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    out = io.BytesIO()
+    image.save(out, "png")
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return out.getvalue()[:33] + chunk + out.getvalue()[33:], np.asarray(image)
+
+
+def test_broken_metadata_never_stop_a_picture(tmp_path):
+    texts = [b"interlace", b"transparency", b"exif", b"xmp", b"Raw profile type exif"]
+    chunks = [(b"tEXt", key + b"\0\nno\n3\nzz") for key in texts]
+    chunks += [(b"eXIf", b"garbage"), (b"iCCP", b""), (b"pHYs", b"x"), (b"zTXt", b"a\0\5"), (b"iTXt", b"a"),
+               (b"zTXt", b"a\0\0" + zlib.compress(bytes(3 << 20)))]
+    for chunk in chunks:
+        content, pixels = png_with(*chunk)
+        (tmp_path / "a.png").write_bytes(content)
+        assert np.array_equal(data.open_image(tmp_path / "a.png"), pixels), chunk[:20]
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "jpeg")
+    good = out.getvalue()
+    for mark, body in ((0xE1, b"Exif\0\0garbage"), (0xE2, b"ICC_PROFILE\0"), (0xE2, b"MPF\0x"), (0xFE, b"\xff"),
+                       (0xED, b"Photoshop 3.0\x008BIM\x03\xed"), (0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff")):
+        segment = bytes([0xFF, mark]) + struct.pack(">H", len(body) + 2) + body
+        (tmp_path / "a.jpg").write_bytes(good[:2] + segment + good[2:])
+        assert np.array_equal(data.open_image(tmp_path / "a.jpg"), np.asarray(Image.open(io.BytesIO(good))))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "b.jpg", exif=exif)  # truncated and turned: an error, not black
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:-200])
+    refused("b.jpg: .*truncated", data.open_image, str(tmp_path / "b.jpg"))
+
+
 # ---------------------------------------------------------------- batches
 
 @pytest.mark.parametrize("crop", [None, 0.5])
@@ -1132,6 +1165,60 @@ def test_csv(mine, tmp_path):
         assert train[0].captions == ['red, "big"\nbox', "red box"]
         assert train[0].images == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
         assert [(x.id, x.labels) for x in mine(variant, "test")[0]] == [("4", {"color": 0})]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_tables_as_people_have_them(separator, mine, tmp_path, capsys):
+    """Separators, blanks, line ends, missing values, 1 and 1.0, classes that differ in capitals, rows of nothing;
+    the pictures in another folder."""
+    rows = [("image", " caption", "id", "split", "color", "size"), ("0.png", "a", "s0 ", "train ", "red", "1.0"),
+            ("1.png", "nan", "s1", "train", "blue\u00a0", "2"), ("2.png", "b", "s2", "train", "NaN", "1"),
+            ("3.png", "c", "NA", "train", "Red", "2.0"), ("4.png", "d", "s4", "test", "blue ", "1"),
+            ("5.png", "e", "s5", "val", "red", "1"), ("",) * 6]
+    text = "\r\n".join(separator.join(row) for row in rows)
+    train, classes = mine("\ufeff" + text)
+    assert classes == {"color": ["Red", "blue", "red"], "size": ["1", "2"]}
+    assert [(x.id, x.captions) for x in train] == [("s0", ["a"]), ("s2", ["b"]), ("3.png", ["c"])]
+    assert [x.labels for x in train] == [{"color": 2, "size": 0}, {"size": 0}, {"color": 0, "size": 1}]
+    said = capsys.readouterr().err
+    for remark in ("1 labels are missing", "classes of color differ in capitals or blanks only, such as 'red'",
+                   "train, 1 of 4 rows without a picture or a text .* line 3 has no caption"):
+        assert re.search(remark, said), remark
+    assert mine(text, "test")[0][0].labels == {"color": 1, "size": 0}
+    write(tmp_path / "elsewhere" / "mine.csv", text)
+    train, _ = data.load(str(tmp_path / "elsewhere" / "mine.csv"), root=str(tmp_path))
+    assert train[0].images == [str(tmp_path / "0.png")]
+
+
+def test_missing_values_of_jsonl(mine):
+    nan = float("nan")
+    row = {"images": ["0.png"], "captions": ["a", nan, None], "split": "train"}
+    val = row | {"id": "v", "split": "val"}
+    train, classes = mine(lines(row | {"id": nan, "group": nan, "labels": {"t": nan, "u": 1, "v": float("inf")}},
+                                row | {"id": 2.0, "images": ["1.png"], "labels": {"t": "None", "u": 1.0}}, val),
+                          name="mine.jsonl")
+    assert [(x.id, x.group, x.captions, x.labels) for x in train] == [
+        ("1", "1", ["a"], {"u": 0}), ("2", "2", ["a"], {"u": 0})] and classes == {"u": ["1"]}
+
+
+def test_what_stands_in_two_splits_is_noted(mine, capsys):
+    mine("id,image,caption,split\n" + "".join(f"{i},{i // 2}.png,a,{('train', 'test')[i % 2]}\n" for i in range(8)))
+    assert re.search("4 ids or pictures stand in two splits.* such as .*0.png .train and test", capsys.readouterr().err)
+    mine("image,caption\n0.png,a\n0.png,b\n1.png,c\n2.png,c\n3.png,c\n9.png,c\n")
+    said = capsys.readouterr().err
+    assert "two splits" not in said and "80/10/10 by a hash of the id" in said
+
+
+def test_a_folder_of_pictures_can_be_searched(tmp_path):
+    files = [picture(tmp_path / "a" / name) for name in ("10.png", "2.png", "sub/x.jpg")]
+    for junk in ("._2.png", "Thumbs.db", "desktop.ini", "notes.txt"):
+        write(tmp_path / "a" / junk, "x")
+    found, classes = data.load(str(tmp_path / "a"), split="all")
+    assert [x.images for x in found] == [[files[1]], [files[0]], [files[2]]] and classes == {}
+    assert found[2].id == os.path.join("sub", "x.jpg") and found[0].captions == []
+    batch = next(data.Loader(found, tokenizer(), 32, 8, 4).batches())
+    assert batch["images"].shape[:2] == (3, 1) and not batch["caption_mask"].any()
+    refused("a folder has no captions to learn from", data.load_splits, str(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("text, said", [
