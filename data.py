@@ -652,7 +652,9 @@ def text2shape(root):
         views = [os.path.join(folder, name) for name in list_folder(folder, (".png",))]
         voxels = os.path.join(root, VOXEL_FOLDER, model, model + ".nrrd")
         if not views:
-            views = [VoxelView(voxels, k) for k in range(VIEWS)] if os.path.isfile(voxels) else [voxels]
+            # view 7 is one from the front, which a gallery shows
+            seen = [VoxelView(voxels, (k + 7) % VIEWS) for k in range(VIEWS)]
+            views = seen if os.path.isfile(voxels) else [voxels]
         part = published.get(model, "none") if published else None
         yield Row(model, part, views, captions[model], {"category": plain(category[model])})
 
@@ -1003,13 +1005,15 @@ def unpack(archive, root):
 # ---------------------------------------------------------------- voxels and their views
 
 def read_nrrd(path):
-    """A Text2Shape voxel file: uint8 (n, n, n, 4), axes x, y, z, RGBA. NRRD: header, blank line, data."""
+    """A Text2Shape voxel file: uint8 (n, n, n, 4), axes x, y (up), z, RGBA. Raises DataError.
+
+    NRRD: header, blank line, data."""
     try:
         with open(path, "rb") as f:
             start = f.read(1 << 16)
             blank = re.search(rb"\r?\n\r?\n", start)
             expect(start.startswith(b"NRRD000") and blank, path, "not an NRRD file; get it again")
-            n, encoding = _nrrd_header(path, start[:blank.start()].decode("latin1"))
+            n, encoding, axes = _nrrd_header(path, start[:blank.start()].decode("latin1"))
             need = 4 * n ** 3
             f.seek(blank.end())
             body = f.read(need + (need >> 10) + (1 << 16))  # even what does not compress grows by less
@@ -1025,43 +1029,56 @@ def read_nrrd(path):
                "the gzip data ends before its checksum; the file is truncated, get it again")
     expect(len(body) == need, path,
            f"holds {len(body)} bytes of voxels, its sizes need {need}; the file is truncated or wrong")
-    voxels = np.frombuffer(body, np.uint8).reshape(n, n, n, 4)  # z, y, x: the first axis varies fastest
-    return np.ascontiguousarray(voxels.transpose(2, 1, 0, 3))
+    voxels = np.frombuffer(body, np.uint8).reshape(n, n, n, 4)  # the file's first axis varies fastest
+    voxels = voxels.transpose(*2 - abs(axes).argmax(0), 3)
+    return np.ascontiguousarray(voxels[tuple(slice(None, None, sign) for sign in axes.sum(0))])
 
 
 def _nrrd_header(path, header):
-    """-> (n, encoding) of the header of a file of n x n x n voxels."""
+    """-> (n, encoding, axes) of the header of a file of n x n x n voxels. axes: 1 or -1 where an axis of the
+    file (row) runs along or against x, y, z (column), else 0."""
     fields = {}
     for line in header.split("\n"):
         name, _, value = line.partition(": ")  # a comment or a key:=value has no such name
-        fields[name.strip().lower()] = value.strip()[:100]
+        fields[name.strip().lower()] = value.strip()
     expect("data file" not in fields and "datafile" not in fields, path,
            "its voxels are in another file (the header names a data file); expected both in one")
-    kind = fields.get("type", "?")
+    kind = fields.get("type", "?")[:100]
     expect(kind.lower() in ("uint8", "unsigned char", "uchar", "uint8_t"), path,
            f"type {kind}; expected uint8 RGBA voxels")
     sizes = fields.get("sizes", "?").split()
     n = int(sizes[1]) if len(sizes) == 4 and re.fullmatch("[0-9]{1,3}", sizes[1]) else 0
     expect(1 <= n <= 512 and sizes == ["4", str(n), str(n), str(n)], path,
-           f"sizes {' '.join(sizes)}; expected 4 n n n (channel, x, y, z), n up to 512")
-    encoding = fields.get("encoding", "?").lower()
+           f"sizes {' '.join(sizes)[:100]}; expected 4 n n n (channel and three axes), n up to 512")
+    encoding = fields.get("encoding", "?")[:100].lower()
     expect(encoding in ("gzip", "gz", "raw"), path, f"encoding {encoding}; expected gzip or raw")
-    return n, encoding
+    stated = fields.get("space directions", "none (0,1,0) (0,0,1) (1,0,0)")  # as Text2Shape's: y, z, x
+    try:
+        vectors = re.fullmatch("none" + r"\s*\(([^,()]+),([^,()]+),([^,()]+)\)" * 3, stated).groups()
+        along = np.array(vectors, float).reshape(3, 3)
+    except (AttributeError, ValueError):  # no match, no numbers
+        along = np.zeros((3, 3))
+    length = abs(along)
+    axes = np.where(length > 1e-3 * length.max(1, keepdims=True), np.sign(along), 0).astype(int)
+    expect((abs(axes).sum(0) == 1).all() and (abs(axes).sum(1) == 1).all(), path,
+           f"space directions {stated[:100]}; expected none and three vectors, along x, y and z in any order")
+    return n, encoding, axes
 
 
 VIEWS = 12  # a turntable: one view every 30 degrees,
 ELEVATION = 30.0  # seen from 30 degrees above
 LIGHT = np.array([-0.45, 0.6, 0.66])  # unit vector to the light: the camera's right, up, towards the viewer
+MARGIN = 4  # empty voxels around a grid: what is blurred ends here
 
 
-@lru_cache(maxsize=2 * VIEWS)  # one size for the model, one for pictures
-def _rays(grid, size, view):
-    """Where the pixels' rays run through the grid, pixel by pixel and front to back, int32 (points,) each:
-    the pixel, the depth step, and the flat index of the voxel.
+@lru_cache(maxsize=48)  # 3 views, 8 boxes' parities; one size for the model, one for pictures
+def _rays(grid, size, view, odd):
+    """-> (pixel, voxel, light). Where the pixels' rays run through a grid and its margin, pixel by pixel and
+    front to back, int32 (points,) each: the pixel, and the flat index of the voxel; a ray's first point is in
+    the margin. light: float32 (3, 1), along the grid's axes. odd: of each axis, whether (1 or 0) the middle
+    of the shape lies half a voxel before that of the grid.
 
-    An orthographic view is no more than this table. The window is sqrt(2) of the grid's side wide, so that a
-    turning grid fits from left to right; of a full grid the uppermost and lowest corners, up to a fifteenth
-    of the side, lie outside.
+    An orthographic view is no more than this table. A full grid fits the window, even seen on edge.
     """
     azimuth = math.radians(view * 360 / VIEWS)
     elevation = math.radians(ELEVATION)
@@ -1069,45 +1086,58 @@ def _rays(grid, size, view):
     right = np.array([math.cos(azimuth), 0, -math.sin(azimuth)])
     back = -np.array([math.sin(azimuth) * level, math.sin(elevation), math.cos(azimuth) * level])
     up = np.cross(right, back)
-    window = math.sqrt(2) * grid
-    steps = math.ceil(math.sqrt(3) * grid)
+    window = (level + math.sqrt(2) * math.sin(elevation)) * grid
+    side = grid + 2 * MARGIN
+    steps = math.ceil(math.sqrt(3) * side)
     pixel = ((np.arange(size) + 0.5) / size - 0.5) * window
     depth = np.arange(steps) - (steps - 1) / 2
     across = pixel[None, :, None, None] * right
     down = pixel[:, None, None, None] * up
-    points = (across - down + depth[:, None] * back) + grid / 2  # (row, column, step, xyz)
-    voxel = np.floor(points).astype(np.int64)
-    inside = ((voxel >= 0) & (voxel < grid)).all(-1)
-    flat = (voxel[..., 0] * grid + voxel[..., 1]) * grid + voxel[..., 2]
-    pixel, step = inside.reshape(size * size, steps).nonzero()
-    return pixel.astype(np.int32), step.astype(np.int32), flat[inside].astype(np.int32)
+    points = across - down + depth[:, None] * back + (side - np.array(odd)) / 2  # (row, column, step, xyz)
+    voxel = np.floor(points).astype(np.int32)
+    inside = ((voxel >= MARGIN - 1) & (voxel <= side - MARGIN)).all(-1)
+    flat = (voxel[..., 0] * side + voxel[..., 1]) * side + voxel[..., 2]
+    pixel = inside.reshape(size * size, steps).nonzero()[0].astype(np.int32)
+    light = LIGHT @ [right, up, -back]
+    return pixel, flat[inside], light[:, None].astype(np.float32)
 
 
 def render(voxels, view, size):
-    """One view of a voxel grid. voxels: uint8 (n, n, n, 4), x right, y up, z to the viewer at view 0 -> uint8
-    (size, size, 3).
+    """One view of a voxel grid, with its solid part in the middle. voxels: uint8 (n, n, n, 4), x right, y up,
+    z to the viewer at view 0; view: 0..11 -> uint8 (size, size, 3). Raises DataError for another shape.
 
-    Each pixel takes the first voxel of its ray with alpha over 127, shaded by the normal of the depth map;
-    white where none is.
+    Each pixel takes the first voxel of its ray with alpha over 127, white where none is. It is shaded by the
+    slope of the blurred solid just before: within a thin plate, that has no slope.
     """
     grid = voxels.shape[0]
     expect(voxels.shape == (grid, grid, grid, 4), f"voxels of shape {voxels.shape}", "expected (n, n, n, 4)")
-    pixel, step, voxel = _rays(grid, size, view)
-    solid = (voxels[..., 3].ravel() > 127).take(voxel).nonzero()[0]  # the points in solid voxels
     image = np.full((size * size, 3), 255, np.uint8)
-    if len(solid):
-        first = solid[np.diff(pixel[solid], prepend=-1) > 0]  # the nearest in each pixel that has one
-        hit = pixel[first]
-        depth = np.full(size * size, step[first].max() + 1, np.float32)
-        depth[hit] = step[first]
-        depth = depth.reshape(size, size)
-        scale = size / (math.sqrt(2) * grid)  # pixels per voxel: the slope is the surface's at any image size
-        down, across = np.gradient(depth * scale) if size > 1 else np.zeros((2, 1, 1))
-        normal = np.stack([across, -down, np.ones_like(depth)], -1).reshape(-1, 3)[hit]
-        cosine = normal @ LIGHT.astype(np.float32) / np.linalg.norm(normal, axis=1)
-        shade = 0.55 + 0.45 * np.clip(cosine, 0, 1)
-        colour = voxels.reshape(-1, 4)[voxel[first], :3]
-        image[hit] = (colour * shade[:, None]).astype(np.uint8)
+    solid = voxels[..., 3] > 127
+    if solid.any():
+        front = solid.any(0)
+        spans = [line.nonzero()[0] for line in (solid.any((1, 2)), front.any(1), front.any(0))]
+        box = tuple(slice(span[0], span[-1] + 1) for span in spans)
+        turns, view = divmod(view, VIEWS // 4)  # by quarters, so that only the first one's rays are needed
+        voxels = np.rot90(voxels[box], turns, (0, 2))
+        sides = np.array(voxels.shape[:3])
+        side = grid + 2 * MARGIN
+        start, odd = np.divmod(side - sides, 2)
+        centred = np.zeros((side, side, side), bool)
+        centred[tuple(map(slice, start, start + sides))] = np.rot90(solid[box], turns, (0, 2))
+        pixel, voxel, light = _rays(grid, size, view, tuple(odd.tolist()))
+        points = centred.take(voxel).nonzero()[0]  # those in solid voxels
+        first = points[np.diff(pixel[points], prepend=np.int32(-1)) > 0]  # of each pixel that has one
+        strides = np.array([[side * side], [side], [1]])
+        soft = centred.astype(np.int16).ravel()
+        for stride in strides.ravel().tolist() * 4:  # a binomial filter over 5 voxels in each direction
+            soft = soft[:-stride] + soft[stride:]
+        before = voxel[first - 1] - 2 * strides.sum()
+        normal = (soft[before - strides] - soft[before + strides]).astype(np.float32)  # (xyz, pixels)
+        length = np.sqrt((normal ** 2).sum(0))
+        cosine = (normal * light).sum(0) / np.maximum(length, 1)  # no slope, as in a narrow gap: no light
+        shade = 0.55 + 0.45 * np.maximum(cosine, 0)
+        x, y, z = np.unravel_index(voxel[first], centred.shape) - start[:, None]
+        image[pixel[first]] = voxels[x, y, z, :3] * shade[:, None]
     return image.reshape(size, size, 3)
 
 
@@ -1362,6 +1392,39 @@ class SharedTerms:
         has = torch.zeros(len(self.idf), len(instances), device=terms.device)  # (terms, N)
         has[self.instances[instances].long().t(), torch.arange(len(instances), device=terms.device)] = 1
         return F.embedding_bag(terms, has, per_sample_weights=weight, mode="sum")
+
+
+# ---------------------------------------------------------------- captions, as they are changed for training
+
+CHANGED = 0.2  # share of a caption's words that are changed: of these
+MASKED = 0.5  # this share is masked,
+REPLACED = 0.1  # this share is replaced, and the rest is dropped
+
+
+def changed_words(tokens, tokenizer):
+    """Training captions with a share of their words masked, replaced or dropped (USER, section 4.1).
+
+    tokens int32 (B, columns) -> the same, in which a caption keeps at least one word. A word is all of its
+    tokens. The start symbol, which stands nowhere else, is the mask. Draws from torch's generator.
+    """
+    out = torch.zeros_like(tokens)
+    for row, caption in zip(out.numpy(), tokens.numpy()):
+        ids = caption[1:caption.argmax()]  # (L,): between start and end (the largest id)
+        ends = np.array([tokenizer.symbols[id].endswith("</w>") for id in ids], bool)
+        word = ends.cumsum() - ends  # (L,): the number of the word that each token belongs to
+        words = int(word[-1]) + 1 if len(ids) else 0
+        chance, kind = torch.rand(2, words).numpy()
+        changed = chance < CHANGED
+        masked = changed & (kind < MASKED)
+        replaced = changed & ~masked & (kind < MASKED + REPLACED)
+        dropped = changed & ~masked & ~replaced
+        dropped[:1] &= not dropped.all()
+        random_ids = torch.randint(0, tokenizer.start, ids.shape, dtype=tokens.dtype).numpy()
+        ids = np.where(masked[word], tokenizer.start, ids)
+        ids = np.where(replaced[word], random_ids, ids)
+        ids = ids[~dropped[word]]
+        row[:len(ids) + 2] = [tokenizer.start, *ids, tokenizer.end]
+    return out
 
 
 # ---------------------------------------------------------------- features in place of pictures and texts

@@ -19,13 +19,12 @@ import importlib
 import io
 import json
 import math
-import multiprocessing.connection
 import os
+import re
 import signal
-import socket
+import subprocess
 import sys
 import textwrap
-import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -39,83 +38,74 @@ from PIL import Image, ImageDraw, ImageFont
 import clip
 import data
 
-METHODS = ("train_clip4cmr", "train_user", "train_mxm", "train_adapter", "train_cmaclip")
 TIE = 1e-6  # scores closer than this are equal: rounding differs between the rows of one matrix product
-LARGE = 1 << 28  # bytes: features larger than this stay on disk
+FEATURES = os.path.join("runs", "features")  # of galleries that --query has searched
 BLOCK = 1 << 22  # scores held at a time: larger is slower, because memory is mapped anew for every block
 SAVE_SECONDS = 300  # last.pt is written after every epoch, and at least this often
-GRACE = 1.0  # seconds that a process has to end by itself, with its own words, after another one has ended
 WAYS = ("text_to_image", "image_to_text")
 ALL = slice(None)
 
 
 # ---------------------------------------------------------------- retrieval metrics
+# scores: a function (begin, end) -> the scores of these queries with the whole gallery, (end - begin, G), so
+# that memory grows with the block and not with queries x gallery; or a tensor (Q, G). An item is relevant to
+# a query of the same group. query_group (Q,), gallery_group (G,): any integers.
 
-def positions(scores, relevant, k=None):
-    """Where the relevant items of each query stand in its ranking, at worst.
+def relevant_items(query_group, gallery_group):
+    """-> arrays (order (G,), begin (Q,), end (Q,)): order[begin[q]:end[q]] are the relevant items of query q.
 
-    scores: float (Q, G). relevant: bool (Q, G), at least one per query. Returns float64 (Q, K): the 1-based
-    positions of each query's best, second best, ... relevant item, and inf where it has fewer. K is the most
-    that any query has, or k where that is less.
+    Raises ValueError for a query that has none.
+    """
+    query_group = np.asarray(query_group)
+    gallery_group = np.asarray(gallery_group)
+    order = np.argsort(gallery_group, kind="stable")
+    in_order = gallery_group[order]
+    begin = np.searchsorted(in_order, query_group, side="left")
+    end = np.searchsorted(in_order, query_group, side="right")
+    alone = np.flatnonzero(begin == end)
+    if len(alone):
+        raise ValueError(f"query {alone[0]} has no relevant item in the gallery")
+    return order, begin, end
+
+
+def at_least(values, bounds):
+    """(K,): how many of the values (n,) are at or above each of the bounds (K,)."""
+    if len(bounds) <= 16:  # counting is faster than sorting
+        return np.array([np.count_nonzero(values >= bound) for bound in bounds])
+    return len(values) - np.searchsorted(np.sort(values), bounds, side="left")
+
+
+def ranks(scores, query_group, gallery_group, k=None):
+    """Yield (place, count) of blocks of queries: where the relevant items stand in their rankings, at worst.
+
+    place: float64 (b, K), the 1-based positions of a query's best, second best, ... relevant item; inf where
+    it has fewer. K is the most that a query of the block has, or k where that is less. count (b,): how many.
 
     A position counts every irrelevant item that scores higher *or equal*, so a constant score earns nothing.
-    Raises CheckpointError (a ValueError: the model is at fault) for a NaN score, ValueError for a query
-    without a relevant item.
+    Raises CheckpointError (a ValueError: the model is at fault) for a NaN score.
     """
-    if scores.numel() and torch.isnan(scores.amax()):  # the greatest of numbers among which one is NaN is NaN
-        raise clip.CheckpointError("NaN in the scores; a model that gives NaN cannot be ranked")
-    query, item = relevant.nonzero(as_tuple=True)
-    count = torch.bincount(query, minlength=len(scores))
-    if len(count) and count.min() == 0:
-        raise ValueError(f"query {int(count.argmin())} of the block has no relevant item in the gallery")
-    most = int(count.max()) if len(count) else 0
-    K = most if k is None else min(k, most)
-    out = torch.full((len(scores), K), math.inf, dtype=torch.float64)
-    if K <= 16:  # few: count what beats each of them, and take off what of this is relevant too
-        theirs = scores[query, item]
-        column = torch.arange(len(query), device=query.device) - (count.cumsum(0) - count)[query]
-        best = scores.new_full((len(scores), most), -math.inf)
-        best[query, column] = theirs
-        best = best.topk(K, dim=1).values
-        rows = scores.cpu().numpy()
-        for j in range(K):
-            least = best[:, j] - TIE
-            above = [np.count_nonzero(row >= bound) for row, bound in zip(rows, least.cpu().numpy())]
-            relevant_above = torch.bincount(query[theirs >= least[query]], minlength=len(scores))
-            place = j + 1 + torch.tensor(above) - relevant_above.cpu()
-            out[:, j] = place.double().masked_fill(count.cpu() <= j, math.inf)
-        return out
-    scores, relevant = scores.cpu().numpy(), relevant.cpu().numpy()
-    for row in range(len(scores)):  # many: sort once and look each of them up
-        best = np.sort(scores[row, relevant[row]])[::-1][:K]
-        others = np.sort(scores[row, ~relevant[row]])
-        beaten_by = len(others) - np.searchsorted(others, best - np.float32(TIE), side="left")
-        out[row, :len(best)] = torch.from_numpy(np.arange(1, len(best) + 1) + beaten_by)
-    return out
-
-
-def ranked(scores, query_group, gallery_group, k=None):
-    """Yield (place, count) of blocks of queries: `positions` (b, K), and each query's relevant items (b,).
-
-    Arguments as in `ranking_metrics`. Memory grows with the block, not with queries x gallery.
-    """
-    if isinstance(scores, torch.Tensor):
-        matrix = scores
-        scores = lambda begin, end: matrix[begin:end]
-    step = max(1, BLOCK // max(1, len(gallery_group)))
-    total = torch.bincount(gallery_group, minlength=int(query_group.max()) + 1)[query_group]
-    for begin in range(0, len(query_group), step):
-        block = scores(begin, begin + step)
-        relevant = (query_group[begin:begin + step, None] == gallery_group[None, :]).to(block.device)
-        yield positions(block, relevant, k), total[begin:begin + step]
+    order, begin, end = relevant_items(query_group, gallery_group)
+    step = max(1, BLOCK // max(1, len(order)))
+    for first in range(0, len(begin), step):
+        block = slice(first, first + step)
+        rows = scores[block] if isinstance(scores, torch.Tensor) else scores(first, first + step)
+        rows = (rows if rows.dtype == torch.float32 else rows.double()).cpu().numpy()
+        if np.isnan(rows.max()):  # the greatest of numbers among which one is NaN is NaN
+            raise clip.CheckpointError("NaN in the scores; a model that gives NaN cannot be ranked")
+        count = end[block] - begin[block]
+        K = count.max() if k is None else min(k, count.max())
+        place = np.full((len(rows), K), math.inf)
+        for row, i, j, out in zip(rows, begin[block], end[block], place):
+            relevant = np.sort(row[order[i:j]])[::-1]
+            best = relevant[:K]
+            bound = best - row.dtype.type(TIE)
+            irrelevant_above = at_least(row, bound) - at_least(relevant, bound)
+            out[:len(best)] = np.arange(1, len(best) + 1) + irrelevant_above
+        yield torch.from_numpy(place), torch.from_numpy(count)
 
 
 def ranking_metrics(scores, query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
-    """Retrieval metrics, averaged over queries. An item is relevant to a query of the same group.
-
-    scores: a function (begin, end) -> the scores of these queries, float (end - begin, G), so that memory
-    grows with the block; or a tensor (Q, G). query_group (Q,), gallery_group (G,): integer tensors.
-    Returns a dict, with percentages in 0..100:
+    """Retrieval metrics, averaged over queries -> a dict, with percentages in 0..100:
 
       R@k     queries with a relevant item among the first k (Text2Shape's RR@k)
       P@k     relevant items among the first k, divided by k
@@ -127,15 +117,12 @@ def ranking_metrics(scores, query_group, gallery_group, ks=(1, 5, 10), average_p
 
     Raises ValueError for NaN scores and for a query without a relevant item.
     """
-    query_group = torch.as_tensor(query_group)
-    gallery_group = torch.as_tensor(gallery_group)
     discount = 1 / torch.log2(torch.arange(2, max(ks) + 2, dtype=torch.float64))
-    names = [f"{metric}@{k}" for metric in ("R", "P", "NDCG") for k in ks] + ["MRR"]
+    sums = {f"{metric}@{k}": 0.0 for metric in ("R", "P", "NDCG") for k in ks} | {"MRR": 0.0}
     if average_precision:
-        names.append("mAP")
-    sums = dict.fromkeys(names, 0.0)
+        sums["mAP"] = 0.0
     first = []
-    for place, count in ranked(scores, query_group, gallery_group, None if average_precision else max(ks)):
+    for place, count in ranks(scores, query_group, gallery_group, None if average_precision else max(ks)):
         first.append(place[:, 0])
         for k in ks:
             inside = place <= k
@@ -146,69 +133,49 @@ def ranking_metrics(scores, query_group, gallery_group, ks=(1, 5, 10), average_p
             sums[f"NDCG@{k}"] += (gain / ideal).sum().item()
         sums["MRR"] += (1 / place[:, 0]).sum().item()
         if average_precision:
-            sums["mAP"] += average_precisions(place, count).sum().item()
+            precision = torch.arange(1, place.shape[1] + 1) / place
+            sums["mAP"] += (precision.sum(1) / count).sum().item()
     first = torch.cat(first)
-    out = {name: 100 * value / len(query_group) for name, value in sums.items()}
+    out = {name: 100 * value / len(first) for name, value in sums.items()}
     return out | {"MedR": float(np.median(first.numpy())), "MeanR": first.mean().item()}
-
-
-def average_precisions(place, count):
-    """(b,) in 0..1: mean over a query's relevant items of (how many of them up to it) / (its position).
-
-    place (b, K): `positions`; count (b,): the number of relevant items.
-    """
-    return (torch.arange(1, place.shape[1] + 1) / place).sum(1) / count
-
-
-def both_ways(text_scores, image_scores, image_group, text_group, image_query=ALL, text_query=ALL):
-    """`ranking_metrics` of both directions, and rSum, the sum of R@1, 5 and 10 of both (0..600).
-
-    text_scores: scores of the asked texts with all N images, as `ranking_metrics` takes them.
-    image_scores: scores of the asked images with all C texts.
-    image_group (N,), text_group (C,): integer tensors.
-    image_query (N,), text_query (C,): bool, which rows are asked about (default: all); all are searched.
-    """
-    text_to_image = ranking_metrics(text_scores, text_group[text_query], image_group)
-    image_to_text = ranking_metrics(image_scores, image_group[image_query], text_group)
-    recalls = [metrics[f"R@{k}"] for metrics in (text_to_image, image_to_text) for k in (1, 5, 10)]
-    return {"text_to_image": text_to_image, "image_to_text": image_to_text, "rSum": sum(recalls)}
 
 
 def cosine_scores(images, texts):
     """-> (text_scores, image_scores) of features of unit norm, images (N, D) and texts (C, D).
 
-    These are functions of the numbers of some texts (b,) -> their cosines with all images (b, N), and of the
-    numbers of some images (b,) -> their cosines with all texts (b, C).
+    These are functions of the indices of some texts (b,) -> their cosines with all images (b, N), and of the
+    indices of some images (b,) -> their cosines with all texts (b, C).
     """
-    def text_scores(numbers):
-        return texts[numbers] @ images.t()
-
-    def image_scores(numbers):
-        return images[numbers] @ texts.t()
-    return text_scores, image_scores
+    images, texts = images.float(), texts.float()
+    return (lambda indices: texts[indices] @ images.t()), (lambda indices: images[indices] @ texts.t())
 
 
-def score_metrics(text_scores, image_scores, image_group, text_group, image_query=ALL, text_query=ALL):
-    """`both_ways` of functions as `cosine_scores` makes them, which are called for a block at a time."""
-    asked_images = torch.arange(len(image_group))[image_query]
+def retrieval_metrics(images, texts, image_group, text_group, image_query=ALL, text_query=ALL, scores=None):
+    """`ranking_metrics` of both directions, and rSum, the sum of R@1, 5 and 10 of both (0..600).
+
+    images (N, D), texts (C, D): of unit norm, compared by their cosine; or, where the similarity is another
+    one, scores: two functions as of `cosine_scores`. image_group (N,), text_group (C,): integers.
+    image_query (N,), text_query (C,): bool, which rows are asked about (default: all); all are searched.
+    """
+    text_scores, image_scores = scores or cosine_scores(images, texts)
     asked_texts = torch.arange(len(text_group))[text_query]
-    return both_ways(lambda begin, end: text_scores(asked_texts[begin:end]),
-                     lambda begin, end: image_scores(asked_images[begin:end]),
-                     image_group, text_group, image_query, text_query)
+    asked_images = torch.arange(len(image_group))[image_query]
+    to_image = ranking_metrics(lambda begin, end: text_scores(asked_texts[begin:end]),
+                               text_group[asked_texts], image_group)
+    to_text = ranking_metrics(lambda begin, end: image_scores(asked_images[begin:end]),
+                              image_group[asked_images], text_group)
+    recalls = [metrics[f"R@{k}"] for metrics in (to_image, to_text) for k in (1, 5, 10)]
+    return {"text_to_image": to_image, "image_to_text": to_text, "rSum": sum(recalls)}
 
 
-def retrieval_metrics(images, texts, image_group, text_group, image_query=ALL, text_query=ALL):
-    """`both_ways` of features of unit norm, images (N, D) and texts (C, D), compared by their cosine."""
-    scores = cosine_scores(images.float(), texts.float())
-    return score_metrics(*scores, image_group, text_group, image_query, text_query)
-
-
-def chance(query_group, gallery_group, ks=(1, 5, 10)):
+def chance(query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
     """The expected `ranking_metrics` of a random order, in closed form.
 
-    MedR is the first position that half of the queries have reached.
+    MedR is the first position that half of the queries have reached. mAP: of R relevant items among G, a
+    place holds one with probability R / G; then (R - 1) / (G - 1) of the places before it do.
     """
-    count = torch.bincount(gallery_group, minlength=int(query_group.max()) + 1)[query_group]
+    _, begin, end = relevant_items(query_group, gallery_group)
+    count = torch.from_numpy(end - begin)
     G = len(gallery_group)
     place = torch.arange(1, G + 1, dtype=torch.float64)
     discount = 1 / torch.log2(place + 1)
@@ -224,22 +191,11 @@ def chance(query_group, gallery_group, ks=(1, 5, 10)):
     out |= {f"P@{k}": count.double().mean().item() / G * min(k, G) / k for k in ks}
     out |= {f"NDCG@{k}": ndcg[k] for k in ks}
     out["MRR"] = (first / place).sum().item()
+    if average_precision:
+        inverse = (1 / place).mean()
+        out["mAP"] = (inverse + (1 - inverse) * (count.double() - 1) / max(1, G - 1)).mean().item()
     out = {name: 100 * value for name, value in out.items()}
     return out | {"MedR": 1.0 + (first.cumsum(0) < 0.5).sum().item(), "MeanR": (first * place).sum().item()}
-
-
-def _greatest(scores, n):
-    """As scores.topk(n, dim=1), in less time: the n greatest are all in those n chunks of 64 columns whose
-    maxima are the greatest, or in the last columns, which fill no chunk."""
-    Q, G = scores.shape
-    chunks = G // 64
-    if n > chunks // 8:
-        return scores.topk(n, dim=1)
-    chunk = scores[:, :64 * chunks].unflatten(1, (chunks, 64)).amax(2).topk(n, dim=1).indices  # (Q, n)
-    column = (64 * chunk[:, :, None] + torch.arange(64, device=scores.device)).flatten(1)
-    column = torch.cat([column, torch.arange(64 * chunks, G, device=scores.device).expand(Q, -1)], 1)
-    greatest, at = scores.gather(1, column).topk(n, dim=1)
-    return greatest, column.gather(1, at)
 
 
 def search(queries, gallery, k):
@@ -256,7 +212,7 @@ def search(queries, gallery, k):
     for part in parts:
         scores = queries.float() @ part.to(queries.device).float().t()
         n = min(k, scores.shape[1])
-        s, i = _greatest(scores, min(n + 1, scores.shape[1]))
+        s, i = scores.topk(min(n + 1, scores.shape[1]), dim=1)
         if torch.isnan(s[:, :1]).any():  # topk takes NaN for the greatest
             raise clip.CheckpointError("NaN in the scores; a model that gives NaN cannot be searched")
         last, i = s[:, n - 1:n], i[:, :n]
@@ -282,8 +238,7 @@ SCOPES = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
 def class_metrics(scores, query_label, gallery_label, classes):
     """Supervised retrieval: an item is relevant to queries of its class, and the whole ranking counts.
 
-    scores as in `ranking_metrics`; labels: int64 (Q,), (G,), 0 or more; classes: their names. Returns
-    percentages in 0..100:
+    scores as above; labels: int64 (Q,), (G,), 0 or more; classes: their names. Returns percentages in 0..100:
 
       mAP, P@k          as in `ranking_metrics`, for the k of SCOPES up to the size of the gallery
       per_class         {class: mAP of its queries}; a class without queries is left out
@@ -293,16 +248,15 @@ def class_metrics(scores, query_label, gallery_label, classes):
     Raises ValueError for NaN scores and for a query whose class the gallery lacks.
     """
     query_label = torch.as_tensor(query_label)
-    gallery_label = torch.as_tensor(gallery_label)
     scopes = [k for k in SCOPES if k <= len(gallery_label)]
     levels = torch.arange(11, dtype=torch.float64) / 10
     at_scope = torch.zeros(len(scopes), dtype=torch.float64)
     at_recall = torch.zeros(11, dtype=torch.float64)
     average_precision = []
-    for place, count in ranked(scores, query_label, gallery_label):
-        average_precision.append(average_precisions(place, count))
-        at_scope += torch.stack([(place <= k).sum().double() / k for k in scopes])
+    for place, count in ranks(scores, query_label, gallery_label):
         precision = torch.arange(1, place.shape[1] + 1) / place  # (b, K); 0 past a query's last item
+        average_precision.append(precision.sum(1) / count)
+        at_scope += torch.stack([(place <= k).sum().double() / k for k in scopes])
         best = precision.flip(1).cummax(1).values.flip(1)
         needed = (levels[None, :] * count[:, None] - 1e-9).ceil().long().clamp(min=1)  # items of each recall
         at_recall += best.gather(1, needed - 1).sum(0)
@@ -320,40 +274,26 @@ def class_metrics(scores, query_label, gallery_label, classes):
             "precision_scope": {"scope": scopes, "precision": at_scope}}
 
 
-def class_chance(query_label, gallery_label):
-    """{"mAP"}: the expected mAP of a random order, in closed form; labels as in `class_metrics`.
-
-    Of R relevant items among G, place p holds one with probability R / G; then (R - 1) / (G - 1) of the
-    places before do.
-    """
-    count = torch.bincount(gallery_label, minlength=int(query_label.max()) + 1)[query_label].double()
-    G = len(gallery_label)
-    inverse = (1 / torch.arange(1, G + 1, dtype=torch.float64)).mean()  # the mean over p of 1 / p
-    return {"mAP": 100 * (inverse + (1 - inverse) * (count - 1) / max(1, G - 1)).mean().item()}
-
-
 def class_retrieval(images, texts, labels, captions, query, classes):
     """`class_metrics` both ways and their average mAP, as rows {"model", "chance"}.
 
     images (N, D), texts (C, D): unit norm; labels (N,); captions (N,): how many texts each instance has;
     query bool (N,).
     """
-    labels = torch.as_tensor(labels)
-    query = torch.as_tensor(query)
-    images, texts = images.cpu(), texts.cpu()
+    labels, query = torch.as_tensor(labels), torch.as_tensor(query)
     owner = torch.arange(len(labels)).repeat_interleave(torch.as_tensor(captions))
-    text_labels, text_query = labels[owner], query[owner]
-    sides = {"image_to_text": (images[query], labels[query], texts, text_labels),
-             "text_to_image": (texts[text_query], text_labels[text_query], images, labels)}
-    model_row, chance_row = {}, {}
-    for way, (queries, query_labels, gallery, gallery_labels) in sides.items():
-        def scores(begin, end):
-            return queries[begin:end] @ gallery.t()
-        model_row[way] = class_metrics(scores, query_labels, gallery_labels, classes)
-        chance_row[way] = class_chance(query_labels, gallery_labels)
-    for row in (model_row, chance_row):
+    sides = (images.cpu(), labels, query), (texts.cpu(), labels[owner], query[owner])
+    rows = {"model": {}, "chance": {}}
+    for way, side, other in (("image_to_text", *sides), ("text_to_image", *reversed(sides))):
+        features, asked_labels, asked = side
+        gallery, gallery_labels, _ = other
+        queries, asked_labels = features[asked], asked_labels[asked]
+        rows["model"][way] = class_metrics(lambda begin, end: queries[begin:end] @ gallery.t(),
+                                           asked_labels, gallery_labels, classes)
+        rows["chance"][way] = {"mAP": chance(asked_labels, gallery_labels, average_precision=True)["mAP"]}
+    for row in rows.values():
         row["mAP"] = (row["image_to_text"]["mAP"] + row["text_to_image"]["mAP"]) / 2
-    return {"model": model_row, "chance": chance_row}
+    return rows
 
 
 def classification_metrics(probabilities, labels, thresholds=None):
@@ -414,6 +354,103 @@ def precision_thresholds(probabilities, labels, precision):
     return out
 
 
+def task_metrics(probabilities, labels, weights=None, thresholds=None):
+    """Metrics of a model of several tasks -> {"tasks": {task: metrics}, "mean": their mean over the tasks}.
+
+    probabilities: {task: (N, C)}; labels: {task: int64 (N,)}; thresholds: a list of (C,), one for each task.
+    The metrics are those of `classification_metrics`. A task that no row has a label of is left out.
+    weights (N, tasks, 2): of image and text, in 0..1; `image_weight` is the mean of the image's, in percent.
+
+    Raises DataError where no task has a label.
+    """
+    tasks = {}
+    for k, task in enumerate(probabilities):
+        metrics = classification_metrics(probabilities[task], labels[task], thresholds and thresholds[k])
+        if metrics is None:
+            continue
+        if weights is not None:
+            metrics["image_weight"] = 100 * weights[:, k, 0].mean().item()
+        tasks[task] = metrics
+    data.expect(tasks, "nothing to evaluate", "no instance has a label of a task that the model knows")
+    mean = {}
+    for name in next(iter(tasks.values())):  # the same for every task
+        mean[name] = float(np.mean([metrics[name] for metrics in tasks.values()]))
+    return {"tasks": tasks, "mean": mean}
+
+
+@torch.no_grad()
+def predict(model, loader, amp="auto", corrupt=None, seed=0):
+    """What a classifier of image and text says of the N pairs of an evaluation loader.
+
+    model: images (B, 3, S, S), tokens (B, columns) -> ({task: logits (B, C)}, weights (B, tasks, 2) or None).
+    corrupt: a function (images, tokens) -> both, that draws from torch's global generator. This is seeded by
+        `seed` and the batch, so that any number of processes draws the same.
+
+    -> (probabilities, labels, weights), on the CPU, as `task_metrics` takes them.
+    """
+    was_training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+
+    def encode(batch):
+        batch = data.to_device(batch, device)
+        images = batch["images"][:, 0]
+        tokens = batch["tokens"][:, 0]
+        if corrupt:
+            data.seed_step(seed, int(batch["index"][0]))
+            images, tokens = corrupt(images, tokens)
+        with clip.autocast(amp, model.clip):
+            logits, weights = model(images, tokens)
+        return logits, batch["labels"], weights
+
+    logits, labels, weights = zip(*in_turns(encode, loader, device))  # of each batch
+    model.train(was_training)
+    probabilities = {}
+    for task in logits[0]:
+        probabilities[task] = torch.cat([x[task].float() for x in logits]).softmax(-1).cpu()
+    labels = {task: torch.cat([x[task] for x in labels]).cpu() for task in probabilities}
+    weights = None if weights[0] is None else torch.cat(weights).float().cpu()
+    return probabilities, labels, weights
+
+
+def majority(labels):
+    """{task: {"accuracy"}} of always naming the commonest class; labels as in `task_metrics`."""
+    out = {}
+    for task, numbers in labels.items():
+        counts = torch.bincount(numbers[numbers >= 0])
+        if len(counts):
+            out[task] = {"accuracy": 100 * counts.max().item() / counts.sum().item()}
+    return out
+
+
+def task_table(split, rows, classes, precision):
+    """The text of a table of tasks: a line for each task, for their mean, and for each kind of noise.
+
+    rows: {"model": of `task_metrics`, "majority": of `majority`}, and with a study of noise
+        "noise": {kind: {share: of `task_metrics`}}.
+    classes: {task: names of its classes}; precision: of the thresholds.
+    """
+    mean = rows["model"]["mean"]
+    lines_of = [*rows["model"]["tasks"].items(), ("mean", mean)]
+    titles = {"accuracy": "accuracy", "macro_f1": "macro F1",
+              "recall_at_precision": f"R@P{100 * precision:.0f}".rjust(8), "image_weight": "image weight"}
+    titles = {name: title for name, title in titles.items() if name in mean}
+    width = max(len(name) for name, _ in lines_of)
+    lines = ["  ".join([split.ljust(width), "classes", "majority", *titles.values()])]
+    for task, metrics in lines_of:
+        cells = [" " * len("classes"), " " * len("majority")]  # the mean has none
+        if metrics is not mean:
+            cells = [f"{len(classes[task]):7}", f"{rows['majority'][task]['accuracy']:8.1f}"]
+        cells += [f"{metrics[name]:{len(title)}.1f}" for name, title in titles.items()]
+        lines.append("  ".join([task.ljust(width), *cells]))
+    for kind, study in rows.get("noise", {}).items():
+        cells = []
+        for share, metrics in study.items():
+            cells.append(f"{100 * float(share):.0f}%: {metrics['mean']['accuracy']:.1f}")
+        lines.append(f"noise in {kind:5}: " + "   ".join(cells))
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------- a model on a data set
 
 def in_turns(encode, batches, device):
@@ -461,7 +498,7 @@ def encode_texts(model, loader, amp):
 
 
 @torch.no_grad()
-def embed(model, instances, tokenizer, amp="auto", workers=0, loader=None):
+def embed(model, instances, amp="auto", workers=0, loader=None):
     """Features of unit norm, float32, on the model's device.
 
     Returns images (N, D), the renormalised mean over an instance's views, and texts (C, D), all captions in
@@ -469,15 +506,55 @@ def embed(model, instances, tokenizer, amp="auto", workers=0, loader=None):
     """
     was_training = model.training
     model.eval()
-    loader = loader or evaluation_loader(model, instances, tokenizer, workers)
+    loader = loader or evaluation_loader(model, instances, workers)
+    images = embed_images(model, loader, amp)
+    texts = [F.normalize(features, dim=-1) for features in encode_texts(model, loader, amp)]
+    model.train(was_training)
+    return images, torch.cat(texts) if texts else images[:0]
+
+
+def embed_images(model, loader, amp):
+    """(N, D): of each instance of a loader the renormalised mean of its views' features of unit norm."""
     images = []
     for views, mask in encode_images(model, loader, amp):
         owner = torch.arange(len(mask), device=mask.device).repeat_interleave(mask.sum(1))
         sums = views.new_zeros(len(mask), views.shape[1]).index_add(0, owner, F.normalize(views, dim=-1))
         images.append(F.normalize(sums, dim=-1))
-    texts = [F.normalize(features, dim=-1) for features in encode_texts(model, loader, amp)]
-    model.train(was_training)
-    return torch.cat(images), torch.cat(texts)
+    return torch.cat(images)
+
+
+def evaluation_loader(model, instances, workers=0, **options):
+    """All views and captions in order; a batch holds about 256 pictures."""
+    most = min(max(len(x.images) for x in instances), options.get("frames") or math.inf)
+    config = model.config
+    return data.Loader(instances, tokenizer_of(model), config.context_length, config.image_resolution,
+                       max(1, 256 // most), workers=workers, **options)
+
+
+def evaluate(model, instances, amp="auto", workers=0, loader=None):
+    """Retrieval metrics of a model on instances, both ways."""
+    images, texts = embed(model, instances, amp, workers, loader)
+    return retrieval_metrics(images.cpu(), texts.cpu(), **layout(instances))
+
+
+def recalls(metrics):
+    """One line of text about `retrieval_metrics` on val: R@1 text-to-image / image-to-text, and rSum."""
+    to_image, to_text = (metrics[way]["R@1"] for way in WAYS)
+    return f"val R@1 {to_image:.1f} / {to_text:.1f}, rSum {metrics['rSum']:.1f}"
+
+
+def layout(instances):
+    """What `retrieval_metrics` needs beside features: a dict of four of its arguments."""
+    numbers = {}
+    group = torch.tensor([numbers.setdefault(x.group, len(numbers)) for x in instances])
+    query = torch.tensor([x.query for x in instances])
+    owner = caption_owner(instances)
+    return dict(image_group=group, text_group=group[owner], image_query=query, text_query=query[owner])
+
+
+def caption_owner(instances):
+    """(C,): the number of the instance that each caption belongs to."""
+    return torch.arange(len(instances)).repeat_interleave(torch.tensor([len(x.captions) for x in instances]))
 
 
 @dataclass
@@ -503,23 +580,16 @@ def averaged(parts):
         same = part.classes == first.classes and len(part.instances) == len(first.instances)
         for x, y in zip(part.instances, first.instances):
             same = same and (x.id, x.group, x.captions) == (y.id, y.group, y.captions)
-        if not same:
-            raise clip.CheckpointError("--checkpoint: these models do not rank the same instances, captions "
-                                       "and classes; give models of one data set and one task")
+        clip.expect(same, "--checkpoint", "these models do not rank the same instances, captions and "
+                    "classes; give models of one data set and one task")
     images = torch.cat([part.images for part in parts], dim=1) / math.sqrt(len(parts))
     texts = torch.cat([part.texts for part in parts], dim=1) / math.sqrt(len(parts))
     scores = None
     if any(part.scores for part in parts):  # a similarity that is no product of features
-        functions = [part.scores or cosine_scores(part.images, part.texts) for part in parts]
-        scores = tuple(mean_function(several) for several in zip(*functions))
+        of_parts = [part.scores or cosine_scores(part.images, part.texts) for part in parts]
+        scores = (lambda indices: sum(text_scores(indices) for text_scores, _ in of_parts) / len(parts),
+                  lambda indices: sum(image_scores(indices) for _, image_scores in of_parts) / len(parts))
     return Embedded(first.instances, images, texts, first.tasks, first.classes, scores)
-
-
-def mean_function(functions):
-    """The function that gives the mean of what these functions give."""
-    def mean(numbers):
-        return sum(function(numbers) for function in functions) / len(functions)
-    return mean
 
 
 def write_embeddings(path, embedded):
@@ -527,105 +597,62 @@ def write_embeddings(path, embedded):
     instances = embedded.instances
     arrays = {"images": embedded.images.cpu().numpy(), "texts": embedded.texts.cpu().numpy(),
               "ids": np.array([x.id for x in instances]), "groups": np.array([x.group for x in instances]),
-              "owners": caption_owner(instances).numpy()}
+              "owners": caption_owner(instances).numpy(),
+              "captions": np.array([caption for x in instances for caption in x.captions])}
     for task, names in embedded.tasks.items():
         known = [*names, ""]  # -1, the number of an unlabelled instance, is the last place
         arrays[f"label_{task}"] = np.array([known[x.labels.get(task, -1)] for x in instances])
     clip.write_file(path, lambda f: np.savez(f, **arrays))
 
 
-def evaluation_loader(model, instances, tokenizer, workers=0, **options):
-    """All views and captions in order; a batch holds about 256 pictures."""
-    batch_size = max(1, 256 // max(len(x.images) for x in instances))
-    config = model.config
-    return data.Loader(instances, tokenizer, config.context_length, config.image_resolution, batch_size,
-                       workers=workers, **options)
+def fingerprint(model, instances, amp):
+    """16 hex digits that change with a model's weights and with the pictures and captions it is shown."""
+    known = [clip.identity(model), model.config, amp, tokenizer_of(model).merges]
+    digest = hashlib.sha256(repr(known).encode())
+    for x in instances:
+        for image in x.images:  # a path, or a view that may have a file
+            file = image if isinstance(image, str) else getattr(image, "file", None)
+            stamp = (os.path.getsize(file), os.path.getmtime(file)) if file else ()
+            digest.update(repr((image, *stamp)).encode())
+        digest.update(repr((x.id, x.captions)).encode())
+    return digest.hexdigest()[:16]
 
 
-def frozen_features(model, instances, classes, tokenizer, cache, amp="auto", workers=0):
-    """data.Features of a frozen CLIP, computed once, every view and every caption by itself.
+def kept(path, what, compute, device):
+    """The tensor of a .npy file. Where it is not there, it is what compute() returns, and is kept there.
 
-    They are kept under the folder `cache` by a hash of the weights and of what is embedded. They are streamed
-    to disk, and memory-mapped where they are large, so memory does not grow with the data. Several processes
-    encode them `in_turns`; the first of each machine writes. instances, classes: of data.load_split.
+    All processes must ask, since they compute it together; the first of each machine writes.
     """
-    def identity_of(image):  # a path, or a view that may have a file
-        file = image if isinstance(image, str) else getattr(image, "file", None)
-        return (image, os.path.getsize(file), os.path.getmtime(file)) if file else image
+    if not any_process(not os.path.exists(path), device):
+        with clip.reading(path, "remove it, and it is computed again"):
+            return torch.from_numpy(np.load(path)).to(device)
+    data.note(f"{what} are computed once and kept in {path}")
+    check_writable(path)
+    found = compute()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        clip.write_file(path, lambda f: np.save(f, found.cpu().numpy()))
+    return found
 
-    # the repr of one list of all this, a part at a time: of a million instances it would take a gigabyte
-    inputs = hashlib.sha256(repr([clip.identity(model), model.config, amp, tokenizer.merges])[:-1].encode())
-    for number, x in enumerate(instances):
-        row = (x.id, [identity_of(image) for image in x.images], x.captions)
-        inputs.update(((", " if number else ", [") + repr(row)).encode())
-    inputs.update(b"]]")
-    key = inputs.hexdigest()[:16]
-    labels, captions, query = data.class_layout(instances, classes)
-    views = np.array([len(x.images) for x in instances])
+
+def frozen_features(model, instances, classes, cache, amp="auto", workers=0):
+    """data.Features of a frozen CLIP, of every view and every caption by itself.
+
+    They are computed once and kept in the folder `cache`. instances, classes: of data.load_split.
+    """
     model.eval()
     device = next(model.parameters()).device
-    first_of_machine = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0
-
-    def encode(kind):
-        loader = evaluation_loader(model, instances, tokenizer, workers, cache_bytes=0)  # each is read once
-        if kind == "text":
-            return encode_texts(model, loader, amp)
-        return (features for features, _ in encode_images(model, loader, amp))
-
-    def write(f, kind, rows):
-        header = {"descr": "<f4", "fortran_order": False, "shape": (int(rows), model.config.embed_dim)}
-        np.lib.format.write_array_header_1_0(f, header)
-        for part in encode(kind):
-            f.write(part.cpu().numpy().tobytes())
-
-    arrays = []
-    for kind, rows in (("image", views.sum()), ("text", captions.sum())):
-        path = os.path.join(cache, f"{key}-{kind}.npy")
-        missing = not os.path.exists(path)
-        if any_process(missing, device):
-            data.note(f"features of {rows:,} {kind}s are computed once and kept in {path}")
-            if missing and first_of_machine:
-                clip.write_file(path, lambda f: write(f, kind, rows))
-            else:  # it helps to encode
-                for _ in encode(kind):
-                    pass
-            any_process(False, device)  # all wait until the file is there
-        try:
-            array = np.load(path, mmap_mode="r" if os.path.getsize(path) > LARGE else None)
-            if array.shape != (rows, model.config.embed_dim) or array.dtype != np.float32:
-                raise ValueError(f"{array.dtype} of shape {array.shape}")
-            arrays.append(array)
-        except Exception as problem:  # a damaged header raises nearly any kind
-            raise data.DataError(f"{path}: damaged ({str(problem)[:100]}); "
-                                 "remove it, and it is computed again") from None
-    return data.Features(*arrays, views, captions, labels, query)
+    loader = evaluation_loader(model, instances, workers, cache_bytes=0)  # each is read once
+    name = os.path.join(cache, fingerprint(model, instances, amp))
+    views = np.array([len(x.images) for x in instances])
+    images = kept(f"{name}-image.npy", f"features of {views.sum():,} images",
+                  lambda: torch.cat([part for part, _ in encode_images(model, loader, amp)]), device)
+    texts = kept(f"{name}-text.npy", f"features of {len(loader.tokens):,} texts",
+                 lambda: torch.cat(list(encode_texts(model, loader, amp))), device)
+    labels, captions, query = data.class_layout(instances, classes)
+    return data.Features(images.cpu().numpy(), texts.cpu().numpy(), views, captions, labels, query)
 
 
-def layout(instances):
-    """What `retrieval_metrics` needs beside features: a dict of its last four arguments."""
-    numbers = {}
-    group = torch.tensor([numbers.setdefault(x.group, len(numbers)) for x in instances])
-    query = torch.tensor([x.query for x in instances])
-    owner = caption_owner(instances)
-    return dict(image_group=group, text_group=group[owner], image_query=query, text_query=query[owner])
-
-
-def caption_owner(instances):
-    """(C,): the number of the instance that each caption belongs to."""
-    return torch.arange(len(instances)).repeat_interleave(torch.tensor([len(x.captions) for x in instances]))
-
-
-def evaluate(model, instances, tokenizer, amp="auto", workers=0, loader=None):
-    """Retrieval metrics of a model on instances, both ways."""
-    images, texts = embed(model, instances, tokenizer, amp, workers, loader)
-    return retrieval_metrics(images.cpu(), texts.cpu(), **layout(instances))
-
-
-def recalls(metrics):
-    """One line of text about `retrieval_metrics` on val: R@1 text-to-image / image-to-text, and rSum."""
-    to_image, to_text = (metrics[way]["R@1"] for way in WAYS)
-    return f"val R@1 {to_image:.1f} / {to_text:.1f}, rSum {metrics['rSum']:.1f}"
-
+# ---------------------------------------------------------------- tables
 
 def mean_of_metrics(several):
     """The mean over several results of `retrieval_metrics`, metric by metric."""
@@ -637,16 +664,16 @@ def mean_of_metrics(several):
     return out
 
 
-def retrieval_rows(name, images, texts, instances, fold=1000):
+def retrieval_rows(name, embedded, fold=1000):
     """The rows of a retrieval table, {row: metrics}: "model", and those of `bounds`.
 
     For coco also "model, 1K folds": the mean over folds of 1,000 images in order, each with its own captions
-    (its 5,000 test images are published whole, 5K, and as the mean of five folds, 1K). images (N, D), texts
-    (C, D): unit norm.
+    (its 5,000 test images are published whole, 5K, and as the mean of five folds, 1K).
     """
-    images, texts = images.cpu(), texts.cpu()
-    rows = {"model": retrieval_metrics(images, texts, **layout(instances))}
-    if name == "coco" and len(instances) > fold:
+    instances = embedded.instances
+    images, texts = embedded.images.cpu(), embedded.texts.cpu()
+    rows = {"model": retrieval_metrics(images, texts, **layout(instances), scores=embedded.scores)}
+    if name == "coco" and len(instances) > fold and not embedded.scores:
         owner = caption_owner(instances)
         folds = []
         for begin in range(0, len(instances) - fold + 1, fold):
@@ -654,7 +681,7 @@ def retrieval_rows(name, images, texts, instances, fold=1000):
             part = layout(instances[begin:begin + fold])
             folds.append(retrieval_metrics(images[begin:begin + fold], texts[captions], **part))
         rsum = float(np.mean([metrics["rSum"] for metrics in folds]))
-        rows["model, 1K folds"] = {"rSum": rsum, **mean_of_metrics(folds)}
+        rows["model, 1K folds"] = mean_of_metrics(folds) | {"rSum": rsum}
     return rows | bounds(name, instances)
 
 
@@ -665,18 +692,19 @@ def bounds(name, instances, draws=5, seed=0):
     fit. It is the mean over `draws` random orders of what the oracle finds equally probable.
     """
     groups = layout(instances)
-    generator = torch.Generator().manual_seed(seed)
     asked_images = groups["image_group"][groups["image_query"]]
     asked_texts = groups["text_group"][groups["text_query"]]
     rows = {"chance": {"text_to_image": chance(asked_texts, groups["image_group"]),
                        "image_to_text": chance(asked_images, groups["text_group"])}}
     if name == "primitives":
         # so large that unequal probabilities differ by more than the noise, and the noise by more than TIE
-        probability = 1e9 * data.primitives_oracle(instances).double()
+        probability = 1e9 * data.primitives_oracle(instances).double()  # (C, N)
+        generator = torch.Generator().manual_seed(seed)
         results = []
         for _ in range(draws):
             noisy = probability + 1e3 * torch.rand(probability.shape, generator=generator)
-            results.append(both_ways(noisy[groups["text_query"]], noisy.t()[groups["image_query"]], **groups))
+            scores = (lambda indices: noisy[indices]), (lambda indices: noisy[:, indices].t())
+            results.append(retrieval_metrics(None, None, **groups, scores=scores))
         rows["ceiling"] = mean_of_metrics(results)
     return rows
 
@@ -753,12 +781,12 @@ def gallery_picture(path, rows):
     clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
 
 
-def draw_gallery(path, instances, caption_scores, image_scores, seed=0, rows=6, top=5):
+def draw_gallery(path, instances, scores, seed=0, rows=6, top=5):
     """A gallery of random queries of a split: `rows` text-to-image, then `rows` image-to-text.
 
-    caption_scores: a function of a caption's number -> the scores of all instances (N,).
-    image_scores: a function of an instance's number -> the scores of all captions (C,).
+    scores: two functions as of `cosine_scores`.
     """
+    text_scores, image_scores = scores
     rng = np.random.default_rng(seed)
     groups = layout(instances)
     captions = [caption for x in instances for caption in x.captions]
@@ -769,16 +797,17 @@ def draw_gallery(path, instances, caption_scores, image_scores, seed=0, rows=6, 
     def draw(asked):
         return rng.permutation(asked.nonzero().flatten().numpy())[:rows].tolist()
 
-    def best(scores):
+    def best(scores_of, index):
+        scores = scores_of(torch.tensor([index]))[0]
         return scores.argsort(descending=True, stable=True)[:top].tolist()
 
     out = []
     for c in draw(groups["text_query"]):
         right = groups["image_group"] == groups["text_group"][c]
-        out.append((captions[c], [(picture(i), bool(right[i])) for i in best(caption_scores(c))]))
+        out.append((captions[c], [(picture(i), bool(right[i])) for i in best(text_scores, c)]))
     for i in draw(groups["image_query"]):
         right = groups["text_group"] == groups["image_group"][i]
-        out.append((picture(i), [(captions[c], bool(right[c])) for c in best(image_scores(i))]))
+        out.append((picture(i), [(captions[c], bool(right[c])) for c in best(image_scores, i)]))
     gallery_picture(path, out)
 
 
@@ -837,7 +866,52 @@ def attention_picture(path, rows):
     clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
 
 
-LINES = (BLUE, ORANGE, GREEN, RED, (130, 80, 170), (40, 180, 200), (230, 110, 170), (110, 110, 110))
+def draw_predictions(path, pairs, probabilities, labels, classes, rows=10):
+    """Draw a few random pairs with what a model takes them for, framed green where right, red where wrong.
+
+    pairs: as of `data.pairs`. probabilities and labels of all of them: as in `task_metrics`.
+    classes: {task: names of its classes}.
+    """
+    out = []
+    for i in np.random.default_rng(0).permutation(len(pairs))[:rows]:
+        results = [(pairs[i].captions[0], None)]
+        for task in classes:
+            best = int(probabilities[task][i].argmax())
+            label = int(labels[task][i])
+            text = f"{task}: {classes[task][best]} ({100 * probabilities[task][i, best]:.0f}%)"
+            if label not in (-1, best):
+                text += f", is {classes[task][label]}"
+            results.append((text, None if label == -1 else best == label))
+        out.append((data.pixels(pairs[i].images[0], CELL), results))
+    gallery_picture(path, out)
+
+
+@torch.no_grad()
+def draw_attention(path, model, pairs, rows=6):
+    """Draw where each word of a few random pairs looks in the picture, and how a task weighs image and text.
+
+    pairs: as of `data.pairs`; model: as in `predict`. Where it is `sequence_wise`, its
+    attention(images, tokens) is (B, L, patches), how much each token looks at each patch.
+    """
+    pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[:rows]]
+    batch = data.to_device(evaluation_loader(model, pairs).make(0), next(model.parameters()).device)
+    images = batch["images"][:, 0]
+    tokens = batch["tokens"][:, 0]
+    _, weights = model(images, tokens)
+    maps = model.attention(images, tokens) if model.sequence_wise else None
+    out = []
+    for i, x in enumerate(pairs):
+        words = []
+        bars = []
+        if maps is not None:
+            side = math.isqrt(maps.shape[2])
+            for k in range(1, int(tokens[i].argmax())):  # without start and end, whose id is the largest
+                word = tokenizer_of(model).decode([int(tokens[i, k])]).strip()
+                words.append((word, maps[i, k].view(side, side).cpu().numpy()))
+        if weights is not None:
+            bars = [(task, weights[i, k, 0].item()) for k, task in enumerate(model.tasks)]
+        out.append((data.pixels(x.images[0], CELL), x.captions[0], words, bars))
+    attention_picture(path, out)
 
 
 def read_log(path):
@@ -849,106 +923,26 @@ def read_log(path):
     return list(zip(lines, rows))
 
 
-def read_curves(run):
-    """-> (metric, losses, values) of the folder of a run, the last two being lists of (step, number).
-
-    metric: the name of what best.pt is chosen by, whose values on val these are.
-    """
-    path = os.path.join(run, "log.jsonl")
-    rows = [row for _, row in read_log(path)] if os.path.exists(path) else []
-    evaluated = [row for row in rows if "val" in row]
-    if not evaluated:
-        raise clip.CheckpointError(f"--curves: {path} is missing or has no evaluation yet; "
-                                   "give the folders of runs")
-    try:
-        if "mean" in evaluated[0]["val"]:  # over the tasks of train_cmaclip.py
-            metric = "accuracy"
-            values = [(row["step"], row["val"]["mean"]["accuracy"]) for row in evaluated]
-        else:
-            metric = "rSum" if "rSum" in evaluated[0]["val"] else "mAP"
-            values = [(row["step"], row["val"][metric]) for row in evaluated]
-        losses = [(row["step"], row["loss"]) for row in rows]
-        finite = all(0 < step < 1e12 and abs(number) < 1e12 for step, number in losses + values)
-    except (KeyError, TypeError):
-        finite = False
-    if not finite:
-        raise clip.CheckpointError(f"--curves: {path} has a line without a step, a loss or a metric that is "
-                                   "a finite number; remove the line")
-    return metric, losses, values
-
-
-def ticks(low, high, most):
-    """At most `most` + 1 round numbers in low..high, in equal steps of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(k * power for k in (1, 2, 5, 10) if k * power >= 0.999 * rough)
-    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def draw_panel(draw, font, box, title, curves):
-    """Draw curves with axes into box (left, top, right, bottom).
-
-    curves: list of (colour, points, best); points: list of (step, number); best: the step of a dot.
-    """
-    left, top, right, bottom = box
-    last = max(step for _, points, _ in curves for step, _ in points)
-    numbers = [number for _, points, _ in curves for _, number in points]
-    margin = 0.06 * (max(numbers) - min(numbers)) or 0.5
-    low, high = min(numbers) - margin, max(numbers) + margin
-
-    def place(step, number):
-        return left + (right - left) * step / last, bottom - (bottom - top) * (number - low) / (high - low)
-
-    for number in ticks(low, high, 6):
-        _, y = place(0, number)
-        draw.line((left, y, right, y), fill=(225, 225, 225), width=2)
-        draw.text((left - 10, y), f"{round(number, 9):,g}", fill="black", font=font, anchor="rm")
-    for step in ticks(0, last, 5):
-        x, _ = place(step, low)
-        draw.line((x, bottom, x, bottom + 8), fill="black", width=2)
-        draw.text((x, bottom + 12), f"{step:,g}", fill="black", font=font, anchor="ma")
-    draw.line((left, top, left, bottom, right, bottom), fill="black", width=2)
-    draw.text((left, top - 12), title, fill="black", font=font, anchor="ls")
-    draw.text((right, bottom + 42), "step", fill="black", font=font, anchor="ra")
-    for colour, points, best in curves:
-        draw.line([place(*point) for point in points], fill=colour, width=4, joint="curve")
-        x, y = place(best, dict(points)[best])
-        draw.ellipse((x - 8, y - 8, x + 8, y + 8), fill=colour)
-
-
 def draw_curves(path, runs):
-    """Write a picture of the loss and of the metric that best.pt is chosen by, over the steps of some runs.
-
-    A dot is at best.pt. Runs that are chosen by another metric have a row of their own, 800 pixels wide.
-    """
-    names = run_names([os.path.join(run, "log.jsonl") for run in runs])
-    rows = {}  # metric -> [(name, colour, losses, values)]
-    for i, run in enumerate(runs):
-        metric, losses, values = read_curves(run)
-        rows.setdefault(metric, []).append((names[i], LINES[i % len(LINES)], losses, values))
-    font = ImageFont.load_default(24)  # all is drawn at twice its size
-    cell = 70 + max(font.getlength(name) for name in names)  # of the legend
-    columns = max(1, int(1600 // cell))
-    heights = [560 + 36 * math.ceil(len(curves) / columns) for curves in rows.values()]
-    canvas = Image.new("RGB", (1600, sum(heights)), "white")
-    draw = ImageDraw.Draw(canvas)
-    top = 0
-    for (metric, curves), height in zip(rows.items(), heights):
-        losses = []
-        values = []
-        for i, (name, colour, loss, value) in enumerate(curves):
-            x = 20 + cell * (i % columns)
-            y = top + 28 + 36 * (i // columns)
-            draw.line((x, y, x + 32, y), fill=colour, width=6)
-            draw.text((x + 42, y), name, fill="black", font=font, anchor="lm")
-            best, _ = max(value, key=lambda point: point[1])
-            losses.append((colour, loss, best))
-            values.append((colour, value, best))
-        top += height
-        draw_panel(draw, font, (110, top - 500, 770, top - 80), "loss", losses)
-        draw_panel(draw, font, (910, top - 500, 1570, top - 80), f"{metric} on val", values)
-    canvas = canvas.resize((800, canvas.height // 2), Image.Resampling.LANCZOS)
-    clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
+    """Write a picture of the loss, and of the score on val that chooses best.pt, over the steps of runs."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise clip.CheckpointError("--curves: matplotlib draws them; pip install matplotlib") from None
+    figure = Figure(figsize=(10, 4), layout="tight")
+    left, right = figure.subplots(1, 2)
+    left.set(title="loss", xlabel="step")
+    right.set(title="score on val", xlabel="step")
+    logs = [os.path.join(run, "log.jsonl") for run in runs]
+    for log, name in zip(logs, run_names(logs)):
+        with clip.reading(log, "give the folder of a run that has been evaluated"):
+            rows = [row for _, row in read_log(log)]
+            evaluated = [row for row in rows if "val" in row]
+            left.plot([row["step"] for row in rows], [row["loss"] for row in rows])
+            scores = [row["score"] for row in evaluated]
+            right.plot([row["step"] for row in evaluated], scores, marker=".", label=name)
+    right.legend()
+    clip.write_file(path, lambda f: figure.savefig(f, format="png"))
 
 
 # ---------------------------------------------------------------- arguments
@@ -964,28 +958,32 @@ def number(kind, accept, name):
     return parse
 
 
-positive_int = number(int, lambda v: v >= 1, "a positive whole number")
-non_negative_int = number(int, lambda v: v >= 0, "a whole number of 0 or more")
+MOST = 2 ** 31 - 1  # of what is counted
+positive_int = number(int, lambda v: 1 <= v <= MOST, f"a positive whole number, up to {MOST:,}")
+non_negative_int = number(int, lambda v: 0 <= v <= MOST, f"a whole number of 0 or more, up to {MOST:,}")
 positive = number(float, lambda v: 0 < v < math.inf, "a positive number")
 non_negative = number(float, lambda v: 0 <= v < math.inf, "a number of 0 or more")
 fraction = number(float, lambda v: 0 <= v <= 1, "a share from 0 to 1")
 positive_fraction = number(float, lambda v: 0 < v <= 1, "a share over 0, up to 1")
-vocabulary = number(int, lambda v: v >= 514,
+vocabulary = number(int, lambda v: 514 <= v <= MOST,
                     "514 or more (every byte, inside and at the end of a word, start and end)")
 
 
+def seed(text):
+    """An argparse type: a whole number of any size, which becomes one that all generators take."""
+    value = abs(int(text))
+    if value < 2 ** 63:
+        return value
+    return int(np.random.SeedSequence(value).generate_state(1, np.uint64)[0]) >> 1
+
+
 def usable_device(text):
+    """An argparse type: the name of a device that this machine has."""
     try:
-        device = torch.device(text)
-        if device.type == "cuda":
-            usable = (device.index or 0) < torch.cuda.device_count()
-        else:
-            usable = torch.zeros(1, device=device).item() == 0
+        torch.zeros(1, device=text).item()
     except (RuntimeError, AssertionError):  # no such name, or a kind that this machine does not have
-        usable = False
-    if not usable:
         choices = "cpu or cuda" if torch.cuda.is_available() else "cpu"
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; try {choices}")
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; try {choices}") from None
     return text
 
 
@@ -996,74 +994,106 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def common_arguments(description, **defaults):
-    """A parser with the arguments that every script has, with the same names and meanings; a script adds its
-    own."""
+def arguments(description, file, kinds, data="primitives"):
+    """A parser with the arguments that every script has, in the same words; the script adds its own.
+
+    file: the script's, whose name is that of the method: a copy of a script is a method of its own.
+    kinds: {kind of run: its settings}, such as {"from scratch": {"lr": 1e-3}, "pretrained": {"lr": 1e-5}}; a
+        kind that has the name of a data set is for pretrained weights on it. `parse` fills these in.
+    data: the data set that is used where none is named.
+    """
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="primitives",
-                   help="a data set's name, or a .jsonl or .csv file of your own")
-    p.add_argument("--root", help="folder of the data set (default data/<name>)")
-    p.add_argument("--download", action=argparse.BooleanOptionalAction, default=True,
-                   help="fetch the data set where it is not there and that is possible (text2shape): done "
-                        "unless --no-download refuses")
-    p.add_argument("--crop", type=fraction, metavar="AREA",
-                   help="train on random crops of at least this share of a picture's area, half of them "
-                        "mirrored where no caption says left or right; 0 or 1: whole pictures (default for "
-                        "photos and your own data 0.5 from scratch, 0.9 with pretrained weights; off for "
-                        "shapes and videos)")
-    p.add_argument("--clip",
-                   help="the CLIP to start from: a published name, a file or a folder: pretrained weights; tiny "
-                        "or small: random weights (default ViT-B/32; for the built-in shapes tiny)")
-    p.add_argument("--image-size", type=positive_int, help="another input size than the model's own")
-    p.add_argument("--context", type=positive_int,
-                   help="tokens of a text that are read, start and end among them; longer texts are cut (default: "
-                        "what the CLIP has positions for, 32 of tiny, 48 of small, 77 of published ones)")
-    p.add_argument("--vocab-size", type=vocabulary, default=1024,
-                   help="symbols of the vocabulary learned for a model from scratch")
-    p.add_argument("--epochs", type=positive_int,
-                   help="passes over the training instances; of train_user.py and train_adapter.py over the "
-                        "image-caption pairs, as the papers count")
-    p.add_argument("--batch-size", type=positive_int,
-                   help="instances (or pairs) per step, over all processes")
-    p.add_argument("--lr", type=positive, help="peak learning rate")
-    p.add_argument("--weight-decay", type=non_negative)
-    p.add_argument("--eval-every", type=positive_int,
-                   help="epochs between evaluations on val (default: so many that a run has five at most)")
-    p.add_argument("--seed", type=non_negative_int, default=0)
-    p.add_argument("--device", type=usable_device,
-                   help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    p.add_argument("--workers", type=non_negative_int,
-                   help="processes that prepare batches (default 1; 0 where a CPU computes on all of its "
-                        "cores, since all would wait for the one that a worker takes its turn on)")
-    p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto",
-                   help="bfloat16 autocast in the encoders")
-    p.add_argument("--compile", action="store_true", help="torch.compile the encoders' blocks")
-    p.add_argument("--resume", action="store_true", help="go on from <out>/last.pt")
-    p.add_argument("--out", help="folder of the run (default runs/<method>-<data>)")
-    p.set_defaults(**defaults)
+    p.kinds = kinds
+    p.method = os.path.splitext(os.path.basename(file))[0]
+    p._optionals.title = "of this method"
+    common = p.add_argument_group("common to all scripts").add_argument
+    common("--data", default=data, help="a data set's name, or a .jsonl or .csv file of your own")
+    common("--root", help="folder of the data set (default: data/<name>)")
+    common("--download", action=argparse.BooleanOptionalAction, default=True,
+           help="fetch the data set where it is not there and that is possible (text2shape)")
+    common("--crop", type=fraction, metavar="AREA",
+           help="train on random crops of at least this share of a picture's area, half of them mirrored "
+                "where no caption says left or right; 0 or 1: whole pictures (default: for photos and your "
+                "own data 0.5 from scratch, 0.9 with pretrained weights; off for shapes and videos)")
+    common("--clip", help="the CLIP to start from. Pretrained: a published name, a file or a folder; from "
+                          "scratch: tiny or small (default: ViT-B/32; for the built-in shapes a tiny one)")
+    common("--image-size", type=positive_int, help="pixels of a picture's side (default: what the CLIP has)")
+    common("--context", type=positive_int,
+           help="tokens of a text that are read, start and end among them; longer texts are cut (default: "
+                "what the CLIP has positions for: 32 of tiny, 48 of small, 77 of published ones)")
+    common("--vocab-size", type=vocabulary, default=1024,
+           help="symbols of the vocabulary learned for a model from scratch")
+    common("--epochs", type=positive_int,
+           help="passes over the training instances; of train_user.py and train_adapter.py over the "
+                "image-caption pairs, as the papers count")
+    common("--batch-size", type=positive_int, help="instances (or pairs) per step, over all processes")
+    common("--lr", type=positive, help="peak learning rate")
+    common("--weight-decay", type=non_negative, help="of AdamW")
+    common("--eval-every", type=positive_int,
+           help="epochs between evaluations on val (default: so many that a run has five at most)")
+    common("--seed", type=seed, default=0, help="of all that is drawn: a whole number of any size")
+    common("--device", type=usable_device, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    common("--workers", type=non_negative_int,
+           help="processes that prepare batches (default: 1; 0 where a CPU computes on all of its cores, "
+                "since all would wait for the one that a worker takes its turn on)")
+    common("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16 autocast in the encoders")
+    common("--compile", action="store_true", help="torch.compile the encoders' blocks")
+    common("--resume", action="store_true", help="go on from <out>/last.pt, with the settings that it has")
+    common("--out", help="folder of the run (default: runs/<method>-<data>)")
     return p
 
 
-def parse(parser, argv):
-    """The arguments of a script, with the CLIP to start from: real data start from a real one."""
+def show_defaults(parser):
+    """Let --help say the default of every option, of each kind of run where they differ."""
+    for action in parser._actions:
+        name = action.dest
+        of_kinds = {kind: values[name] for kind, values in parser.kinds.items() if name in values}
+        if len(set(of_kinds.values())) > 1:
+            default = ", ".join(f"{value} {kind}" for kind, value in of_kinds.items())
+        elif of_kinds:
+            default = next(iter(of_kinds.values()))
+        elif action.default is None or action.default is False or action.default == argparse.SUPPRESS:
+            continue
+        else:
+            default = action.default
+        plain, _, _ = (action.help or "").partition(" (default: ")  # a general one, such as that of --context
+        action.help = f"{plain} (default: {default})"
+
+
+def parse(parser, argv=None):
+    """The arguments of a script's command line, with the defaults of its kind of run.
+
+    Real data start from a real CLIP, the built-in shapes from a small one: tiny with random weights, or for a
+    script that trains none from scratch SMALL_CLIP. With --resume, what is not named is as it was in the run.
+    """
+    show_defaults(parser)
     args = parser.parse_args(argv)
-    if args.clip is None:
-        args.clip = "tiny" if args.data.startswith("primitives") else "ViT-B/32"
-    return args
-
-
-def complete(args, method, defaults):
-    """Fill in what the command line left open: `defaults` of the script, evaluations, the folder. Returns
-    args."""
-    for name, value in defaults.items():
+    data_name, _ = os.path.splitext(os.path.basename(args.data))
+    out = args.out or os.path.join("runs", f"{parser.method.removeprefix('train_')}-{data_name}")
+    config = os.path.join(out, "config.json")
+    before = {}
+    if args.resume and os.path.exists(config):
+        before = data.read_json(config, {"data": str}, "settings")
+        known = [action.dest for action in parser._actions]
+        parser.set_defaults(**{name: value for name, value in before.items() if name in known})
+        args = parser.parse_args(argv)
+    built_in = args.data.startswith("primitives")
+    if args.clip is None and built_in:
+        args.clip = "tiny" if "from scratch" in parser.kinds else SMALL_CLIP
+    args.clip = args.clip or "ViT-B/32"
+    kinds = ("from scratch" if args.clip in clip.SCRATCH else "", args.data,
+             "built-in shapes" if built_in else "", "pretrained")
+    kind = next(kind for kind in kinds if kind in parser.kinds)
+    for name, value in parser.kinds[kind].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.workers is None:
         on_cpu = args.device == "cpu" or not torch.cuda.is_available()
         args.workers = 0 if on_cpu and torch.get_num_threads() >= os.cpu_count() else 1
     args.eval_every = args.eval_every or math.ceil(args.epochs / 5)
-    data_name, _ = os.path.splitext(os.path.basename(args.data))
-    args.out = args.out or os.path.join("runs", f"{method}-{data_name}")
+    args.method = parser.method
+    args.out = out
+    args.trained_on = before.get("trained_on")  # what `load_splits` notes of the training data
     return args
 
 
@@ -1071,49 +1101,33 @@ def complete(args, method, defaults):
 def one_line_errors():
     """Turn bad input into one line on stderr and exit code 2, Ctrl-C outside the loop into 130.
 
-    A bug keeps its traceback.
+    A bug keeps its traceback. What a console cannot show is written with backslashes. One of several
+    processes ends here, without what Python does at its end while gloo's threads go on: it could be aborted
+    ("terminate called without an active exception"), and in torch 2.6 wait for ever.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     clear = "\r\033[K" if sys.stderr.isatty() else ""  # a progress line may stand there
-    with one_of_several_ends_at_once():
-        try:
-            yield
-        except (clip.CheckpointError, data.DataError) as e:
-            print(f"{clear}error: {e}", file=sys.stderr)
-            code = 2
-        except KeyboardInterrupt:
-            print(f"{clear}stopped", file=sys.stderr)
-            code = 130
-        except RuntimeError:
-            if dist.is_initialized():  # where another process has ended, `watch` says so and stops this one
-                time.sleep(5 * GRACE)
-            raise
-        else:
-            return
-        finally:
-            main_has_ended.set()
-        sys.stdout.flush()
-        sys.exit(code)
-
-
-@contextlib.contextmanager
-def one_of_several_ends_at_once():
-    """After the block, end a process that is one of several, with the exit code and the traceback that Python
-    would end with.
-
-    Python takes its time to end, in which gloo's threads go on. Such a process can be aborted ("terminate
-    called without an active exception"), and in torch 2.6 wait for ever in `destroy_process_group`.
-    """
     code = 0
     try:
         yield
+    except (clip.CheckpointError, data.DataError) as e:
+        print(f"{clear}error: {e}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(f"{clear}stopped", file=sys.stderr)
+        code = 130
     except BaseException as e:
         if not dist.is_initialized():
             raise
         code = exit_code(e)
+    sys.stdout.flush()
+    sys.stderr.flush()
     if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
+    elif code:
+        sys.exit(code)
 
 
 def exit_code(error):
@@ -1132,60 +1146,19 @@ def exit_code(error):
 def join(args):
     """Join the processes that torchrun started (gloo on CPU, nccl on GPU) and seed every generator.
 
-    Returns (rank, world, device): the number of this process, how many there are, and where it computes.
-    Without torchrun that is (0, 1, device).
+    Returns the device that this process computes on.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)  # which asks for a number
     else:
         clip.fast_float32()
-    if world > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         forever = datetime.timedelta(days=1)  # the others wait while the first downloads or pretrains
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=forever)
-        watch(rank, world, device)
     data.seed_everything(args.seed)
-    return rank, world, device
-
-
-main_has_ended = threading.Event()  # set by `one_line_errors`: what this process had to say has been said
-
-
-def watch(rank, world, device):
-    """Stop this process with one line where another one ends too early, whatever has ended it.
-
-    Otherwise nccl would wait for it for ever, and gloo fail with a traceback. Every process keeps a
-    connection to the first one, over which nothing is sent: the end of a process closes it. The first process
-    then stops, and with it all others.
-    """
-    port = torch.zeros(1, dtype=torch.int64, device=device)
-    if rank == 0:
-        both = socket.has_dualstack_ipv6()
-        server = socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET,
-                                      backlog=world, dualstack_ipv6=both)
-        port += server.getsockname()[1]
-    dist.broadcast(port, 0)
-    if rank == 0:
-        connections = [server.accept()[0] for _ in range(world - 1)]
-    else:
-        connections = [socket.create_connection((os.environ["MASTER_ADDR"], port.item()))]
-
-    def close():
-        for connection in connections:
-            connection.close()
-    os.register_at_fork(after_in_child=close)  # a loader's worker outlives a killed process by seconds
-
-    def wait():
-        multiprocessing.connection.wait(connections)  # until one of them is closed
-        time.sleep(GRACE)
-        if not main_has_ended.is_set():
-            print("error: another process of this run has ended, so this one stops; the same command with "
-                  "--resume goes on, with any number of processes", file=sys.stderr, flush=True)
-            os._exit(1)  # the main thread may wait for the other process, and cannot be woken
-    threading.Thread(target=wait, daemon=True).start()
+    return device
 
 
 def processes():
@@ -1213,16 +1186,22 @@ def any_process(flag, device):
     return flag.item() > 0
 
 
+def barrier():
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 @contextlib.contextmanager
-def first_process_first(device):
+def rank_zero_first():
     """The first process runs the block while the others wait; then they run it and find what the first has
     made."""
-    first = int(os.environ.get("RANK", 0)) == 0
-    if not first:
-        any_process(False, device)
+    rank, _ = processes()
+    if rank:
+        barrier()
     yield
-    if first:
-        any_process(False, device)
+    if not rank:
+        barrier()
 
 
 def average_gradients(parameters):
@@ -1237,86 +1216,127 @@ def average_gradients(parameters):
         gradient.copy_(part.view_as(gradient))
 
 
-def load_splits(args, device, load=None):
+def load_splits(args, load=None):
     """-> [(instances, classes) of train, of val, of test], fetched first unless --no-download refuses.
 
     load: a function (name, root, split) in place of data.load.
 
     The test split is needed only at the end, but what is missing in it is said before training. A --crop that
-    was not given is chosen by the kind of data and CLIP (`data.default_crop`).
+    was not given is chosen by the kind of data and CLIP (`data.default_crop`). A run that goes on with other
+    data keeps its classes; one that it does not know is refused.
     """
     if args.download:
-        with first_process_first(device):
+        with rank_zero_first():
             data.fetch_missing(args.data, args.root)
     if load:
         splits = [load(args.data, args.root, split) for split in ("train", "val", "test")]
     else:
         splits = data.load_splits(args.data, args.root)
+    train, classes = splits[0]
     if args.crop is None:
-        train, _ = splits[0]
-        args.crop = data.default_crop(args.data, train, args.clip not in clip.SCRATCH)
-    elif args.crop in (0, 1):
-        args.crop = None  # the same settings as where nothing is cropped by default, for --resume
+        args.crop = data.default_crop(args.data, train, args.clip not in clip.SCRATCH) or 0.0
+    digest = hashlib.sha256()
+    for x in train:
+        digest.update(repr((x.id, x.captions, x.labels)).encode())
+    before = args.trained_on
+    args.trained_on = {"hash": digest.hexdigest()[:16], "classes": classes}
+    if before and before != args.trained_on:
+        data.note(f"{args.data}: the training data have changed since this run began; it goes on with its "
+                  "own vocabulary and classes")
+        known = args.trained_on["classes"] = before["classes"]
+        for task, names in classes.items():
+            new = sorted(set(names) - set(known.get(task, names)))
+            data.expect(not new, f"--resume: {args.data}", f"{task} = {', '.join(new)[:100]} is new, and the run "
+                        "has no place for it; start a new run in another --out")
+        if classes != known:
+            splits = data.load_splits(args.data, args.root, classes=known)
     return splits
 
 
-def load_clip(args, path, device):
-    """The pretrained CLIP of a name or path, with the run's --image-size and --context."""
-    try:
-        with first_process_first(device):
-            model, _ = clip.load(path, device, image_size=args.image_size, context_length=args.context)
-        return model
-    except clip.DownloadError as e:
-        raise clip.CheckpointError(f"{e}; or train a small CLIP from scratch with --clip tiny") from None
+SMALL_CLIP = os.path.join("runs", "mxm-primitives-source", "best.pt")  # what it is: see `small_clip`
+
+
+def small_clip():
+    """Train the CLIP that built-in shapes are adapted from: tiny, by CLIP's own loss on primitives-source.
+
+    It is trained once, by train_mxm.py in a process of its own, and kept in `runs/`.
+    """
+    if os.path.exists(SMALL_CLIP):
+        return
+    data.note(f"a small CLIP is trained first, once, and kept as {SMALL_CLIP}")
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train_mxm.py")
+    command = [sys.executable, script, "--data", "primitives-source", "--loss", "clip", "--batch-size", "128",
+               "--epochs", "12", "--eval-every", "12", "--out", os.path.dirname(SMALL_CLIP)]
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # of the processes that wait for it
+    alone = {name: value for name, value in os.environ.items() if name not in group}
+    done = subprocess.run(command, env=alone, stdout=subprocess.DEVNULL)
+    clip.expect(done.returncode == 0, SMALL_CLIP, f"could not be trained; `{' '.join(command)}` says why")
+
+
+def load_clip(args, device):
+    """The pretrained CLIP that --clip names, with the run's --image-size and --context."""
+    with rank_zero_first():
+        if args.clip == SMALL_CLIP:
+            small_clip()
+        try:
+            model, _ = clip.load(args.clip, device, image_size=args.image_size, context_length=args.context)
+        except clip.DownloadError as e:
+            raise clip.CheckpointError(f"{e}; or train a small CLIP from scratch with --clip tiny") from None
+    return model
+
+
+def frozen_clip(checkpoint):
+    """The CLIP that a checkpoint was trained on without holding it, loaded from where its --clip says.
+
+    Raises CheckpointError where its weights are no longer those whose hash stands in the checkpoint.
+    """
+    args = argparse.Namespace(**checkpoint["settings"])
+    model, _ = clip.load(args.clip, "cpu", image_size=args.image_size, context_length=args.context)
+    identity = clip.identity(model)
+    trained = str(checkpoint["frozen_clip"])
+    clip.expect(identity == trained, args.clip, f"is the CLIP {identity[:12]} now, and what was trained "
+                f"belongs to {trained[:12]}; give its weights with --clip")
+    return model
 
 
 def build_or_load(args, train, device):
-    """-> (CLIP, tokenizer).
+    """The CLIP that a run starts from, in training mode.
 
     --clip tiny or small: random weights, and a vocabulary that is learned from the training captions.
     Otherwise pretrained weights, with the tokenizer that they were trained with.
     """
-    if args.clip in clip.SCRATCH:
-        tokenizer = clip.Tokenizer.train([caption for x in train for caption in x.captions], args.vocab_size)
-        model = clip.build(args.clip, tokenizer, args.seed, args.image_size, args.context).to(device)
+    if args.clip not in clip.SCRATCH:
+        model = load_clip(args, device)
     else:
-        model = load_clip(args, args.clip, device)
-        tokenizer = model.tokenizer or clip.default_tokenizer()
+        if args.resume:
+            tokenizer = clip.Tokenizer(resumed(args)["clip"]["merges"])
+        else:
+            captions = [caption for x in train for caption in x.captions]
+            tokenizer = clip.Tokenizer.train(captions, args.vocab_size)
+        model = clip.build(args.clip, tokenizer, args.seed, args.image_size, args.context).to(device)
     if args.compile:
         clip.compile_blocks(model)
-    return model, tokenizer
+    return model.train()
+
+
+def training_loader(args, instances, model, **options):
+    """A data.Loader of the training batches that a run asks for, of each this process's part."""
+    rank, world = processes()
+    config = model.config
+    return data.Loader(instances, tokenizer_of(model), config.context_length, config.image_resolution,
+                       args.batch_size, train=True, seed=args.seed, workers=args.workers, rank=rank,
+                       world=world, crop=args.crop, **options)
+
+
+def tokenizer_of(model):
+    """The model's own tokenizer, or OpenAI's."""
+    return model.tokenizer or clip.default_tokenizer()
 
 
 def about(args, model, loader):
-    """What a run's first line says of its CLIP: its name, weights and pixels, and on a CPU how long an epoch takes.
-
-    That is the time of encoding a few images and texts, times three (the backward pass takes twice as long as
-    the forward pass), times those that the loader shows in an epoch.
-    """
+    """What a run's first line says of its CLIP: its name, weights and pixels."""
     weights = sum(p.numel() for p in model.parameters())
-    text = f"CLIP {args.clip}, {weights / 1e6:.1f} M weights, {model.config.image_resolution} pixels"
-    if next(model.parameters()).device.type != "cpu" or not isinstance(loader, data.Loader):
-        return text
-    n = 2 if weights > 1e7 else 32
-    images = torch.zeros(n, 3, model.config.image_resolution, model.config.image_resolution)
-    texts = torch.randint(1, 500, (n, min(16, model.config.context_length)))
-    texts[:, -1] = 501
-    was_training = model.training
-    model.eval()
-    seconds = []
-    for encode, inputs in ((model.encode_image, images), (model.encode_text, texts)):
-        with torch.no_grad(), clip.autocast(args.amp, model):
-            encode(inputs)  # the first call also prepares
-            began = time.perf_counter()
-            encode(inputs)
-            seconds.append((time.perf_counter() - began) / n)
-    model.train(was_training)
-    _, world = processes()
-    of_a_sample = (loader.views or loader.frames or 1) * seconds[0] + (loader.captions or 1) * seconds[1]
-    total = 3 * of_a_sample * loader.batch_size * len(loader) / world
-    spent = next(f"{total / unit:.0f} {name}" for unit, name in ((3600, "hours"), (60, "minutes"), (1, "seconds"))
-                 if total >= 2 * unit or unit == 1)
-    return f"{text}; an epoch takes about {spent} on this CPU"
+    return f"CLIP {args.clip}, {weights / 1e6:.1f} M weights, {model.config.image_resolution} pixels"
 
 
 def warmup_cosine(step, steps, warmup, peak=1.0):
@@ -1328,12 +1348,19 @@ def warmup_cosine(step, steps, warmup, peak=1.0):
     return peak * (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
 
 
+def decayed_groups(parameters, decay):
+    """Groups for AdamW: matrices, which decay, and vectors (gains, biases, logit_scale), which do not."""
+    parameters = [p for p in parameters if p.requires_grad]
+    return [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+
+
 # ---------------------------------------------------------------- a run
 
 class Run:
     """What is around a training loop: the folder, the log, the checkpoints, the progress line, stopping.
 
-        run = eval.Run(args, "train_mxm", optimizer, steps, len(loader), pack, unpack)
+        run = eval.Run(args, optimizer, steps, len(loader), {"clip": model})
         for step, batch in run.batches(loader):   # from where an interrupted run stopped
             ...                                   # learning rate, forward, loss, backward: the script's own
             run.check(loss, norm)                 # a NaN stops the run before it reaches the weights
@@ -1342,55 +1369,84 @@ class Run:
                 run.keep_best(score, message, val=metrics)
 
     It calls neither the model nor the loss nor the optimizer. Everything that changes is in the weights, the
-    optimizer and `state`, so a resumed run ends with the same bits. pack() gives what a checkpoint holds of
-    the model, and unpack(checkpoint) is its inverse. modules: {name: module} that going on needs and
-    evaluation does not; only last.pt holds their weights.
+    optimizer and `state`, so a resumed run ends with the same bits.
+
+    saved: what a checkpoint holds beside the settings, {name: value}. A CLIP is held as its description,
+        another module as its weights without those of its `clip`. Other values say what the run belongs to
+        (names of classes, the hash of a frozen CLIP): it goes on only where they are the same.
+    only_last: {name: module} that going on needs and evaluation does not; last.pt holds them.
+    more_epochs: whether it may go on with another number of epochs, since its learning rate is the same then.
 
     All processes evaluate and stop at the same steps; only the first one writes.
     """
 
-    def __init__(self, args, method, optimizer, steps, steps_per_epoch, pack, unpack, modules=None):
+    def __init__(self, args, optimizer, steps, steps_per_epoch, saved, only_last=None, more_epochs=False):
         self.args = args
-        self.method = method
         self.optimizer = optimizer
         self.steps = steps
         self.steps_per_epoch = steps_per_epoch
-        self.pack = pack
-        self.modules = modules or {}
-        self.first = int(os.environ.get("RANK", 0)) == 0
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]  # a group may be empty
-        self.device = parameters[0].device
+        self.saved = saved
+        self.only_last = only_last or {}
+        self.first = processes()[0] == 0
+        self.device = next(p.device for group in optimizer.param_groups for p in group["params"])
         self.state = {"step": 0, "loss_sum": 0.0, "best": -1.0, "waited": 0, "finished": False}
         self.record = None  # what the log says of the epoch that has just ended
         self.seconds = []  # of each step, without the loading of its batch
-        checkpoint = None
-        if self.first or args.resume:
-            checkpoint = open_run(args.out, vars(args), args.resume, self.first)
-        if checkpoint:
-            unpack(checkpoint)
-            for name, module in self.modules.items():
-                module.load_state_dict(checkpoint[name])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            self.state |= checkpoint["state"]
-        elif self.first:
-            self.save("last.pt")  # so that there is always one; and a full disk is found before any work
-        any_process(False, self.device)  # the others wait for it
-        if not os.path.exists(os.path.join(args.out, "last.pt")):
-            raise clip.CheckpointError(f"--out {args.out}: another machine has made this folder, and it is "
-                                       "not here; choose one on a disk that all machines share")
+        self.norm = 0.0  # of the latest gradient
+        if args.resume:
+            self.load(resumed(args, more_epochs))
+        if self.first:
+            self.lock = open_folder(args, self.state["step"])
+            if not args.resume:
+                self.save("last.pt")  # so that there is always one; and a full disk is found before any work
+        barrier()  # the others wait for it
+        clip.expect(os.path.exists(os.path.join(args.out, "last.pt")), f"--out {args.out}", "was made by "
+                    "another machine, and is not here; choose a folder on a disk that all machines share")
         self.progress = Progress(steps, self.state["step"], quiet=not self.first)
         self.say = self.progress.line
-        self.saved = time.time()
-        self.stop = StopSignal()
+        self.saved_at = time.time()
+        self.stop_asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask_to_stop)
+
+    def ask_to_stop(self, number, frame):
+        """Of Ctrl-C and SIGTERM: the loop finishes its step and saves. A second one stops at once."""
+        if self.stop_asked:
+            raise KeyboardInterrupt
+        self.stop_asked = True
 
     def save(self, name):
         """Write last.pt, from which a run goes on, or best.pt, which holds what evaluation needs."""
-        checkpoint = {"method": self.method, "settings": vars(self.args), **self.pack(),
-                      "state": self.state, "step": self.state["step"]}
+        checkpoint = {"method": self.args.method, "settings": vars(self.args), "state": self.state,
+                      "step": self.state["step"]}
+        for key, value in self.saved.items():
+            if isinstance(value, clip.CLIP):
+                value = clip.describe(value)
+            elif isinstance(value, torch.nn.Module):
+                value = clip.describe_heads(value)
+            checkpoint[key] = value
         if name == "last.pt":
             checkpoint["optimizer"] = self.optimizer.state_dict()
-            checkpoint |= {key: clip.weights(module) for key, module in self.modules.items()}
+            checkpoint |= {key: clip.weights(module) for key, module in self.only_last.items()}
         clip.save_checkpoint(os.path.join(self.args.out, name), checkpoint)
+
+    def load(self, checkpoint):
+        """The inverse of `save`, of last.pt, in place."""
+        for key, value in self.saved.items():
+            if isinstance(value, clip.CLIP):
+                value.load_state_dict(checkpoint[key]["state_dict"])
+            elif isinstance(value, torch.nn.Module):
+                clip.load_heads(value, checkpoint[key])
+            else:
+                clip.expect(value == checkpoint[key], f"--resume: {self.args.out}/last.pt", "was made with "
+                            f"another {key.replace('_', ' ')}; start a new run in another --out")
+        for key, module in self.only_last.items():
+            module.load_state_dict(checkpoint[key])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.state |= checkpoint["state"]
+        done = self.state["step"]
+        clip.expect(done <= self.steps, f"--resume: {self.args.out}", f"has made {done} steps, and these "
+                    f"data and settings make {self.steps}; start a new run in another --out")
 
     def batches(self, loader):
         """Yield (step, batch) from where the run stands to its end. After each step: log, save, stop if asked
@@ -1405,23 +1461,24 @@ class Run:
                 if self.first:
                     log_line(self.args.out, **self.record)
                 self.state["finished"] = any_process(self.state["finished"], self.device)
-            stopping = any_process(self.stop.requested, self.device)  # asked once: a later signal waits
-            if self.first and (self.record or stopping or time.time() - self.saved > SAVE_SECONDS):
+            stopping = any_process(self.stop_asked, self.device)  # asked once: a later signal waits
+            if self.first and (self.record or stopping or time.time() - self.saved_at > SAVE_SECONDS):
                 self.save("last.pt")
-                self.saved = time.time()
+                self.saved_at = time.time()
             self.record = None
             if self.state["finished"]:
                 return
             if stopping:
                 self.say(f"stopped at step {self.state['step']}; the same command with --resume goes on")
-                any_process(False, self.device)  # the others stay until the first has saved: see `watch`
+                barrier()  # torchrun ends the others as soon as one ends: the first has to have saved
                 raise SystemExit(130)
 
     def check(self, loss, norm):
         """Stop the run where the loss or its gradient's norm is NaN or infinite, before the weights take it
         up."""
-        if not math.isfinite(loss.item() + norm.item()):
-            raise SystemExit(f"error: the loss is {loss.item()}, its gradient's norm {norm.item()} at step "
+        self.norm = norm.item()
+        if not math.isfinite(loss.item() + self.norm):
+            raise SystemExit(f"error: the loss is {loss.item()}, its gradient's norm {self.norm} at step "
                              f"{self.state['step']}; try a lower --lr or --amp off. "
                              f"{self.args.out}/last.pt holds an earlier step")
 
@@ -1439,7 +1496,9 @@ class Run:
             return False
         mean_loss = state["loss_sum"] / self.steps_per_epoch
         state["loss_sum"] = 0.0
-        self.record = {"step": state["step"], "epoch": epoch, "loss": mean_loss, **values}
+        self.record = {"step": state["step"], "epoch": epoch, "loss": mean_loss, **values, "norm": self.norm,
+                       "lr": max(group["lr"] for group in self.optimizer.param_groups),
+                       "seconds": round(sum(self.seconds[-self.steps_per_epoch:]), 3)}
         return epoch % self.args.eval_every == 0 or epoch == self.args.epochs
 
     def keep_best(self, score, message, **evaluations):
@@ -1448,7 +1507,7 @@ class Run:
 
         The score is one on val: a model is never chosen on test.
         """
-        self.record |= evaluations
+        self.record |= {"score": score, **evaluations}
         if message:
             self.say(f"epoch {self.record['epoch']}: loss {self.record['loss']:.3f}, {message}")
         self.state["waited"] += 1  # evaluations since the best one
@@ -1469,19 +1528,22 @@ class Run:
 
 
 class Progress:
-    """A live line on a terminal; elsewhere a plain line every `every` seconds."""
+    """A live line on a terminal; elsewhere a plain line of the first step, and then every 20 seconds."""
 
-    def __init__(self, total, start=0, every=20.0, quiet=False):
-        self.total, self.start, self.every, self.quiet = total, start, every, quiet
-        self.began = self.last = time.time()
+    def __init__(self, total, start=0, quiet=False):
+        self.total = total
+        self.start = start
+        self.quiet = quiet
         self.live = sys.stderr.isatty()
+        self.began = time.time()
+        self.last = 0.0
         self.samples = 0
 
     def step(self, step, samples, **values):
+        """Say where the run stands, if it is time to."""
         now = time.time()
         self.samples += samples
-        wait = 0.2 if self.live else self.every
-        if self.quiet or (now - self.last < wait and step < self.total):
+        if self.quiet or (now - self.last < (0.2 if self.live else 20) and step < self.total):
             return
         self.last = now
         spent = now - self.began
@@ -1489,10 +1551,8 @@ class Progress:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         speed = self.samples / max(spent, 1e-9)
         text = f"step {step}/{self.total}  {shown}  {speed:,.0f} samples/s  {left // 60}:{left % 60:02d} left"
-        if self.live:
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        before, after = ("\r\033[K", "") if self.live else ("", "\n")
+        print(f"{before}{text}", end=after, file=sys.stderr, flush=True)
 
     def line(self, text):
         """A line that stays."""
@@ -1500,68 +1560,80 @@ class Progress:
             print(("\r\033[K" if self.live else "") + text, file=sys.stderr, flush=True)
 
 
-class StopSignal:
-    """Notes Ctrl-C and SIGTERM, so that the loop can finish its step and save. A second one stops at once."""
-
-    def __init__(self):
-        self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
 # settings that may differ when a run goes on
-FREE = ("resume", "out", "workers", "device", "download", "root", "noise_root")
+FREE = ("resume", "out", "workers", "device", "download", "root", "epochs", "trained_on")
+FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "metrics.json", "costs.json")  # that a run writes
 
 
-def open_run(out, settings, resume, first=True):
-    """Prepare the folder of a run and write config.json. Returns the checkpoint to go on from, or None.
+def resumed(args, more_epochs=True):
+    """The checkpoint <out>/last.pt, which a run goes on from with these settings. Raises CheckpointError."""
+    last = os.path.join(args.out, "last.pt")
+    clip.expect(os.path.exists(last), f"--resume: {last}", "is not there; give --out the run's folder, "
+                "or start without --resume")
+    checkpoint = clip.load_checkpoint(last)
+    before = checkpoint["settings"]
+    method = checkpoint["method"]
+    clip.expect(method == args.method, f"--resume: {last}", f"is a run of {method}.py, and this is "
+                f"{args.method}.py; give --out a run of this script")
+    for name, now in vars(args).items():
+        same = (before.get(name) or None) == (now or None)  # an option that is off may be newer than the run
+        clip.expect(same or name in FREE, f"--resume: {last}",
+                    f"--{name.replace('_', '-')} was {before.get(name)} and is {now} now; "
+                    "repeat the old value, or start a new run in another --out")
+    clip.expect(more_epochs or before["epochs"] == args.epochs, f"--resume: {last}",
+                f"its learning rate falls over {before['epochs']} epochs, so that --epochs {args.epochs} "
+                "is another run; start it in another --out")
+    return checkpoint
 
-    resume: read <out>/last.pt, and refuse other settings than it was made with. Otherwise an earlier run in
-    the folder is moved aside (<out>.1, <out>.2, ...), so that nothing saved is lost. first: False for the
-    processes of a group that only read. Raises CheckpointError.
+
+def open_folder(args, step):
+    """Prepare the folder of a run at this step, and write config.json. Returns a lock to keep while it lives.
+
+    Without --resume the files of an earlier run in the folder are moved aside, to <out>.1, <out>.2, ...; what
+    else lies there stays. Raises CheckpointError.
     """
-    out = os.path.normpath(out)
-    last = os.path.join(out, "last.pt")
-    checkpoint = None
-    if resume:
-        if not os.path.exists(last):
-            raise clip.CheckpointError(f"--resume: there is no {last}; give --out the run's folder, "
-                                       "or start without --resume")
-        checkpoint = clip.load_checkpoint(last)
-        old = checkpoint["settings"]
-        for name, now in settings.items():
-            before = old.get(name)
-            off_and_newer = name not in old and not now  # an option that the script did not have yet
-            if name not in FREE and not off_and_newer and before != now:
-                option = name.replace("_", "-")
-                raise clip.CheckpointError(f"--resume: --{option} was {before} in {last} and is {now} now; "
-                                           "repeat the old value, or start a new run in another --out")
-        if not first:
-            return checkpoint
-    elif os.path.exists(last):
+    clip.expect(os.path.exists(args.out) or not os.path.islink(args.out), args.out, "a link to nowhere; "
+                "is a disk missing?")
+    out = os.path.realpath(args.out)
+    config, log = os.path.join(out, "config.json"), os.path.join(out, "log.jsonl")
+    lock(config)
+    if not args.resume and os.path.exists(os.path.join(out, "last.pt")):
         number = 1
-        while os.path.exists(f"{out}.{number}"):
+        while os.path.lexists(f"{out}.{number}"):
             number += 1
         try:
-            os.rename(out, f"{out}.{number}")
+            os.mkdir(f"{out}.{number}")
+            for name in set(FILES) & set(os.listdir(out)):
+                os.rename(os.path.join(out, name), os.path.join(f"{out}.{number}", name))
         except OSError as e:
             raise clip.CheckpointError(f"{out}: holds an earlier run that cannot be moved aside "
                                        f"({e.strerror}); choose another --out") from None
-        data.note(f"an earlier run was moved to {out}.{number} (--resume would have continued it)")
-    write_json(os.path.join(out, "config.json"), settings)
+        data.note(f"an earlier run was moved to {args.out}.{number} (--resume would have continued it)")
+    write_json(config, vars(args))
     for name in os.listdir(out):
         if name.startswith(".writing-"):  # a file that was being written when an earlier process was killed
             os.unlink(os.path.join(out, name))
-    log = os.path.join(out, "log.jsonl")
-    if resume and os.path.exists(log):  # what was logged after the checkpoint will be logged again
-        kept = [line + "\n" for line, row in read_log(log) if row["step"] <= checkpoint["step"]]
-        clip.write_file(log, lambda f: f.write("".join(kept).encode()))
-    return checkpoint
+    if os.path.exists(log):  # what was logged after the checkpoint will be logged again
+        kept_lines = [line + "\n" for line, row in read_log(log) if row["step"] <= step]
+        clip.write_file(log, lambda f: f.write("".join(kept_lines).encode()))
+    return lock(config)
+
+
+def lock(path):
+    """-> the open file, which no other process can lock until it is closed; CheckpointError where one has.
+
+    The lock ends with the process, and its loader's workers do not inherit it.
+    """
+    try:
+        import fcntl  # not on Windows
+        file = open(path, "r+")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except (BlockingIOError, PermissionError):
+        raise clip.CheckpointError(f"{os.path.dirname(path)}: another run is writing to this folder; "
+                                   "choose another --out, or wait for its end") from None
+    except (ImportError, OSError):  # no such file yet, or a disk without locks
+        return None
 
 
 def log_line(out, **values):
@@ -1594,59 +1666,65 @@ def check_writable(path):
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.lexists(folder):  # it will be made
         folder = os.path.dirname(folder)
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise clip.CheckpointError(f"{path}: cannot be written; choose a file in a folder that can be")
+    writable = not os.path.isdir(path) and os.path.isdir(folder) and os.access(folder, os.W_OK)
+    clip.expect(writable, path, "cannot be written; choose a file in a folder that can be")
 
 
-def report(args, device):
-    """Evaluate best.pt on the test split; the first process prints its table and writes metrics.json.
+def report(args, device, untuned=None):
+    """Evaluate best.pt on the test split; the first process writes metrics.json and prints its tables.
 
     The built-in shapes have a second test split, `unseen`: configurations that training never shows.
+    untuned: the CLIP before it was tuned, to be evaluated in the same way.
     """
     rank, _ = processes()
-    model, _, checkpoint = restore(os.path.join(args.out, "best.pt"), device)
+    model, checkpoint = restore(os.path.join(args.out, "best.pt"), device)
+    path = os.path.join(args.out, "metrics.json")
     results = {}
+    texts = []
     for split in ("test", "unseen") if args.data == "primitives" else ("test",):
-        rows, text = evaluation(model, checkpoint, args.data, args.root, split, args.amp, args.workers)
-        results[split] = rows
-        if rank == 0:
-            print(text)
+        nothing_else = dict(gallery=None, embeddings=None, prompt=None)
+        asked = argparse.Namespace(**vars(args) | nothing_else, split=split)
+        try:
+            results[split], text = evaluation([(model, checkpoint)], asked)
+            texts.append(text)
+            if untuned:
+                results[f"{split}, not tuned"], text = evaluation([(untuned, checkpoint)], asked)
+                texts.append(f"before it was tuned:\n{text}")
+        except data.DataError as e:
+            raise data.DataError(f"{e}. Training is done: correct this, then "
+                                 f"python eval.py --checkpoint {args.out}/best.pt") from None
     if rank == 0:
-        path = os.path.join(args.out, "metrics.json")
         write_json(path, results)
-        print(f"written to {path}")
-    any_process(False, device)  # the others stay until the first is done: they would be taken for lost
+        print(*texts, f"written to {path}", sep="\n")
+    barrier()  # torchrun ends the others as soon as one ends: they stay until the first is done
 
 
 # ---------------------------------------------------------------- checkpoints: restore, evaluate, search
 
 def script(checkpoint):
-    """The module that made a checkpoint."""
-    return importlib.import_module(checkpoint["method"])
+    """The module of the script that made a checkpoint: any train_*.py beside this file, a copy of one too."""
+    name = checkpoint["method"]
+    if name == "clip":  # as it is, of --clip: no script has trained it
+        return None
+    folder = os.path.dirname(os.path.abspath(__file__))
+    plain = isinstance(name, str) and re.fullmatch(r"train_\w+", name)
+    clip.expect(plain and os.path.isfile(os.path.join(folder, f"{name}.py")), "a checkpoint",
+                f"of {name!r}, and there is no such train_*.py beside eval.py")
+    return importlib.import_module(name)
 
 
 def restore(path, device=None, clip_path=None):
-    """-> (model, tokenizer, checkpoint) of a checkpoint file.
+    """-> (model, checkpoint) of a checkpoint file. The script that it names rebuilds the model.
 
-    The script that the checkpoint names rebuilds the model; no other module is imported. clip_path: for the
-    checkpoint of an adapter, which holds no CLIP: where its CLIP lies now.
+    clip_path: for a checkpoint that holds no CLIP: where its CLIP lies now.
     """
     checkpoint = clip.load_checkpoint(path)
-    if checkpoint.get("method") not in METHODS:
-        raise clip.CheckpointError(f"{path}: made by {checkpoint.get('method')!r}, "
-                                   f"which is none of {', '.join(METHODS)}")
-    try:
+    with clip.reading(path, "it may be of another version"):
         if clip_path:
             checkpoint["settings"]["clip"] = clip_path
-        model = script(checkpoint).restore(checkpoint, path)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ZeroDivisionError) as e:
-        raise clip.CheckpointError(f"{path}: a damaged checkpoint, or one of another version "
-                                   f"({type(e).__name__}: {str(e)[:100]})") from None
+        model = script(checkpoint).restore(checkpoint)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    tokenizer = model.tokenizer
-    if tokenizer is None and model.config:  # without a config it reads features, not words
-        tokenizer = clip.default_tokenizer()
-    return model, tokenizer, checkpoint
+    return model, checkpoint
 
 
 def run_names(files):
@@ -1655,196 +1733,256 @@ def run_names(files):
     return folders if len(set(folders)) == len(folders) else list(files)
 
 
-def embed_split(model, checkpoint, name, root, split, amp="auto", workers=0):
-    """-> `Embedded` of a split: of all its instances, compared by the cosine of their features.
-
-    A script with another similarity, or with classes, has an `embed_split` of its own.
-    """
-    load = data.load_regions if checkpoint.get("regions") else data.load
-    instances, tasks = load(name, root, split)
-    tokenizer = model.tokenizer or clip.default_tokenizer()
-    return Embedded(instances, *embed(model, instances, tokenizer, amp, workers), tasks)
-
-
-def embed_by_script(model, checkpoint, *split_and_options):
-    """`embed_split` of the script that made a checkpoint, or the one above where it has none."""
-    return getattr(script(checkpoint), "embed_split", embed_split)(model, checkpoint, *split_and_options)
-
-
-def evaluation(model, checkpoint, name, root, split, amp="auto", workers=0, gallery=None):
-    """What a checkpoint's model reaches on a split -> ({row: metrics}, the text of a table).
-
-    A script that classifies defines `evaluation` itself; then that is called. gallery: a path for a picture
-    of queries and their top results.
-    """
-    if hasattr(script(checkpoint), "evaluation"):
-        return script(checkpoint).evaluation(model, checkpoint, name, root, split, amp, workers, gallery)
-    embedded = embed_by_script(model, checkpoint, name, root, split, amp, workers)
-    return retrieval_evaluation(embedded, name, split, gallery=gallery)
-
-
-def retrieval_evaluation(embedded, name, split, title="model", gallery=None):
-    """As `evaluation`, of an `Embedded`. title: what the row is called."""
-    instances, images, texts = embedded.instances, embedded.images, embedded.texts
-    if gallery and not instances[0].images:
-        raise clip.CheckpointError("--gallery: this model was trained on features from files; "
-                                   "there are no pictures to show")
-    if embedded.classes:
-        labels_captions_query = data.class_layout(instances, embedded.classes)
-        rows = class_retrieval(images, texts, *labels_captions_query, embedded.classes)
-    elif embedded.scores:
-        rows = {"model": score_metrics(*embedded.scores, **layout(instances)), **bounds(name, instances)}
-    else:
-        rows = retrieval_rows(name, images, texts, instances)
-    rows = {row.replace("model", title): metrics for row, metrics in rows.items()}
-    named = {f"{split} {row}": metrics for row, metrics in rows.items()}
-    if embedded.classes:
-        text = class_table(named)
-    else:
-        text = table(named, shapes=name in ("primitives", "text2shape"))
-        text += f"\n{split}: rSum {rows[title]['rSum']:.1f}"
-    if "ceiling" in rows:
-        reached, ceiling = (rows[row]["text_to_image"]["R@1"] for row in (title, "ceiling"))
-        text += f", {100 * reached / ceiling:.0f}% of the ceiling's text-to-shape RR@1"
-    if gallery:
-        text_scores, image_scores = embedded.scores or cosine_scores(images, texts)
-        draw_gallery(gallery, instances, lambda c: text_scores(torch.tensor([c]))[0],
-                     lambda i: image_scores(torch.tensor([i]))[0])
-    return rows, text
-
-
-def answer(models, args):
-    """Print what the words of --query find among a split's images; --gallery draws it.
-
-    models: what `restore` returns of each checkpoint.
-    """
-    parts = []
-    queries = []
-    for model, tokenizer, checkpoint in models:
-        if not tokenizer or not hasattr(model, "encode_text"):
-            raise clip.CheckpointError(f"--query: this model of {checkpoint['method']} "
-                                       "reads no words to search with")
-        name, root = where(checkpoint, args)
-        parts.append(embed_split(model, checkpoint, name, root, args.split, args.amp, args.workers))
-        words = tokenizer([args.query], model.config.context_length, truncate=True)
-        with torch.no_grad():
-            query = model.encode_text(words).float()
-        queries.append(F.normalize(query, dim=-1))
-    instances = parts[0].instances
-    images = averaged(parts).images
-    query = torch.cat(queries, dim=1) / math.sqrt(len(queries))  # as `averaged`
-    scores, index = search(query, images, min(args.top, len(instances)))
-    results = [instances[i] for i in index[0].tolist()]
-    for score, x in zip(scores[0].tolist(), results):
-        print(f"{score:6.3f}  {x.id}  {x.captions[0]}")
-    if args.gallery:
-        pictures = [(data.pixels(x.images[0], CELL), None) for x in results]
-        gallery_picture(args.gallery, [(args.query, pictures)])
-
-
-def where(checkpoint, args):
-    """-> (name, root) of the data to evaluate a checkpoint on: as asked for, else those it was trained on."""
+def asked_of(checkpoint, args):
+    """args with the data and root that a checkpoint was trained on, where none are given."""
     settings = checkpoint["settings"]
     name = args.data or settings["data"]
-    return name, args.root or (settings["root"] if name == settings["data"] else None)
+    root = args.root or (settings["root"] if name == settings["data"] else None)
+    return argparse.Namespace(**vars(args) | {"data": name, "root": root})
+
+
+def load_asked(checkpoint, args):
+    """-> (instances, {task: names of its classes}) of the data and the split that are asked for."""
+    load = data.load_regions if checkpoint.get("regions") else data.load  # region features, of train_user.py
+    return load(args.data, args.root, args.split)
+
+
+def embed_split(model, checkpoint, args):
+    """-> `Embedded` of the asked split: all its instances, compared by the cosine of their features.
+
+    args: data, root, split, amp, workers. A script with another similarity, or with classes, has an
+    `embed_split` of its own.
+    """
+    instances, tasks = load_asked(checkpoint, args)
+    return Embedded(instances, *embed(model, instances, args.amp, args.workers), tasks)
 
 
 def embed_with_all(models, args):
-    """-> `averaged` of the asked split by the models of all checkpoints, which are as of `restore`."""
+    """-> `averaged` of the asked split by all models, each by its script's `embed_split`."""
     parts = []
-    for model, _, checkpoint in models:
-        name, root = where(checkpoint, args)
-        parts.append(embed_by_script(model, checkpoint, name, root, args.split, args.amp, args.workers))
+    for model, checkpoint in models:
+        of_script = getattr(script(checkpoint), "embed_split", embed_split)
+        parts.append(of_script(model, checkpoint, asked_of(checkpoint, args)))
     return averaged(parts)
 
 
-def check_retrieval(checkpoints, args):
-    """Raise CheckpointError where features or similarities of these checkpoints make no sense together."""
-    for checkpoint in checkpoints:
-        if hasattr(script(checkpoint), "evaluation"):
-            raise clip.CheckpointError(f"{checkpoint['method']} classifies images together with their texts: "
-                                       "it has no similarities to average and no --embeddings of each")
-    names = {where(checkpoint, args)[0] for checkpoint in checkpoints}
-    if len(names) > 1:
-        raise clip.CheckpointError(f"--checkpoint: models of {' and '.join(sorted(names))}; "
-                                   "say with --data on which they are to be evaluated")
+def evaluation(models, args, title="model"):
+    """What the models of some checkpoints reach together on a split -> ({row: metrics}, the text of a table).
+
+    models: [(model, checkpoint)], as of `restore`. args: data, root, split, amp, workers; gallery and
+    embeddings, paths, or None; prompt, of `zero_shot`, or None. A script that classifies has its own.
+    """
+    model, checkpoint = models[0]
+    asked = asked_of(checkpoint, args)
+    if hasattr(script(checkpoint), "evaluation"):
+        return script(checkpoint).evaluation(model, checkpoint, asked)
+    embedded = embed_with_all(models, args)
+    if args.embeddings:
+        write_embeddings(args.embeddings, embedded)
+    if not len(embedded.texts):
+        clip.expect(args.embeddings and not args.gallery, asked.data, "pictures without captions; "
+                    "search them with --query, or write their --embeddings")
+        return {}, f"{len(embedded.instances):,} pictures without captions"
+    rows, text = retrieval_evaluation(embedded, asked, title)
+    if args.prompt:
+        of_tasks = zero_shot(model, embedded, args.prompt)
+        rows |= {"zero-shot": of_tasks} if of_tasks else {}
+        for task, metrics in of_tasks.items():
+            text += (f"\n{args.split}: {task}, zero-shot: accuracy {metrics['accuracy']:.1f}, "
+                     f"macro F1 {metrics['macro_f1']:.1f} ({len(embedded.tasks[task])} classes)")
+    return rows, text
+
+
+@torch.no_grad()
+def zero_shot(model, embedded, prompts):
+    """{task: `classification_metrics`} of a CLIP as it is: an image is of the class whose text is closest.
+
+    prompts: texts with {} for the name of a class, whose feature is their renormalised mean (Radford et al.
+    2021, section 3.1.4).
+    """
+    out = {}
+    for task, names in embedded.tasks.items():
+        labels = torch.tensor([x.labels.get(task, -1) for x in embedded.instances])
+        if (labels >= 0).any():
+            texts = [prompt.replace("{}", name) for name in names for prompt in prompts]
+            tokens = tokenizer_of(model)(texts, model.config.context_length, truncate=True)
+            features = torch.cat([model.encode_text(part).float() for part in tokens.split(256)])
+            classes = F.normalize(features, dim=-1).view(len(names), len(prompts), -1).mean(1)
+            scores = embedded.images @ F.normalize(classes, dim=-1).t()  # (N, classes)
+            out[task] = classification_metrics(scores.cpu(), labels)
+    return out
+
+
+def retrieval_evaluation(embedded, args, title="model"):
+    """As `evaluation`, of an `Embedded`. title: what the row is called."""
+    instances, images, texts = embedded.instances, embedded.images, embedded.texts
+    clip.expect(not args.gallery or instances[0].images, "--gallery",
+                "this model was trained on features from files; there are no pictures to show")
+    if embedded.classes:
+        labels_captions_query = data.class_layout(instances, embedded.classes)
+        rows = class_retrieval(images, texts, *labels_captions_query, embedded.classes)
+    else:
+        rows = retrieval_rows(args.data, embedded)
+    rows = {row.replace("model", title): metrics for row, metrics in rows.items()}
+    named = {f"{args.split} {row}": metrics for row, metrics in rows.items()}
+    ranked = f"{len(instances):,} instances, {len(texts):,} captions"
+    if embedded.classes:
+        text = f"{class_table(named)}\n{args.split}: {ranked}"
+    else:
+        text = table(named, shapes=args.data in ("primitives", "text2shape"))
+        text += f"\n{args.split}: {ranked}, rSum {rows[title]['rSum']:.1f}"
+    if "ceiling" in rows:
+        reached, ceiling = (rows[row]["text_to_image"]["R@1"] for row in (title, "ceiling"))
+        text += f", {100 * reached / ceiling:.0f}% of the ceiling's text-to-shape RR@1"
+    if args.gallery:
+        draw_gallery(args.gallery, instances, embedded.scores or cosine_scores(images, texts))
+    return rows, text
+
+
+@torch.no_grad()
+def answer(models, args):
+    """Print what the words of each --query find among a split's images; --gallery draws it.
+
+    models: [(model, checkpoint)], as of `restore`. Features of the images are kept in FEATURES.
+    """
+    images = []
+    queries = []
+    for model, checkpoint in models:
+        reads = getattr(model, "config", None) and hasattr(model, "encode_text")
+        clip.expect(reads, "--query", f"this model of {checkpoint['method']} reads no words to search with")
+        instances, tasks = load_asked(checkpoint, asked_of(checkpoint, args))
+        path = os.path.join(FEATURES, f"{fingerprint(model, instances, args.amp)}-search.npy")
+        device = next(model.parameters()).device
+        loader = evaluation_loader(model, instances, args.workers)
+        images.append(kept(path, f"features of {len(instances):,} instances",
+                           lambda: embed_images(model, loader, args.amp), device))
+        words = tokenizer_of(model)(args.query, model.config.context_length, truncate=True)
+        queries.append(F.normalize(model.encode_text(words).float(), dim=-1))
+    query = torch.cat(queries, dim=1) / len(queries)  # the mean of the models' cosines, as `averaged`
+    scores, index = search(query, torch.cat(images, dim=1), min(args.top or 5, len(instances)))
+    rows = []
+    for text, row, numbers in zip(args.query, scores.tolist(), index.tolist()):
+        if len(args.query) > 1:
+            print(f"{text}:")
+        results = [instances[i] for i in numbers]
+        for score, x in zip(row, results):
+            print(f"{score:6.3f}  {x.id}  {shown(x, tasks)}")
+        if args.gallery:
+            rows.append((text, [(data.pixels(x.images[0], CELL), None) for x in results]))
+    if args.gallery:
+        gallery_picture(args.gallery, rows)
+
+
+def shown(x, tasks):
+    """What --query says of an instance: its first file, if it has one, and its classes."""
+    image = x.images[0]
+    file = image if isinstance(image, str) else getattr(image, "file", "")
+    classes = [f"{task} {tasks[task][c]}" for task, c in x.labels.items() if c >= 0]
+    return "  ".join(part for part in (file, ", ".join(classes)) if part)
+
+
+def check_together(models, args):
+    """Raise CheckpointError where what is asked of these models makes no sense, alone or together."""
+    names = {asked_of(checkpoint, args).data for _, checkpoint in models}
+    clip.expect(len(names) == 1, "--checkpoint", f"models of {' and '.join(sorted(names))}; "
+                "say with --data on which they are to be evaluated")
+    for _, checkpoint in models:
+        method = checkpoint["method"]
+        clip.expect(not args.attention or hasattr(script(checkpoint), "attention_picture"), "--attention",
+                    f"{method} has no attention between the modalities; train_cmaclip has")
+        classifies = hasattr(script(checkpoint), "evaluation")
+        clip.expect(not classifies or len(models) == 1 and not args.embeddings, method, "classifies images "
+                    "and texts together: it has no similarities to average and no --embeddings of each")
 
 
 def main(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint", nargs="+", metavar="FILE",
-                   help="best.pt or last.pt of a run; of several runs, the mean of their similarities counts")
+                   help="best.pt or last.pt of a run, or its folder; of several runs, the mean of their "
+                        "similarities counts")
     p.add_argument("--curves", nargs="+", metavar="RUN",
                    help="write a picture of the loss and of the validation metric over the steps of these "
                         "folders of runs to --out (default curves.png)")
-    p.add_argument("--clip", help="the CLIP that an adapter belongs to, where it lies elsewhere now")
-    p.add_argument("--data", help="default: the data the model was trained on")
+    p.add_argument("--clip", help="a CLIP to evaluate as it is: a published name, a file or a folder; with "
+                                  "--checkpoint, the CLIP that it belongs to, where that lies elsewhere now")
+    p.add_argument("--prompt", nargs="+", metavar="TEXT",
+                   help="what makes a text of a class's name, for --clip on data with labels; several are "
+                        'averaged (default: "a photo of a {}.")')
+    p.add_argument("--data", help="a data set, a .jsonl or .csv file, or a folder of pictures (default: the "
+                                  "data that the model was trained on)")
     p.add_argument("--root", help="folder of the data set")
-    p.add_argument("--split", default="test")
+    p.add_argument("--split", default="test", help="train, val, test, all, or another one of the data")
     p.add_argument("--gallery", metavar="PNG",
                    help="write a picture of queries and their top results, or of what is predicted")
     p.add_argument("--attention", metavar="PNG",
                    help="write a picture of what a model with attention between the modalities looks at")
     p.add_argument("--embeddings", metavar="NPZ",
                    help="write the split's features of unit norm: images (N, D), the means of their views or "
-                        "frames, texts (C, D), owners (C,), the number of each text's image, ids (N,), "
-                        "groups (N,), what counts as the same thing, and label_<task> (N,), class names")
-    p.add_argument("--query",
+                        "frames, texts (C, D), captions (C,), owners (C,), the number of each text's image, "
+                        "ids (N,), groups (N,), what counts as the same thing, and label_<task> (N,), names")
+    p.add_argument("--query", nargs="+", metavar="TEXT",
                    help="search the split's images with your own words (videos: the mean of their frames)")
-    p.add_argument("--top", type=positive_int, default=5, help="results of --query")
+    p.add_argument("--top", type=positive_int, help="results of --query (default: 5)")
     p.add_argument("--device", type=usable_device)
     p.add_argument("--workers", type=non_negative_int, default=0)
     p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto")
-    p.add_argument("--out", help="folder for metrics.json (default: the first checkpoint's)")
+    p.add_argument("--out", help="folder of metrics.json (default: the checkpoint's, or runs/clip-<data>)")
     args = p.parse_args(argv)
-    if bool(args.checkpoint) == bool(args.curves):
-        p.error("give either --checkpoint or --curves")
+    if bool(args.curves) == bool(args.checkpoint or args.clip):
+        p.error("give one of --checkpoint, --clip and --curves")
     if args.curves:
         path = args.out or "curves.png"
         check_writable(path)
         draw_curves(path, args.curves)
         print(f"written to {path}")
         return
-
-    path = os.path.join(args.out or os.path.dirname(args.checkpoint[0]) or ".", "metrics.json")
+    alone = not args.checkpoint  # a CLIP as it is
+    for wrong, problem in ((alone and not args.data, "--clip needs --data, or --checkpoint"),
+                           (args.prompt and not alone, "--prompt is for --clip without --checkpoint"),
+                           (args.top and not args.query, "--top is for --query"),
+                           (args.attention and args.query, "--attention and --query: give one of them"),
+                           (any("{}" not in text for text in args.prompt or ()), "--prompt: {} is missing")):
+        if wrong:
+            p.error(problem)
+    if alone:
+        name, _ = os.path.splitext(os.path.basename(os.path.normpath(args.data)))
+        folder = args.out or os.path.join("runs", f"clip-{name}")
+        args.prompt = args.prompt or ["a photo of a {}."]
+    else:
+        args.checkpoint = [os.path.join(x, "best.pt") if os.path.isdir(x) else x for x in args.checkpoint]
+        folder = args.out or os.path.dirname(args.checkpoint[0])
+    path = os.path.join(folder, "metrics.json")
     for file in (None if args.query else path, args.gallery, args.attention, args.embeddings):
         if file:
             check_writable(file)
-    models = [restore(file, args.device, args.clip) for file in args.checkpoint]
-    model, _, checkpoint = models[0]
-    method = script(checkpoint)
+    if alone:
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        settings = {"data": args.data, "root": args.root}
+        models = [(clip.load(args.clip, device)[0], {"method": "clip", "settings": settings})]
+    else:
+        models = [restore(file, args.device, args.clip) for file in args.checkpoint]
+    check_together(models, args)
+    model, checkpoint = models[0]
     if next(model.parameters()).device.type == "cpu":
         clip.fast_float32()
-    name, root = where(checkpoint, args)
-    if args.attention and not hasattr(method, "attention_picture"):
-        raise clip.CheckpointError(f"--attention: {checkpoint['method']} has no attention between the "
-                                   "modalities; train_cmaclip has")
-    if len(models) > 1 or args.embeddings:
-        check_retrieval([checkpoint for _, _, checkpoint in models], args)
-    if args.query is not None:
+    asked = asked_of(checkpoint, args)
+    if args.query:
         answer(models, args)
-        return
-    if hasattr(method, "evaluation"):
-        rows, text = method.evaluation(model, checkpoint, name, root, args.split, args.amp, args.workers,
-                                       args.gallery)
+        if args.embeddings:
+            write_embeddings(args.embeddings, embed_with_all(models, args))
     else:
-        embedded = embed_with_all(models, args)
-        title = "model"
-        if len(models) > 1:
-            title = "mean of " + " + ".join(run_names(args.checkpoint))
-        rows, text = retrieval_evaluation(embedded, name, args.split, title, args.gallery)
-    print(text)
-    key = args.split if name == checkpoint["settings"]["data"] else f"{name} {args.split}"
-    add_metrics(path, key, rows)
-    print(f"written to {path}")
-    if args.embeddings:
-        write_embeddings(args.embeddings, embedded)
-        print(f"written to {args.embeddings}")
-    if args.gallery:
-        print(f"written to {args.gallery}")
+        title = "model" if len(models) == 1 else "mean of " + " + ".join(run_names(args.checkpoint))
+        rows, text = evaluation(models, args, title)
+        if rows:
+            trained = checkpoint["settings"]["data"]
+            add_metrics(path, args.split if asked.data == trained else f"{asked.data} {args.split}", rows)
+            text += f"\nwritten to {path}"
+        print(text)
     if args.attention:
-        method.attention_picture(model, checkpoint, name, root, args.split, args.attention)
-        print(f"written to {args.attention}")
+        script(checkpoint).attention_picture(model, checkpoint, asked, args.attention)
+    for file in (args.gallery, args.embeddings, args.attention):
+        if file:
+            print(f"written to {file}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every loss of the five methods, as a plain function of tensors; gathering features over processes.
+"""Losses that several methods share or compare, as plain functions of tensors; gathering over processes.
 
 Features are rows of unit norm unless a docstring says otherwise. s = exp(logit_scale) is at most 100.
 All losses are computed in float32: run the encoders under autocast, but not these functions.
@@ -79,11 +79,7 @@ class BatchNorm(torch.nn.BatchNorm1d):
             return (x - mean) / (variance + self.eps).sqrt() * self.weight + self.bias
 
 
-# ---------------------------------------------------------------- multifold contrastive losses (MXM-CLR)
-# images (A, D) and texts (C, D) are all observations of a batch. image_owner (A,) and text_owner (C,), int64,
-# say which instance each shows. Owners may be any numbers; every instance has at least one observation of
-# each modality. l_ac = s v_a . t_c is the logit of image a and text c; a pair is positive where both show the
-# same instance.
+# ---------------------------------------------------------------- CLIP's loss, and means of instances
 
 def clip_loss(images, texts, scale):
     """CLIP's loss (Radford et al. 2021, figure 3): row i of images and texts is a pair, all else is negative.
@@ -93,54 +89,6 @@ def clip_loss(images, texts, scale):
     logits = scale * images.float() @ texts.float().t()
     target = torch.arange(len(images), device=images.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
-
-
-def _directions(images, texts, scale, image_owner, text_owner):
-    """-> ((logits (A, C), positive bool (A, C)), the same transposed): image to text, then text to image."""
-    logits = scale * images.float() @ texts.float().t()
-    positive = image_owner[:, None] == text_owner[None, :]
-    return (logits, positive), (logits.t(), positive.t())
-
-
-def hard_loss(images, texts, scale, image_owner, text_owner):
-    """MXM-CLR's hard relation: every pair of one instance is positive, and no positive is another's negative.
-
-    Mean over positive pairs (a, c), and over both directions, of
-
-        -log( e^l_ac / (e^l_ac + sum over texts k of other instances of e^l_ak) )
-    """
-    total = 0
-    for logits, positive in _directions(images, texts, scale, image_owner, text_owner):
-        negatives = logits.masked_fill(positive, -math.inf).logsumexp(1, keepdim=True)
-        # -log(a / (a + b)) = softplus(log b - log a)
-        total = total + F.softplus(negatives - logits)[positive].mean() / 2
-    return total
-
-
-def hard_uniform_loss(images, texts, scale, image_owner, text_owner):
-    """Cross-entropy against targets uniform over an observation's positives, mean of both directions.
-
-    This is L_out of Khosla et al. 2020 (arXiv 2004.11362) across modalities. The positives of an observation
-    compete with each other, so all of them are held at the same score.
-    """
-    total = 0
-    for logits, positive in _directions(images, texts, scale, image_owner, text_owner):
-        log_likelihood = (logits.log_softmax(1) * positive).sum(1) / positive.sum(1)
-        total = total - log_likelihood.mean() / 2
-    return total
-
-
-def mil_nce_loss(images, texts, scale, image_owner, text_owner):
-    """MIL-NCE (Miech et al. 2020, arXiv 1912.06430, equation 1): -log of the summed probability of the
-    positives.
-
-    One good positive is enough. Mean of both directions.
-    """
-    total = 0
-    for logits, positive in _directions(images, texts, scale, image_owner, text_owner):
-        of_positives = logits.masked_fill(~positive, -math.inf).logsumexp(1)
-        total = total + (logits.logsumexp(1) - of_positives).mean() / 2
-    return total
 
 
 def instance_means(features, owner):
@@ -154,54 +102,6 @@ def instance_means(features, owner):
     return F.normalize(sums, dim=-1), position
 
 
-def soft_relation(images, texts, image_owner, text_owner, temperature):
-    """Which instances of a batch every caption fits, by the model's own judgement within the modalities.
-
-    Returns log P (N, C), without a gradient, with the N instances in the order of their numbers:
-
-        P(i | c) = softmax over i of (v_i . v_c + t_i . t_c) / (2 temperature)
-
-    t_c is the caption itself, v_c the renormalised mean of the images of its instance; v_i and t_i are those
-    of instance i. The relation comes from the very features that it trains, so what they cannot tell apart
-    yet is called alike.
-    """
-    with torch.no_grad():
-        v, _ = instance_means(images.float(), image_owner)
-        t, position = instance_means(texts.float(), text_owner)
-        alike = (v @ v[position].t() + t @ texts.float().t()) / 2
-        return (alike / temperature).log_softmax(0)
-
-
-def soft_loss(images, texts, scale, image_owner, relation):
-    """MXM-CLR's soft relation: every observation is held to a row of targets of its own.
-
-    relation (N, C): log P(i | c), how probable it is that caption c is about instance i; N instances, in the
-    order of their numbers. What a caption's column adds up to is taken over the batch or over more instances,
-    as the relation pleases. With v_i the mean of instance i's images and a an image of instance i:
-
-        text to image:  cross-entropy of softmax_i(s v_i . t_c) against P(i | c) / (sum over i' of P(i' | c))
-        image to text:  cross-entropy of softmax_c(s v_a . t_c) against P(i | c) / (sum over c' of P(i | c'))
-
-    The second target is Bayes' rule for captions that are equally frequent: of the captions that fit, a
-    precise one has more mass than a vague one, which is about many instances. Captions of one instance differ
-    in what they fit, so images are compared with each of them. Images of one instance do not, so captions are
-    compared with their mean, as in evaluation. Mean of both directions.
-    """
-    texts = texts.float()
-    v, position = instance_means(images.float(), image_owner)
-    to_image = F.cross_entropy(scale * texts @ v.t(), relation.t().softmax(1))
-    to_text = F.cross_entropy(scale * images.float() @ texts.t(), relation.softmax(1)[position])
-    return (to_image + to_text) / 2
-
-
-def mxm_loss(images, texts, scale, image_owner, text_owner, weight, relation):
-    """MXM-CLR's hybrid: (1 - weight) hard + weight soft, with weight (lambda) in [0, 1]."""
-    hard = hard_loss(images, texts, scale, image_owner, text_owner)
-    if weight == 0:
-        return hard
-    return (1 - weight) * hard + weight * soft_loss(images, texts, scale, image_owner, relation)
-
-
 # ---------------------------------------------------------------- supervised retrieval losses (CLIP4CMR)
 # images (N, D) and texts (M, D) have unit norm; image_labels (N,) and text_labels (M,) are int64 classes. An
 # image and a text are a positive pair where their classes agree, else a negative one. d is the squared
@@ -209,7 +109,8 @@ def mxm_loss(images, texts, scale, image_owner, text_owner, weight, relation):
 # directions.
 # A temperature divides cosines (in lifted structure sqrt(d)), also where a loss is written with d: since d =
 # 2 - 2 cos, e^(-d / (2 temperature)) is proportional to e^(cos / temperature). The authors' code below is
-# github.com/zhixiongz/CLIP4CMR. What is said of it was found by comparing the code; none of it was run.
+# github.com/zhixiongz/CLIP4CMR, commit d8b3901. What is said of it was found by reading it and by running its
+# losses on the same features.
 
 def _distances(a, b):
     """Squared Euclidean distances of the rows of a (N, D) and b (M, D) -> (N, M)."""
@@ -236,27 +137,15 @@ def contrastive_loss(images, texts, image_labels, text_labels, margin=1.4):
         mean over positive pairs of d + mean over negative pairs of max(0, margin - sqrt(d))^2
 
     The margin is compared with unsquared distances, which are about sqrt(2) at the start. Each kind of pair
-    has a mean of its own, so that the many negatives do not drown the positives. Both are ours, see
-    `contrastive_published_loss`.
+    has a mean of its own, so that the many negatives do not drown the positives. Both are ours: the authors'
+    code divides all pairs by N and compares squared distances with a margin of 0.2, within which no negative
+    is at the start.
     """
     d = _distances(images, texts)
     positive = _same_class(image_labels, text_labels)
     pull = d[positive].sum() / positive.sum().clamp(min=1)
     push = F.relu(margin - _square_root(d[~positive])).square().sum() / (~positive).sum().clamp(min=1)
     return pull + push
-
-
-def contrastive_published_loss(images, texts, image_labels, text_labels, margin=0.2):
-    """The contrastive loss of CLIP4CMR's code, with N the number of images:
-
-        (sum of d over positive pairs + sum of max(0, margin - d) over negative pairs) / N
-
-    Random directions have d about 2, so that with a margin of 0.2 no negative is active at the start: the
-    loss begins as `modality_invariant_loss`.
-    """
-    d = _distances(images, texts)
-    positive = _same_class(image_labels, text_labels)
-    return (d[positive].sum() + F.relu(margin - d[~positive]).sum()) / len(images)
 
 
 def modality_invariant_loss(images, texts, image_labels, text_labels):
@@ -267,7 +156,7 @@ def modality_invariant_loss(images, texts, image_labels, text_labels):
 
 def triplet_loss(images, texts, image_labels, text_labels, margin=0.2):
     """Mean over positive pairs of the sum over the anchor's negatives of max(0, d_positive - d_negative +
-    margin).
+    margin). The authors' code takes the sum of both directions, not their mean.
 
     N^3 triplets without N^3 memory: an active triplet is linear in two distances, so the loss is a weighted
     sum of distances. The weights are counts. A positive's is the number of negatives nearer than d + margin;
@@ -291,10 +180,10 @@ def lifted_structure_loss(images, texts, image_labels, text_labels, temperature=
         ( 2 u / temperature + log sum over the image's negatives of e^(-u / temperature)
             + log sum over the text's negatives of e^(-u / temperature) ) / 2
 
-    The paper's margin is left out: without its outer hinge it adds a constant. CLIP4CMR's code counts u once,
-    and takes the text's negatives from the row of the image that has the text's number. Here the text has
-    negatives of its own, and u counts once for each of the two sums: products' features reach a validation
-    mAP of 97 with it and of 64 without, at a temperature of 0.1.
+    The paper's margin is left out: without its outer hinge it adds a constant. The authors' code counts u
+    once, and takes the text's negatives from the row of the image that has the text's number. Here the text
+    has negatives of its own, and u counts once for each of the two sums: products' features reach a
+    validation mAP of 97 with it and of 64 without, at a temperature of 0.1.
     """
     u = _square_root(_distances(images, texts)) / temperature
     positive = _same_class(image_labels, text_labels)
@@ -316,8 +205,8 @@ def n_pairs_loss(images, texts, image_labels, text_labels, temperature=1.0):
         mean over positive pairs of
         log(1 + sum over the anchor's negatives of e^((cos_negative - cos_positive) / temperature))
 
-    CLIP4CMR's code takes e^cos for the cosine, leaves out the 1, penalises norms that are 1 anyway, and stops
-    at an undefined name, so that it cannot have been run as it stands.
+    The authors' code takes e^cos for the cosine, leaves out the 1, penalises norms that are 1 anyway, and
+    stops at an undefined name, so that it cannot have been run as it stands.
     """
     def one_direction(logits, positive):
         negatives = logits.masked_fill(positive, -math.inf).logsumexp(1, keepdim=True)
@@ -330,7 +219,8 @@ def supervised_contrastive_loss(images, texts, image_labels, text_labels, temper
     """Khosla et al. 2020 (arXiv 2004.11362), equation 2, across modalities.
 
     Mean over the anchors that have a positive, of the mean over its positives, of -log softmax(cosines /
-    temperature).
+    temperature). The authors' code has -d, divided by its mean in the batch, in place of cosines over a
+    temperature, leaves the positives out of the denominator, and takes images alone as anchors.
     """
     def one_direction(logits, positive):
         has_positive = positive.any(1)
@@ -338,21 +228,6 @@ def supervised_contrastive_loss(images, texts, image_labels, text_labels, temper
         return -of_positives[has_positive].sum() / has_positive.sum().clamp(min=1)
     logits = images.float() @ texts.float().t() / temperature
     return _both_directions(one_direction, logits, _same_class(image_labels, text_labels))
-
-
-def supervised_contrastive_published_loss(images, texts, image_labels, text_labels):
-    """The supervised contrastive loss of CLIP4CMR's code. With r = d / (mean d of the batch), mean over
-    positive pairs of
-
-        r + log sum over the image's negatives of e^-r
-
-    There is no temperature, positives are left out of the denominator, and only images are anchors.
-    """
-    d = _distances(images, texts)
-    r = d / d.mean().clamp(min=1e-12)
-    positive = _same_class(image_labels, text_labels)
-    negatives = (-r).masked_fill(positive, -math.inf).logsumexp(1, keepdim=True)
-    return (r + _finite(negatives))[positive].sum() / positive.sum().clamp(min=1)
 
 
 # Class-wise losses see the features x (N, D) of one modality at a time; train_clip4cmr.py adds those of both.
@@ -365,7 +240,8 @@ def label_regression_loss(logits, labels):
 def prototype_contrastive_loss(x, prototypes, labels, temperature=0.5):
     """PCL: cross-entropy over -d / (2 temperature), with d to the prototypes (C, D), which have unit norm.
 
-    The paper's -d is a temperature of 0.5.
+    The paper's -d is a temperature of 0.5. The authors' code divides by the batch's size twice, so that there
+    a small last batch counts more.
     """
     return F.cross_entropy(-_distances(x, prototypes) / (2 * temperature), labels)
 
@@ -374,8 +250,8 @@ def proxy_nca_loss(x, prototypes, labels, temperature=0.5):
     """Proxy-NCA (Movshovitz-Attias et al. 2017, arXiv 1703.07464): PCL with the right prototype left out of
     the denominator. Needs two classes or more.
 
-    The paper's -d is a temperature of 0.5. CLIP4CMR's code has no such loss: a remark in it gives this name
-    to a classifier with rows of unit norm, which is `cross-entropy` here.
+    The paper's -d is a temperature of 0.5. The authors' code has the cosine in its place, a temperature of 1;
+    it cannot be run as it stands, since its docstring is not closed.
     """
     d = _distances(x, prototypes) / (2 * temperature)
     right = F.one_hot(labels, len(prototypes)).bool()
@@ -395,40 +271,11 @@ def proxy_anchor_loss(x, prototypes, labels, margin=0.1, alpha=32.0):
     return F.softplus(pull)[right.any(0)].mean() + F.softplus(push).mean()
 
 
-# ---------------------------------------------------------------- retrieval with queues (USER)
+# ---------------------------------------------------------------- baselines with queues (of USER)
 # images (N, D) and texts (N, D) have unit norm; row j of both is one pair. A queue (K, D) holds unit-norm
 # momentum embeddings of the other modality. same, bool, marks what shows the same thing as a query and is
 # therefore no negative of it: (N, N) in the batch, where the diagonal is always set, (N, K) in a queue. All
 # losses are finite for every cosine: exponents go into logsumexp, never into exp.
-
-def _log_one_plus(exponents):
-    """log(1 + sum over the last dimension of e^x), with a finite gradient where all x are -inf."""
-    return F.pad(exponents, (1, 0)).logsumexp(-1)
-
-
-def uto_loss(images, texts, same, mu, gamma):
-    """USER's unified training objective on a batch, with S_ij = v_i . t_j: the mean over j of
-
-        log(1 + sum over i not `same` of e^(mu (S_ij - gamma))) / mu
-        + log(1 + sum over i not `same` of e^(mu (S_ji - gamma))) / mu
-        - log(1 + max(0, S_jj))
-    """
-    cosine = images.float() @ texts.float().t()
-    pushed = (mu * (cosine - gamma)).masked_fill(same, -math.inf)
-    pull = torch.log1p(cosine.diagonal().clamp(min=0))
-    return (_log_one_plus(pushed.t()) / mu + _log_one_plus(pushed) / mu - pull).mean()
-
-
-def uto_queue_loss(queries, keys, queue, same, mu, gamma):
-    """The queue term of USER's objective in one direction.
-
-    queries (N, D) of one modality; keys (N, D), the momentum embeddings of their counterparts in the other;
-    queue (K, D) of older such keys, which are the negatives.
-    """
-    pushed = (mu * (queries.float() @ queue.float().t() - gamma)).masked_fill(same, -math.inf)
-    pull = torch.log1p((queries.float() * keys.float()).sum(1).clamp(min=0))
-    return (_log_one_plus(pushed) / mu - pull).mean()
-
 
 def info_nce_loss(images, texts, same, temperature=0.05):
     """A baseline: cross-entropy of each pair against the rest of the batch, mean of both directions."""

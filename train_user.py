@@ -4,12 +4,12 @@ The patches of a picture (or detected regions) and the words of a caption are lo
 Those of pictures are enhanced with a global representation g of the same picture: the more a local feature
 agrees with g, the more of g is added to it.
 
-    guided enhancement:  x_l <- x_l + a_l g,   a = softmax over l of (lambda x_l . g), scaled to unit norm
+    guided enhancement:  x_l <- x_l + a_l g,   a = softmax over l of (x_l . g), scaled to unit norm
     SGE (self-guided):   g = sum over l of w_l x_l, scaled to unit norm, with
                          w = softmax over l of Linear( tanh(BN(Linear(x_l))) * tanh(BN(Linear(mean of x))) )
     CGE (CLIP-guided):   g = Linear(ReLU(BN(Linear(BN(c))))), scaled to unit norm; c: CLIP's own embedding
 
-GPO pools the enhanced features into one vector of unit norm: v_i of image i, t_j of text j, S_ij = v_i . t_j.
+GPO pools the local features into one vector of unit norm: v_i of image i, t_j of text j, S_ij = v_i . t_j.
 Training compares with more negatives than a batch holds: momentum encoders (MoCo) fill two queues, of images
 and of texts, and one objective serves the batch and the queues. Its sums run over what shows another thing:
 
@@ -21,18 +21,15 @@ and of texts, and one objective serves the batch and the queues. Its sums run ov
 UTO of a queue has one direction, and its S_jj is the cosine with the momentum embedding of j's other half.
 An epoch is one pass over the image-caption pairs: every caption once, with its image.
 
-The loss, the queues and SGE are the paper's, and the settings for Flickr30K and COCO, pooling, augmentation
-and initial weights are those of the authors' code. That code has no CGE: its layers are a reconstruction from
-what an author wrote in issue 4 of github.com/zhangy0822/USER, which leaves the activation and the width open.
-CLIP's patches in place of regions, CLIP in place of BERT, the enhancement of texts, the settings from scratch
-and the masking of what shows the same thing are ours. So is --unit-norm, which gives x_l unit norm first, as
-g has it: patches of the CLIPs trained here have a norm of about 12, beside which a_l g is short.
+Provenance: the loss, the queues, SGE and the settings for Flickr30K and COCO are the paper's and its authors'
+code's, which has no CGE: its layers follow an author's words in issue 4 of github.com/zhangy0822/USER. CLIP's
+patches and CLIP in place of regions and BERT, the settings from scratch, and --unit-norm are ours.
 
     python train_user.py                                   # built-in shapes, tiny CLIP from scratch, minutes
-    python train_user.py --data flickr30k --root path/to/flickr30k --clip ViT-B/32  # the paper's schedule
-    python train_user.py --data coco --root path/to/coco --clip ViT-B/32            # its settings for COCO
-    python train_user.py --data flickr30k --root path/to/flickr30k --clip ViT-B/32 --regions
-    python train_user.py --enhance none --queue 0 --loss triplet                    # a baseline
+    python train_user.py --data flickr30k --root path/to/flickr30k            # ViT-B/32, the paper's schedule
+    python train_user.py --data coco --root path/to/coco                      # its settings for COCO
+    python train_user.py --data flickr30k --root path/to/flickr30k --regions  # region features as of SCAN
+    python train_user.py --enhance none --queue 0 --loss triplet              # a baseline
     torchrun --nproc_per_node=2 train_user.py              # the same batch and queues over two processes
     python train_user.py --resume                          # go on after an interruption, to the same bits
 """
@@ -40,7 +37,6 @@ import copy
 import math
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -50,125 +46,64 @@ import data
 import eval
 import losses
 
-PRETRAINED = dict(epochs=20, batch_size=128, lr=5e-4, dim=1024, queue=2048, batch_weight=20.0,
-                  lr_drop=0.5)  # the paper's for Flickr30K
+PRETRAINED = dict(epochs=20, batch_size=128, lr=5e-4, dim=1024, queue=2048, batch_weight=20.0, lr_drop=0.5,
+                  weight_decay=1e-4, eval_every=1)  # the paper's for Flickr30K
 COCO = PRETRAINED | dict(epochs=25, queue=4096, batch_weight=1.0, lr_drop=0.6)  # the paper's for COCO
 # a small CLIP with random weights; of 1e-4, 3e-4 and 1e-3 the best for UTO and for InfoNCE (tests/results.md)
-SCRATCH = dict(epochs=3, batch_size=128, lr=3e-4, dim=256, queue=2048, batch_weight=1.0, lr_drop=0.85)
+SCRATCH = dict(epochs=3, batch_size=128, lr=3e-4, dim=256, queue=2048, batch_weight=1.0, lr_drop=0.85,
+               weight_decay=1e-4)
 MU = 90.0  # UTO: how steeply the push on a negative rises with its cosine
 GAMMA = 0.5  # UTO: the cosine from which negatives are pushed away
+DROPOUT = 0.4  # in SGE
 MAX_NORM = 2.0  # of the gradient
-MASKED = 0.5  # share of the changed words of a caption that are masked
-REPLACED = 0.1  # share of them that are replaced; the rest is dropped
 
 
 def settings(argv=None):
-    p = eval.common_arguments(__doc__, weight_decay=1e-4)
-    p.add_argument("--enhance", choices=("none", "sge", "cge", "both"), default="both")
-    p.add_argument("--enhance-texts", action="store_true",
-                   help="enhance the words of captions too; the authors' code enhances images alone")
+    p = eval.arguments(__doc__, __file__, {"from scratch": SCRATCH, "pretrained": PRETRAINED, "coco": COCO})
+    p.add_argument("--enhance", choices=("none", "sge", "cge", "both"), default="both",
+                   help="what enhances the local features of images")
+    p.add_argument("--unit-norm", action="store_true",
+                   help="give local features of images unit norm first, as g has it; not in the authors' code")
     p.add_argument("--loss", choices=("uto", "infonce", "triplet"), default="uto",
                    help="of the batch and of the queues; infonce and triplet are baselines")
     p.add_argument("--mu", type=eval.positive,
-                   help="of UTO (default 90, the paper's): the larger, the more the hardest negative counts")
-    p.add_argument("--queue", type=eval.non_negative_int,
-                   help="keys per queue; 0: no queues, no momentum encoders (default 2048; coco 4096)")
+                   help="of UTO: the larger, the more the hardest negative counts (default: 90, the paper's)")
+    p.add_argument("--queue", type=eval.non_negative_int, help="keys per queue; 0: no queues")
     p.add_argument("--momentum", type=eval.fraction, default=0.999, help="m of the momentum encoders")
-    p.add_argument("--batch-weight", type=eval.non_negative,
-                   help="lambda_b: weight of the batch's loss (default 20; coco and from scratch 1)")
-    p.add_argument("--dim", type=eval.positive_int,
-                   help="dimensions of the common space (default 1024; from scratch 256)")
-    p.add_argument("--unit-norm", action="store_true",
-                   help="give local features of images unit norm before they are enhanced, so that g, which "
-                        "has it, is as long as they are; the authors' code leaves them as they are")
-    p.add_argument("--smooth", type=eval.positive, default=1.0, help="lambda of guided enhancement")
-    p.add_argument("--dropout", type=eval.fraction, default=0.4, help="in SGE")
-    p.add_argument("--augment", type=eval.fraction, default=0.2,
-                   help="share of a training caption's words that are masked, replaced or dropped")
+    p.add_argument("--batch-weight", type=eval.non_negative, help="lambda_b: weight of the batch's loss")
+    p.add_argument("--dim", type=eval.positive_int, help="dimensions of the common space")
     p.add_argument("--clip-lr", type=eval.non_negative,
-                   help="learning rate of CLIP's own weights; 0: they stay as they are "
-                        "(default --lr; of a pretrained CLIP a tenth)")
-    p.add_argument("--lr-drop", type=eval.fraction,
-                   help="share of the steps after which learning rates are a tenth "
-                        "(default 0.5; coco 0.6; from scratch 0.85)")
+                   help="of CLIP's own weights; 0: frozen (default: --lr; of a pretrained CLIP a tenth of it)")
+    p.add_argument("--lr-drop", type=eval.fraction, help="share of the steps after which rates are a tenth")
     p.add_argument("--regions", action="store_true",
                    help="read region features from <root>/precomp in place of pictures; CGE takes CLIP's "
-                        "embedding from the pictures, or from precomp/{train,dev,test}_clip.npy (images, D)")
+                        "embeddings of the pictures from precomp/{train,dev,test}_clip.npy (images, D)")
     args = eval.parse(p, argv)
-    from_scratch = args.clip in clip.SCRATCH
-    pretrained = COCO if args.data == "coco" else PRETRAINED
-    eval.complete(args, "user", SCRATCH if from_scratch else pretrained)
     if args.clip_lr is None:
-        args.clip_lr = args.lr if from_scratch else args.lr / 10
+        args.clip_lr = args.lr if args.clip in clip.SCRATCH else args.lr / 10
     if 0 < args.queue < args.batch_size:
-        p.error(f"--batch-size {args.batch_size} is larger than --queue {args.queue}: the queue must hold a "
-                f"batch of keys; give --queue {args.batch_size} or more, or 0")
-    if args.batch_size < 2:
-        p.error("--batch-size 1: batch norm and the losses compare what is in a batch; give it 2 or more")
+        p.error(f"--queue {args.queue} cannot hold a batch of keys; give {args.batch_size} or more, or 0")
+    if min(args.batch_size, args.dim) < 2:
+        p.error("--batch-size, --dim: batch norm and the losses compare numbers; give both 2 or more")
     if args.mu and args.loss != "uto":
         p.error(f"--mu: --loss {args.loss} has none, only uto has")
-    if args.dim < 2:
-        p.error("--dim 1: the common space needs 2 dimensions or more")
-    if args.regions and args.data == "primitives":
-        p.error("--regions: the built-in shapes have none; add --data flickr30k or --data coco")
     return args
 
 
-# ---------------------------------------------------------------- captions, as they are changed for training
-
-def augmented(tokens, tokenizer, word_ends, fraction):
-    """Training captions with about a fraction of their words masked, replaced or dropped (section 4.1).
-
-    tokens (B, columns); word_ends (vocabulary,), bool: the tokens that end a word. A word is all of its
-    tokens, and a caption keeps at least one word. The start symbol, which stands nowhere else, is the mask.
-    Draws from torch's generator.
-    """
-    if not fraction:
-        return tokens
-    out = torch.zeros_like(tokens)
-    word_ends = word_ends.numpy()  # numpy takes half of torch's time for arrays as short as these
-    for row, caption in zip(out.numpy(), tokens.numpy()):
-        ids = caption[1:caption.argmax()]  # (L,): between start and end (the largest id)
-        ends = word_ends[ids]
-        word = ends.cumsum() - ends  # (L,): the number of the word that each token belongs to
-        words = int(word.max()) + 1 if len(ids) else 0
-        chance, kind = torch.rand(2, words).numpy()
-        changed = chance < fraction
-        masked = changed & (kind < MASKED)
-        replaced = changed & ~masked & (kind < MASKED + REPLACED)
-        dropped = changed & ~masked & ~replaced
-        if words and dropped.all():
-            dropped[0] = False
-        random_ids = torch.randint(0, tokenizer.start, ids.shape, dtype=tokens.dtype).numpy()
-        ids = np.where(masked[word], tokenizer.start, ids)
-        ids = np.where(replaced[word], random_ids, ids)
-        ids = ids[~dropped[word]]
-        row[0] = tokenizer.start
-        row[1:len(ids) + 1] = ids
-        row[len(ids) + 1] = tokenizer.end
-    return out
-
-
 # ---------------------------------------------------------------- the model
-# Local features are x (B, L, D), and mask (B, L), bool, is True where there is one. Padding is zero and has
-# no effect. A bias that batch norm or a softmax cancels is left out: its gradient would be rounding alone.
+# Local features of images are x (B, L, D), as many of each image; of texts a mask (B, L) is True where there
+# is one. A bias that batch norm or a softmax cancels is left out: its gradient would be rounding alone.
 
-def guided_enhancement(x, mask, g, smooth):
-    """Guided enhancement (section 3.2): x_l + a_l g for every place l of x (B, L, D).
-
-    g (B, D): a global representation, unit norm. smooth: lambda of the softmax that gives a.
-    """
-    agreement = smooth * (x @ g[:, :, None])[..., 0]  # (B, L)
-    a = F.normalize(agreement.masked_fill(~mask, -math.inf).softmax(1), dim=1)
+def guided_enhancement(x, g):
+    """x_l + a_l g for every place l of x (B, L, D) (section 3.2). g (B, D): of the whole, unit norm."""
+    agreement = (x @ g[:, :, None])[..., 0]  # x_l . g, (B, L)
+    a = F.normalize(agreement.softmax(1), dim=1)
     return x + a[..., None] * g[:, None, :]
 
 
-def on_rows(function, x, mask):
-    """Apply function to the real rows (rows, D) alone: batch norm must not see padding. -> (B, L, D')."""
-    place = mask.flatten().nonzero()[:, 0]
-    rows = function(x.flatten(0, 1).index_select(0, place))
-    out = rows.new_zeros(mask.numel(), rows.shape[1]).index_copy(0, place, rows)
-    return out.view(*mask.shape, -1)
+def on_rows(module, x):
+    """A module that takes rows (batch norm among its layers) on all places of x: (B, L, D) -> (B, L, D')."""
+    return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def xavier(module):
@@ -183,31 +118,33 @@ def xavier(module):
 class SGE(nn.Module):
     """The global representation of self-guided enhancement: x (B, L, D) -> g (B, D), unit norm.
 
-    Batch norm is over features: the authors' is over the 36 places of regions, which patches and words of
-    varying number do not have.
+    Batch norm is over features: the authors' is over the 36 places of regions, which patches do not have.
     """
 
-    def __init__(self, width, dropout):
+    def __init__(self, width):
         super().__init__()
 
         def branch():
             return nn.Sequential(nn.Linear(width, width, bias=False), losses.BatchNorm(width), nn.Tanh(),
-                                 nn.Dropout(dropout))
+                                 nn.Dropout(DROPOUT))
 
         self.local_branch = branch()
         self.global_branch = branch()
         self.score = nn.Linear(width, 1, bias=False)
         xavier(self)
 
-    def forward(self, x, mask):
-        mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, D)
-        common = on_rows(self.local_branch, x, mask) * self.global_branch(mean)[:, None, :]  # (B, L, D)
-        weights = self.score(common)[..., 0].masked_fill(~mask, -math.inf).softmax(1)  # (B, L)
+    def forward(self, x):
+        mean = x.sum(1) / x.shape[1]  # (B, D)
+        common = on_rows(self.local_branch, x) * self.global_branch(mean)[:, None, :]  # (B, L, D)
+        weights = self.score(common)[..., 0].softmax(1)  # (B, L)
         return F.normalize((weights[..., None] * x).sum(1), dim=-1)
 
 
 class CGE(nn.Module):
-    """The global representation of CLIP-guided enhancement: CLIP's own (B, E) -> g (B, D), unit norm."""
+    """The global representation of CLIP-guided enhancement: CLIP's own (B, E) -> g (B, D), unit norm.
+
+    No gradient flows back into CLIP: the authors take embeddings that were extracted in advance.
+    """
 
     def __init__(self, embed_dim, width):
         super().__init__()
@@ -217,7 +154,7 @@ class CGE(nn.Module):
         xavier(self)
 
     def forward(self, clip_embedding):
-        return F.normalize(self.projection(clip_embedding.float()), dim=-1)
+        return F.normalize(self.projection(clip_embedding.detach().float()), dim=-1)
 
 
 class GPO(nn.Module):
@@ -259,32 +196,21 @@ class GPO(nn.Module):
 class USER(nn.Module):
     """CLIP's local features, enhanced and pooled. encode_image and encode_text give (B, dim), unit norm.
 
-    enhance: none, sge, cge or both, of images; enhance_texts: of texts as well. smooth: lambda of guided
-    enhancement. regions: the width of the region features that take the place of pictures, or None.
-    unit_norm: local features of images get unit norm first.
+    enhance: none, sge, cge or both. unit_norm: local features of images get unit norm first. regions: the
+    width of the region features that take the place of pictures, or None.
     """
 
-    def __init__(self, clip_model, enhance="both", enhance_texts=False, dim=1024, smooth=1.0, dropout=0.4,
-                 regions=None, unit_norm=False, seed=0):
+    def __init__(self, clip_model, enhance="both", unit_norm=False, dim=1024, regions=None, seed=0):
         super().__init__()
         text_width = clip_model.config.embed_dim
         image_width = regions or text_width
-        sge = enhance in ("sge", "both")
-        cge = enhance in ("cge", "both")
         self.config = clip_model.config
         self.tokenizer = clip_model.tokenizer
-        self.context_length = clip_model.context_length
-        self.enhance = enhance
-        self.smooth = smooth
-        self.regions = regions
         self.unit_norm = unit_norm
-        self.frozen = False
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.image_sge = SGE(image_width, dropout) if sge else None
-            self.image_cge = CGE(text_width, image_width) if cge else None
-            self.text_sge = SGE(text_width, dropout) if sge and enhance_texts else None
-            self.text_cge = CGE(text_width, text_width) if cge and enhance_texts else None
+            self.sge = SGE(image_width) if enhance in ("sge", "both") else None
+            self.cge = CGE(text_width, image_width) if enhance in ("cge", "both") else None
             self.image_fc = nn.Linear(image_width, dim)
             xavier(self.image_fc)
             self.text_fc = nn.Linear(text_width, dim)
@@ -294,72 +220,51 @@ class USER(nn.Module):
             self.text_gpo = GPO()
         self.clip = clip_model
 
-    def freeze_clip(self):
-        """CLIP's weights stay as they are, and it stays in evaluation mode."""
-        self.frozen = True
-        self.clip.requires_grad_(False).eval()
-
     def train(self, mode=True):
+        """A CLIP that is not trained stays in evaluation mode."""
         super().train(mode)
-        if self.frozen:
-            self.clip.eval()
+        self.clip.train(mode and self.clip.logit_scale.requires_grad)
         return self
 
-    def enhanced(self, x, mask, sge, cge, clip_embedding):
-        """x after SGE and CGE, each a module or None. clip_embedding: CLIP's own (B, E); None without CGE."""
-        out = x
-        if sge is not None:
-            out = guided_enhancement(out, mask, sge(x, mask), self.smooth)
-        if cge is not None:
-            out = guided_enhancement(out, mask, cge(clip_embedding), self.smooth)
-        return out
+    def local_features(self, images):
+        """-> x (B, L, D), and CLIP's own embedding of the images (B, E), or None of region features alone.
 
-    def region_inputs(self, images):
-        """-> (region features (B, regions, width), CLIP's embedding of the images (B, E), None without CGE).
-
-        images: region features, or data.Regions, which come with pictures or embeddings.
+        images (B, 3, S, S), or data.Regions, or region features alone (B, L, D).
         """
-        if not isinstance(images, data.Regions):
+        if isinstance(images, data.Regions):
+            return images.features.float(), images.clip_input
+        if images.ndim == 3:
+            data.expect(not self.cge, "--regions", "CGE needs CLIP's embeddings of the images, in *_clip.npy")
             return images.float(), None
-        clip_embedding = None
-        if self.image_cge is not None:
-            clip_embedding = images.clip_input
-            if clip_embedding.ndim == 4:  # pictures
-                clip_embedding = self.clip.encode_image(clip_embedding)
-        return images.features.float(), clip_embedding
+        clip_embedding, x = self.clip.encode_image(images, tokens=True)
+        return x[:, 1:].float(), clip_embedding  # the class token is the global embedding, no patch
 
     def encode_image(self, images):
-        """images (B, 3, S, S), or data.Regions; without CGE also region features (B, regions, width)."""
-        if self.regions:
-            x, clip_embedding = self.region_inputs(images)
-        else:
-            clip_embedding, x = self.clip.encode_image(images, tokens=True)
-            x = x[:, 1:].float()  # (B, patches, D): the class token is the global embedding, no patch
+        """images: as `local_features` takes them -> (B, dim)."""
+        x, clip_embedding = self.local_features(images)
         if self.unit_norm:
             x = F.normalize(x, dim=-1)
-        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        x = self.enhanced(x, mask, self.image_sge, self.image_cge, clip_embedding)
-        x = self.image_fc(x) + on_rows(self.image_mlp, x, mask)
-        return F.normalize(self.image_gpo(x, mask), dim=-1)
+        if self.sge:
+            x = guided_enhancement(x, self.sge(x))
+        if self.cge:
+            x = guided_enhancement(x, self.cge(clip_embedding))
+        x = self.image_fc(x) + on_rows(self.image_mlp, x)
+        every = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return F.normalize(self.image_gpo(x, every), dim=-1)
 
     def encode_text(self, tokens):
-        """tokens (B, columns), as CLIP's own encode_text takes them."""
-        clip_embedding, x, mask = self.clip.encode_text(tokens, tokens=True)
-        x = x[:, 1:].float()  # (B, L, D): the start symbol sees no word
-        mask = mask[:, 1:]
-        x = self.enhanced(x, mask, self.text_sge, self.text_cge, clip_embedding)
-        return F.normalize(self.text_gpo(self.text_fc(x), mask), dim=-1)
+        """tokens (B, columns), as CLIP's own encode_text takes them -> (B, dim)."""
+        _, x, mask = self.clip.encode_text(tokens, tokens=True)
+        x = self.text_fc(x[:, 1:].float())  # (B, L, dim): the start symbol sees no word
+        return F.normalize(self.text_gpo(x, mask[:, 1:]), dim=-1)
 
 
 # ---------------------------------------------------------------- momentum contrast
 
 @torch.no_grad()
 def momentum_update(momentum_model, model, m):
-    """momentum_model <- m momentum_model + (1 - m) model, weight by weight (He et al. 2020, equation 2).
-
-    Buffers (batch norm's running statistics) are copied. The model and all gradients stay as they are, and so
-    do weights that are not trained (a frozen CLIP).
-    """
+    """momentum_model <- m momentum_model + (1 - m) model (He et al. 2020, equation 2), of the trained weights.
+    Buffers, such as batch norm's running statistics, are copied."""
     for average, weight in zip(momentum_model.parameters(), model.parameters()):
         if weight.requires_grad:
             average.mul_(m).add_(weight.detach(), alpha=1 - m)
@@ -391,28 +296,48 @@ class Queue(nn.Module):
 
 
 # ---------------------------------------------------------------- the loss
+# images, texts, queries and keys (N, D), of unit norm: row j of both is one pair. A queue (K, D) holds older
+# keys. same, bool, (N, N) or (N, K), marks what shows the same thing as a query, and is no negative of it.
 
-# kind -> (loss of a batch, both directions; loss of queries, their keys and a queue, one direction)
-LOSSES = {
-    "uto": (losses.uto_loss, losses.uto_queue_loss),
+def log_one_plus_sum(exponents):
+    """log(1 + sum over columns of e^x) of each row, by logsumexp: finite where e^x would overflow."""
+    return F.pad(exponents, (1, 0)).logsumexp(-1)
+
+
+def uto_loss(images, texts, same, mu=MU):
+    """UTO of a batch, in both directions."""
+    cosine = images.float() @ texts.float().t()
+    pushed = (mu * (cosine - GAMMA)).masked_fill(same, -math.inf)
+    pull = torch.log1p(cosine.diagonal().clamp(min=0))
+    return (log_one_plus_sum(pushed.t()) / mu + log_one_plus_sum(pushed) / mu - pull).mean()
+
+
+def uto_queue_loss(queries, keys, queue, same, mu=MU):
+    """UTO of queries with the momentum embeddings of their counterparts (keys), and a queue of negatives."""
+    pushed = (mu * (queries.float() @ queue.float().t() - GAMMA)).masked_fill(same, -math.inf)
+    pull = torch.log1p((queries.float() * keys.float()).sum(1).clamp(min=0))
+    return (log_one_plus_sum(pushed) / mu - pull).mean()
+
+
+LOSSES = {  # --loss: that of a batch, both directions; of queries, their keys and a queue, one direction
+    "uto": (uto_loss, uto_queue_loss),
     "infonce": (losses.info_nce_loss, losses.info_nce_queue_loss),
     "triplet": (losses.hardest_triplet_loss, losses.hardest_triplet_queue_loss),
 }
 
 
-def total_loss(kind, batch_weight, images, texts, group, keys, queue, mu=MU):
+def total_loss(args, images, texts, group, keys, queue):
     """lambda_b times the loss of the batch, plus the losses of both queues.
 
-    images, texts (N, D): unit norm; row j of both is one pair and shows group (N,).
-    keys: the momentum embeddings (images, texts) of the same pairs; keys and queue are None without queues.
-    mu: UTO's.
+    group (N,): what each pair shows. keys: the momentum embeddings (images, texts) of the same pairs; keys
+    and queue are None without queues.
     """
-    batch_loss, queue_loss = LOSSES[kind]
-    if kind == "uto":
-        batch_loss = partial(batch_loss, mu=mu, gamma=GAMMA)
-        queue_loss = partial(queue_loss, mu=mu, gamma=GAMMA)
+    batch_loss, queue_loss = LOSSES[args.loss]
+    if args.mu:
+        batch_loss = partial(batch_loss, mu=args.mu)
+        queue_loss = partial(queue_loss, mu=args.mu)
     same = group[:, None] == group[None, :]  # (N, N): what shows the same thing is no negative
-    loss = batch_weight * batch_loss(images, texts, same)
+    loss = args.batch_weight * batch_loss(images, texts, same)
     if queue is None:
         return loss
     image_keys, text_keys = keys
@@ -423,90 +348,56 @@ def total_loss(kind, batch_weight, images, texts, group, keys, queue, mu=MU):
 
 # ---------------------------------------------------------------- training
 
-def restore(checkpoint, path):
-    """The model of a checkpoint of this script, for eval.py."""
-    options = checkpoint["settings"]
-    model = USER(clip.load(path, "cpu")[0], options["enhance"], options.get("enhance_texts", False),
-                 options["dim"], options["smooth"], options["dropout"], checkpoint["regions"],
-                 options.get("unit_norm", False))
-    clip.load_heads(model, checkpoint["heads"])
-    return model
-
-
-def region_width(args, embed_dim, train, *others):
-    """The width of the training split's region features.
-
-    Raises DataError where another split's differs, or where CGE lacks CLIP's embedding of the images.
-    """
-    width = train[0].images[0].features().shape[1]
-    for instances in (train, *others):
-        view = instances[0].images[0]
-        found = view.features().shape[1]
-        data.expect(found == width, view.path,
-                    f"features of width {found}; those of the training split have {width}")
-        if args.enhance in ("cge", "both"):
-            file = view.path.replace("_ims.npy", "_clip.npy")
-            data.expect(view.has_clip_input(), file,
-                        f"does not exist; --enhance {args.enhance} needs CLIP's embedding of each image: "
-                        f"write them to this file, float32 (images, {embed_dim}), or lay out the pictures "
-                        f"of {args.data} as README.md shows, or give --enhance sge")
-            if view.embedding:
-                found = len(view.clip_input(None))
-                data.expect(found == embed_dim, file,
-                            f"embeddings of width {found}; those of --clip {args.clip} have {embed_dim}")
-    return width
+def check_regions(model, *splits):
+    """Raise DataError, before training, where the region files of a split are not what the model takes."""
+    for view in (instances[0].images[0] for instances in splits):
+        width = model.image_fc.in_features
+        data.expect(view.features().shape[1] == width, view.path,
+                    f"features of another width than the training split's, which is {width}")
+        width = model.config.embed_dim
+        data.expect(not model.cge or view.has_clip_input() and len(view.clip_input()) == width,
+                    view.path.replace("_ims.npy", "_clip.npy"),
+                    f"CGE needs CLIP's embeddings there, float32 (images, {width}); or give --enhance sge")
 
 
 def main(argv=None):
     args = settings(argv)
-    rank, world, device = eval.join(args)
-    load = data.load
-    if args.regions:
-        load = partial(data.load_regions, clip_input=args.enhance in ("cge", "both"))
-    (train, _), (val, _), (test, _) = eval.load_splits(args, device, load)
-    clip_model, tokenizer = eval.build_or_load(args, train, device)
-    embed_dim = clip_model.config.embed_dim
-    regions = region_width(args, embed_dim, train, val, test) if args.regions else None
-    model = USER(clip_model, args.enhance, args.enhance_texts, args.dim, args.smooth, args.dropout, regions,
-                 args.unit_norm, args.seed).to(device)
-    if not args.clip_lr:
-        model.freeze_clip()
-    momentum_model = queue = modules = None
+    device = eval.join(args)
+    rank, _ = eval.processes()
+    load = partial(data.load_regions, clip_input=args.enhance in ("cge", "both")) if args.regions else None
+    (train, _), (val, _), (test, _) = eval.load_splits(args, load)
+    clip_model = eval.build_or_load(args, train, device)
+    clip_model.requires_grad_(args.clip_lr > 0)
+    regions = train[0].images[0].features().shape[1] if args.regions else None
+    model = USER(clip_model, args.enhance, args.unit_norm, args.dim, regions, args.seed).to(device).train()
+    if regions:
+        check_regions(model, train, val, test)
+    momentum_model = queue = None
+    only_last = {}  # what going on needs and evaluation does not
     if args.queue:
-        # .train(), because a pretrained CLIP comes in evaluation mode
-        momentum_model = copy.deepcopy(model).train().requires_grad_(False)
+        momentum_model = copy.deepcopy(model).requires_grad_(False)
         queue = Queue(args.queue, args.dim, args.seed).to(device)
-        modules = {"momentum": momentum_model, "queue": queue}  # going on needs them, evaluation does not
-    loader = data.Loader(train, tokenizer, clip_model.context_length, clip_model.config.image_resolution,
-                         args.batch_size, 1, 1, train=True, seed=args.seed, workers=args.workers,
-                         rank=rank, world=world, pairs=True, crop=args.crop)
-    val_loader = eval.evaluation_loader(model, val, tokenizer, args.workers)
-    word_ends = torch.tensor([symbol.endswith("</w>") for symbol in tokenizer.symbols])
+        only_last = {"momentum": momentum_model, "queue": queue}
+    loader = eval.training_loader(args, train, model, views=1, captions=1, pairs=True)
+    val_loader = eval.evaluation_loader(model, val, args.workers)
+    tokenizer = eval.tokenizer_of(model)
     train_group = eval.layout(train)["image_group"].to(device)  # (instances,): equal where they show the same
     heads = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
     optimizer = torch.optim.AdamW([{"params": list(clip_model.parameters()), "peak": args.clip_lr},
                                    {"params": heads, "peak": args.lr}],
                                   lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps = args.epochs * len(loader)
-
-    def pack():
-        return {"regions": regions, "clip": clip.describe(clip_model), "heads": clip.describe_heads(model)}
-
-    def unpack(checkpoint):
-        clip_model.load_state_dict(checkpoint["clip"]["state_dict"])
-        clip.load_heads(model, checkpoint["heads"])
-
-    run = eval.Run(args, "train_user", optimizer, steps, len(loader), pack, unpack, modules)
+    run = eval.Run(args, optimizer, steps, len(loader),
+                   {"clip": clip_model, "heads": model, "regions": regions}, only_last)
     run.say(eval.about(args, clip_model, loader))
     run.say(f"{args.data}: {len(train):,} instances, enhancement {args.enhance}, {args.loss}, "
             f"queues of {args.queue:,}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
             f"{steps:,} steps on {device.type}")
-    model.train()
     for step, batch in run.batches(loader):
         for part in optimizer.param_groups:
             part["lr"] = part["peak"] * (0.1 if step >= args.lr_drop * steps else 1.0)
         data.seed_step(args.seed, step, rank)  # augmentation and dropout
-        tokens = augmented(batch["tokens"][:, 0], tokenizer, word_ends, args.augment)
+        tokens = data.changed_words(batch["tokens"][:, 0], tokenizer)
         batch = data.to_device(batch, device)
         pictures = batch["images"][:, 0]
         with clip.autocast(args.amp, clip_model):
@@ -522,7 +413,7 @@ def main(argv=None):
         images = losses.gather(images.float())  # (B, dim)
         texts = losses.gather(texts.float())
         group = losses.gather(train_group[batch["index"]])
-        loss = total_loss(args.loss, args.batch_weight, images, texts, group, keys, queue, args.mu or MU)
+        loss = total_loss(args, images, texts, group, keys, queue)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         eval.average_gradients(model.parameters())
@@ -532,9 +423,20 @@ def main(argv=None):
         if args.queue:
             queue.enqueue(*keys, group)
         if run.log(loss, args.batch_size):
-            metrics = eval.evaluate(model, val, tokenizer, args.amp, args.workers, val_loader)
+            metrics = eval.evaluate(model, val, args.amp, args.workers, val_loader)
             run.keep_best(metrics["rSum"], eval.recalls(metrics), val=metrics)
     eval.report(args, device)
+
+
+# ---------------------------------------------------------------- for eval.py
+
+def restore(checkpoint):
+    """The model of a checkpoint of this script."""
+    s = checkpoint["settings"]
+    model = USER(clip.from_description(checkpoint["clip"]), s["enhance"], s["unit_norm"], s["dim"],
+                 checkpoint["regions"])
+    clip.load_heads(model, checkpoint["heads"])
+    return model
 
 
 if __name__ == "__main__":

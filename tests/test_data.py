@@ -7,8 +7,10 @@ Real photos lie in ../shared/data; tests that need them skip where it is absent.
 import collections
 import csv
 import functools
+import glob
 import gzip
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -26,7 +28,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import transforms
 
 import clip
@@ -37,6 +39,8 @@ from eval import load_splits  # the module's name would hide Python's eval
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(ROOT, "..", "shared", "data")
+REAL = os.path.join(SHARED, "text2shape")
+REAL_SHAPES = sorted(glob.glob(os.path.join(REAL, data.VOXEL_FOLDER, "*", "*.nrrd")))
 
 
 # ---------------------------------------------------------------- helpers, for the other tests of data.py too
@@ -213,71 +217,103 @@ def test_word_terms():
 # ---------------------------------------------------------------- the renderer
 
 def march(voxels, view, size):
-    """The renderer written as loops over pixels and steps."""
+    """The renderer written as loops over pixels, steps and voxels."""
     n = len(voxels)
+    where = np.argwhere(voxels[..., 3] > 127)
+    solid = set(map(tuple, where.tolist()))
+    image = np.full((size, size, 3), 255, np.uint8)
+    if not solid:
+        return image
+    middle = (where.min(0) + where.max(0) + 1) / 2
     a = math.radians(30 * view)
     e = math.radians(30)
-    right = (math.cos(a), 0, -math.sin(a))
-    up = (-math.sin(a) * math.sin(e), math.cos(e), -math.cos(a) * math.sin(e))
-    ahead = (-math.sin(a) * math.cos(e), -math.sin(e), -math.cos(a) * math.cos(e))
-    steps = math.ceil(3 ** 0.5 * n)
-    first = np.full((size, size), np.nan)
-    colour = np.zeros((size, size, 3))
+    right = np.array([math.cos(a), 0, -math.sin(a)])
+    up = np.array([-math.sin(a) * math.sin(e), math.cos(e), -math.cos(a) * math.sin(e)])
+    back = np.array([math.sin(a) * math.cos(e), math.sin(e), math.cos(a) * math.cos(e)])
+    light = data.LIGHT @ [right, up, back]
+    window = n * (math.cos(e) + 2 ** 0.5 * math.sin(e))
+    steps = math.ceil(3 ** 0.5 * (n + 8))
+
+    @functools.cache
+    def blurred(x, y, z):
+        near = ((i, j, k) for i in range(5) for j in range(5) for k in range(5))
+        return sum(math.prod((1, 4, 6, 4, 1)[q] for q in (i, j, k)) for i, j, k in near
+                   if (x + i - 2, y + j - 2, z + k - 2) in solid)
     for r in range(size):
         for c in range(size):
-            u, v = (((k + 0.5) / size - 0.5) * 2 ** 0.5 * n for k in (c, size - 1 - r))
+            u, v = (((k + 0.5) / size - 0.5) * window for k in (c, size - 1 - r))
             for t in range(steps):
-                d = t - (steps - 1) / 2
-                x, y, z = (math.floor(n / 2 + u * right[i] + v * up[i] + d * ahead[i]) for i in range(3))
-                if min(x, y, z) >= 0 and max(x, y, z) < n and voxels[x, y, z, 3] > 127:
-                    first[r, c] = t
-                    colour[r, c] = voxels[x, y, z, :3]
+                at = middle + u * right + v * up - (t - (steps - 1) / 2) * back
+                x, y, z = map(math.floor, at)
+                if (x, y, z) in solid:
+                    normal = np.array([blurred(i - 1, j, k) - blurred(i + 1, j, k),
+                                       blurred(i, j - 1, k) - blurred(i, j + 1, k),
+                                       blurred(i, j, k - 1) - blurred(i, j, k + 1)])
+                    cosine = normal @ light / max(1, np.linalg.norm(normal))
+                    image[r, c] = voxels[x, y, z, :3] * (0.55 + 0.45 * max(0, cosine))
                     break
-    image = np.full((size, size, 3), 255, np.uint8)
-    if np.isnan(first).all():
-        return image
-    depth = np.where(np.isnan(first), np.nanmax(first) + 1, first) * size / (2 ** 0.5 * n)
-    for r, c in np.argwhere(~np.isnan(first)):
-        (t, b), (w, o) = [(max(k - 1, 0), min(k + 1, size - 1)) for k in (r, c)]
-        normal = np.array([(depth[r, o] - depth[r, w]) / (o - w), -(depth[b, c] - depth[t, c]) / (b - t), 1])
-        light = max(0, normal @ data.LIGHT / np.linalg.norm(normal))
-        image[r, c] = colour[r, c] * (0.55 + 0.45 * min(1, light))
+                i, j, k = x, y, z  # where the ray was before
     return image
 
 
 @pytest.mark.parametrize("grid, size, view",
-                         [(1, 4, 0), (4, 10, 1), (5, 16, 5), (8, 18, 3), (9, 12, 11), (16, 20, 8)])
+                         [(1, 4, 0), (4, 10, 1), (5, 16, 5), (8, 18, 3), (9, 12, 11), (9, 16, 8)])
 def test_renderer_equals_ray_marching(grid, size, view):
     rng = np.random.default_rng(grid)
-    for solid in (0.06, 1.0):
+    for solid, (x, y, z) in ((0, (0, 0, 0)), (0.06, (0, 0, 0)), (1, (0, 0, 0)), (0.7, (2, 1, 0)),
+                             (0.7, (0, 3, 1))):
         voxels = rng.integers(0, 256, (grid, grid, grid, 4), dtype=np.uint8)
         voxels[..., 3] = np.where(rng.random((grid, grid, grid)) < solid, 128, 127)  # only over 127 is solid
-        voxels[grid // 2, grid // 2, grid // 2, 3] = 128
-        ours = data.render(voxels, view, size)
+        voxels[:x, ..., 3] = voxels[:, :y, :, 3] = voxels[:, :, :z, 3] = 0
+        ours = data.render(voxels, view, size).astype(int)
         loops = march(voxels, view, size)
-        assert (ours != 255).any() and np.array_equal(ours == 255, loops == 255)
-        assert np.abs(ours.astype(int) - loops).max() <= 1  # float32 against float64, cut to whole levels
+        assert (ours != 255).any() == (voxels[..., 3] > 127).any()
+        assert np.abs(ours - loops).max() <= 1  # float32 against float64, cut to whole levels
 
 
-def test_renderer_empty_wrong_and_smallest():
+def test_renderer_smallest_and_wrong():
     empty = np.zeros((6, 6, 6, 4), np.uint8)
-    assert (data.render(empty, 2, 9) == 255).all()
-    assert data.render(np.full((6, 6, 6, 4), 200, np.uint8), 2, 1).shape == (1, 1, 3)
+    assert data.render(empty + np.uint8(200), 2, 1).shape == (1, 1, 3)
     refused(r"shape \(6, 6, 5, 4\)", data.render, empty[:, :, :5], 0, 8)
+
+
+def extent(image):
+    """(first, last) row, (first, last) column of what is not white."""
+    ink = (image != 255).any(-1)
+    return [line.nonzero()[0][[0, -1]] for line in (ink.any(1), ink.any(0))]
+
+
+@pytest.mark.parametrize("sides", [(32, 32, 32), (32, 9, 20), (13, 32, 27), (1, 1, 1)])
+def test_renderer_turns_shapes_about_their_middle(sides):
+    """Wherever a box lies in its grid, each view is the same, whole and in the middle of the picture."""
+    boxes = np.zeros((2, 32, 32, 32, 4), np.uint8)
+    boxes[0, :sides[0], :sides[1], :sides[2], 3] = 255
+    boxes[1, -sides[0]:, -sides[1]:, -sides[2]:, 3] = 255
+    for view in range(12):
+        image = data.render(boxes[0], view, 97)
+        assert np.array_equal(image, data.render(boxes[1], view, 97))
+        rows, columns = extent(image)
+        assert abs(sum(rows) - 96) <= 2 and abs(sum(columns) - 96) <= 2
+        cos, sin = abs(math.cos(math.radians(30 * view))), abs(math.sin(math.radians(30 * view)))
+        wide = cos * sides[0] + sin * sides[2]
+        high = 0.866 * sides[1] + 0.5 * (sin * sides[0] + cos * sides[2])
+        pixels = [last - first + 1 for first, last in (columns, rows)]
+        assert np.allclose(pixels, np.array([wide, high]) * 97 / (1.5731 * 32), atol=3)
 
 
 def test_renderer_orientation():
     """One voxel alone: y is up, x right, z to the viewer at view 0, and view k has turned by 30 k degrees."""
     def place(x, y, z, view, n=15, size=90):
         voxels = np.zeros((n, n, n, 4), np.uint8)
-        voxels[x, y, z] = 255
-        row, column = np.argwhere((data.render(voxels, view, size) != 255).any(-1)).mean(0)
+        voxels[[0, -1, x], [0, -1, y], [0, -1, z], 3] = 255  # two corners, so that the middle is the grid's
+        voxels[x, y, z, 1] = 200
+        row, column = np.argwhere(data.render(voxels, view, size)[..., 1] % 255 > 0).mean(0)
         return column - (size - 1) / 2, (size - 1) / 2 - row  # right, up
     assert np.allclose(place(7, 7, 7, 0), 0, atol=1)
     assert place(7, 12, 7, 0)[1] > 15 and place(7, 2, 7, 0)[1] < -15
-    assert place(12, 7, 7, 0)[0] > 20 and place(2, 7, 7, 0)[0] < -20
+    assert place(12, 7, 7, 0)[0] > 15 and place(2, 7, 7, 0)[0] < -15
     assert place(7, 7, 12, 0)[1] < -5  # seen from above, what is nearer lies lower
-    voxel = 90 / (2 ** 0.5 * 15)
+    voxel = 90 / (1.5731 * 15)
     for k in range(12):
         angle = math.radians(30 * k)
         assert place(12, 7, 7, k)[0] == pytest.approx(5 * voxel * math.cos(angle), abs=1.5)
@@ -289,6 +325,19 @@ def test_renderer_shades_alike_at_every_size():
     blocks = large.reshape(32, 4, 32, 4, 3)
     inside = (blocks != 255).all((1, 3, 4))
     assert inside.sum() > 100 and abs(blocks.mean((1, 3))[inside].mean() - small[inside].mean()) < 8
+
+
+def test_renderer_shades_each_face_evenly():
+    """A cuboid has three faces of one shade each, apart from their edges, and no pattern on them."""
+    voxels = np.zeros((32, 32, 32, 4), np.uint8)
+    voxels[4:28, 8:24, 4:28] = 200, 200, 200, 255
+    for size in (64, 224):
+        image = data.render(voxels, 1, size)[..., 0]
+        shades, counts = np.unique(image[image != 255], return_counts=True)
+        faces = np.sort(shades[np.argsort(counts)[-3:]].astype(int))
+        assert np.diff(faces).min() > 10 and np.sort(counts)[-3:].sum() > 0.6 * counts.sum()
+        top = image[size * 2 // 5:size * 9 // 20, size * 9 // 20:size * 11 // 20]
+        assert (top == faces[2]).all()
 
 
 # ---------------------------------------------------------------- pictures
@@ -730,12 +779,17 @@ def test_unknown_names_and_missing_roots(tmp_path):
 
 # ---------------------------------------------------------------- Text2Shape
 
-def nrrd(voxels, encoding="gzip", newline="\n", sizes=None, extra=(), kind="uint8"):
-    """The bytes of a voxel file as published: axes channel, x, y, z, the first varying fastest."""
-    sizes = sizes or " ".join(map(str, (voxels.shape[3], *voxels.shape[:3])))
+def nrrd(voxels, encoding="gzip", newline="\n", sizes=None, extra=(), kind="uint8", axes=(1, 2, 0),
+         signs=(1, 1, 1), directions=None):
+    """The bytes of a voxel file. Its first axis, which varies fastest, is the channel; the others run along
+    these of x, y, z (as published: y, z, x), or with a sign of -1 against them."""
+    vectors = np.diag(signs)[:, np.argsort(axes)] * 0.0028756132815033197
+    stated = " ".join(f"({','.join(map(repr, vector))})" for vector in vectors.tolist())
+    directions = f"space directions: none {stated}" if directions is None else directions
     header = ["NRRD0004", "# Complete NRRD file format specification at:", f"type: {kind}", "dimension: 4",
-              f"sizes: {sizes}", *extra, f"encoding: {encoding}", "", ""]
-    body = voxels.transpose(2, 1, 0, 3).tobytes()
+              "space dimension: 3", f"sizes: {sizes or '4 ' + ' '.join(map(str, voxels.shape[:3]))}",
+              *([directions] if directions else []), *extra, f"encoding: {encoding}", "", ""]
+    body = voxels.transpose(*axes[::-1], 3)[tuple(slice(None, None, sign) for sign in signs[::-1])].tobytes()
     return newline.join(header).encode("latin1") + (body if encoding == "raw" else gzip.compress(body))
 
 
@@ -743,25 +797,61 @@ def cube(seed, n=6):
     return np.random.default_rng(seed).integers(0, 256, (n, n, n, 4), dtype=np.uint8)
 
 
-COMMENTS = ["# a: comment", "type:=float", "space directions: none (1,0,0)"]
+COMMENTS = ["# a: comment", "type:=float", "space directions:=none (1,0,0)"]
 
 
 @pytest.mark.parametrize("options", [
     dict(), dict(encoding="raw"), dict(encoding="gz", newline="\r\n"), dict(encoding="raw", newline="\r\n"),
-    dict(sizes="  4 \t6  6 6 "), dict(kind="unsigned char", extra=COMMENTS)])
+    dict(sizes="  4 \t6  6 6 "), dict(kind="unsigned char", extra=COMMENTS),
+    dict(directions=""), dict(directions="space directions:  none(0, 2e-3,1e-19)\t( 0,-0.0,3) (1,0,0)")])
 def test_nrrd(tmp_path, options):
     (tmp_path / "a.nrrd").write_bytes(nrrd(cube(1), **options))
     assert np.array_equal(data.read_nrrd(str(tmp_path / "a.nrrd")), cube(1))
 
 
+def test_nrrd_axes(tmp_path):
+    """However the axes of a file lie, x, y and z are read; as published, y varies fastest and x slowest."""
+    path = tmp_path / "a.nrrd"
+    for axes in itertools.permutations(range(3)):
+        for signs in itertools.product((1, -1), repeat=3):
+            path.write_bytes(nrrd(cube(2), "raw", axes=axes, signs=signs))
+            assert np.array_equal(data.read_nrrd(str(path)), cube(2))
+    x, y, z = 1, 2, 3
+    body = bytearray(4 * 6 ** 3)
+    body[4 * (y + 6 * z + 36 * x)] = 7
+    path.write_bytes(nrrd(cube(2), "raw")[:-len(body)] + body)
+    assert np.argwhere(data.read_nrrd(str(path))).tolist() == [[x, y, z, 0]]
+
+
+@pytest.mark.parametrize("axes, signs", [((1, 2, 0), (1, 1, 1)), ((0, 2, 1), (1, -1, 1)),
+                                         ((2, 0, 1), (-1, 1, -1))])
+def test_nrrd_equals_pynrrd(tmp_path, axes, signs):
+    pynrrd = pytest.importorskip("nrrd")
+    (tmp_path / "a.nrrd").write_bytes(nrrd(cube(3), axes=axes, signs=signs))
+    for path in [str(tmp_path / "a.nrrd"), *REAL_SHAPES]:
+        theirs, header = pynrrd.read(path)  # axes as in the file
+        directions = header["space directions"][1:]
+        for i, vector in enumerate(directions, 1):
+            theirs = np.flip(theirs, i) if vector.sum() < 0 else theirs
+        order = [1 + np.flatnonzero(directions[:, axis]).item() for axis in range(3)]
+        assert np.array_equal(data.read_nrrd(path), theirs.transpose(*order, 0))
+
+
 GOOD_NRRD, RAW_NRRD = nrrd(cube(1)), nrrd(cube(1), "raw")
 BAD_SIZES = ["3 6 6 6", "4 6 6", "4 -6 -6 -6", "4 0 0 0", "4 \xb2 \xb2 \xb2", "4 513 513 513",
              "4 " + " ".join(["9" * 5000] * 3)]
+BAD_DIRECTIONS = [
+    "none (1,0,0)", "none (1,0,0) (0,1,0) (0,0,1) (0,0,0)", "(1,0,0) (0,1,0) (0,0,1) none", "",
+    "none (1,0,0) (0,1,0) (0,1,0)", "none (1,0,0) (0,1,0) (0,0,0)", "none (1,0,0) (0,1,0) (0,0,nan)",
+    "none (1,0,0) (0,1,0.1) (0,-0.1,1)", "none (1,0,0) (0,1,0) (0,0,x)", "none (1,0,0) (0,1,0) (0,0)",
+    "none (1e999,0,0) (0,1,0) (0,0,1)", "none (" + "1" * 5000]
 BAD_NRRD = [
     (b"", "not an NRRD"), (b"PK" + GOOD_NRRD, "not an NRRD"), (b"NRRD0004\n" + b"a" * 100000, "not an NRRD"),
     (nrrd(cube(1), kind="float"), "type float"), (GOOD_NRRD.replace(b"type:", b"tipe:"), r"type \?"),
     (nrrd(cube(1), sizes="4 6 6 7"), "sizes 4 6 6 7; expected 4 n n n"),
     *[(nrrd(cube(1), sizes=sizes), "sizes .*; expected 4 n n n") for sizes in BAD_SIZES],
+    *[(nrrd(cube(1), directions=f"space directions: {stated}"), "space directions .*; expected none and")
+      for stated in BAD_DIRECTIONS],
     (nrrd(cube(1), "hex"), "encoding hex"), (nrrd(cube(1), extra=["data file: b.raw"]), "in another file"),
     (GOOD_NRRD[:-300], "truncated"), (GOOD_NRRD[:-4], "truncated"),
     (GOOD_NRRD[:-8] + bytes([GOOD_NRRD[-8] ^ 1]) + GOOD_NRRD[-7:], "damaged gzip"),
@@ -836,6 +926,55 @@ def test_text2shape_without_splits_voxels_or_with_views(tmp_path, capsys):
     assert {x.id for x in instances} == train - {second, third} and instances[0].id == first
     assert [os.path.basename(view) for view in instances[0].images] == ["01.png", "02.png", "10.png"]
     refused("no rows in split 'dev'", data.load, "text2shape", str(tmp_path), "dev")
+
+
+@pytest.mark.skipif(not REAL_SHAPES, reason="needs ../shared/data/text2shape")
+def test_real_shapes_are_whole_and_in_the_middle():
+    for path in REAL_SHAPES:
+        voxels = data.read_nrrd(path) & np.uint8([0, 0, 0, 255])  # black: all that is solid can be seen
+        for view in range(12):
+            (top, bottom), (left, right) = extent(data.render(voxels, view, 64))
+            assert min(top, left) > 0 and max(bottom, right) < 63
+            assert view % 3 or abs(left + right - 63) <= 1  # along an axis it is as wide as its box
+
+
+def fitted(image):
+    """float (32, 32, 3): what is not white, made as large as fits."""
+    (top, bottom), (left, right) = extent(image)
+    cut = Image.fromarray(image[top:bottom + 1, left:right + 1])
+    return np.asarray(ImageOps.pad(cut, (32, 32), color="white"), float)
+
+
+@pytest.mark.skipif(not REAL_SHAPES, reason="needs ../shared/data/text2shape")
+def test_real_shapes_look_like_their_reference():
+    """The reference camera stands between views 7 and 8. Lying, upside down or turned, a shape differs more
+    (mirrored it does not: most are symmetric)."""
+    differ = collections.Counter()
+    for path in REAL_SHAPES:
+        voxels = data.read_nrrd(path)
+        theirs = Image.open(os.path.join(REAL, "reference", os.path.basename(path)[:-5] + ".png"))
+        white = Image.new("RGBA", theirs.size, "white")
+        theirs = np.asarray(Image.alpha_composite(white, theirs).convert("RGB"))
+        for axes in itertools.permutations(range(3)):
+            for up, near in itertools.product((1, -1), repeat=2):
+                turned = voxels.transpose(*axes, 3)[:, ::up, ::near]
+                for view in (7, 8):
+                    ours = data.render(turned, view, 64)
+                    differ[axes, up, near] += np.abs(fitted(ours) - fitted(theirs)).mean()
+                    if (axes, up, near) == ((0, 1, 2), 1, 1):
+                        means = [image[(image != 255).any(-1)].mean(0) for image in (ours, theirs)]
+                        assert means[0] @ means[1] > 0.995 * math.prod(map(np.linalg.norm, means))  # colours
+    upright = differ.pop(((0, 1, 2), 1, 1))
+    assert len(differ) == 23 and upright < 0.85 * min(differ.values())
+
+
+@pytest.mark.skipif(not REAL_SHAPES, reason="needs ../shared/data/text2shape")
+def test_real_text2shape():
+    parts = splits("text2shape", REAL)
+    assert [len(part) for part in parts.values()] == [5, 1, 1]
+    for x in itertools.chain(*parts.values()):
+        views = [data.pixels(image, 32) for image in x.images]
+        assert len(views) == 12 and len({view.tobytes() for view in views}) > 5
 
 
 def test_broken_text2shape(tmp_path):

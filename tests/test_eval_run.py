@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -23,8 +24,9 @@ import clip
 import data
 import eval
 import train_adapter
-from runs import (SMALL, arguments, evaluated, in_process, kept_signals, log, metrics,  # noqa: F401
-                  refused, squares)
+import train_mxm
+from runs import (ENV, ROOT, SMALL, arguments, evaluated, in_process, kept_signals, log, metrics,  # noqa: F401
+                  refused, squares, timeless)
 
 EPOCHS, STEPS_PER_EPOCH = 3, 2
 
@@ -34,12 +36,12 @@ EPOCHS, STEPS_PER_EPOCH = 3, 2
 def test_progress_plain(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(sys, "stderr", out)
-    progress = eval.Progress(10, start=4, every=0)
-    progress.step(5, 64, loss=1.23456)
+    progress = eval.Progress(10, start=4)
+    progress.step(5, 64, loss=1.23456)  # the first step at once: it says how long the run takes
+    progress.step(6, 64, loss=2.0)  # too early
     progress.line("a remark")
-    eval.Progress(10, every=1e9).step(5, 64, loss=2.0)  # too early
-    eval.Progress(10, every=1e9).step(10, 64, loss=3.0)  # the last is always said
-    eval.Progress(10, every=0, quiet=True).step(10, 64, loss=4.0)
+    progress.step(10, 64, loss=3.0)  # the last is always said
+    eval.Progress(10, quiet=True).step(10, 64, loss=4.0)
     lines = out.getvalue().split("\n")
     assert re.fullmatch(r"step 5/10  loss 1\.235  [\d,]+ samples/s  \d+:\d\d left", lines[0])
     assert lines[1] == "a remark" and lines[2].startswith("step 10/10  loss 3 ") and lines[3:] == [""]
@@ -51,7 +53,6 @@ def test_progress_on_a_terminal(monkeypatch):
     with os.fdopen(slave, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         progress = eval.Progress(2)
-        progress.last = 0
         progress.step(1, 64, loss=1.5)
         progress.step(2, 64, loss=0.5)
         progress.line("done")
@@ -106,41 +107,127 @@ def test_one_of_several_processes_ends_at_once(error, code, last, monkeypatch, c
     assert said.startswith("Traceback") == isinstance(error, KeyError)
 
 
-def test_open_run_moves_an_old_run_aside(tmp_path, capsys):
-    out = tmp_path / "run"
-    for number in range(3):
-        with_slash = f"{out}{os.sep}"  # which changes nothing
-        assert eval.open_run(with_slash, {"lr": number}, False) is None
-        (out / "last.pt").write_text(str(number))
-    assert [(tmp_path / f"run{end}" / "last.pt").read_text() for end in (".1", ".2", "")] == ["0", "1", "2"]
-    assert json.loads((out / "config.json").read_text()) == {"lr": 2}
-    assert json.loads((tmp_path / "run.1" / "config.json").read_text()) == {"lr": 0}
-    assert f"moved to {out}.2" in capsys.readouterr().err
+def folder_of(out, **settings):
+    """The folder of a run of a script that has ended, with a checkpoint at step 6."""
+    args = argparse.Namespace(**{"out": str(out), "method": "toy", "epochs": 3, "lr": 0.1, "resume": False,
+                                 "workers": 0, "new": None} | settings)
+    eval.open_folder(args, 0)
+    clip.save_checkpoint(os.path.join(args.out, "last.pt"), {"method": "toy", "settings": vars(args), "step": 6})
+    return args
 
 
-def test_open_run_resumes(tmp_path):
-    out, settings = tmp_path, {"lr": 0.1, "out": "x", "workers": 0, "resume": False, "new": None}
-    with pytest.raises(clip.CheckpointError, match="there is no .*last.pt"):
-        eval.open_run(out / "nothing", settings, True)
-    assert not (out / "nothing").exists()
-    clip.save_checkpoint(out / "last.pt", {"settings": {"lr": 0.1, "out": "y", "workers": 3}, "step": 6})
+def test_an_earlier_run_is_moved_aside_alone(tmp_path, capsys):
+    """What the user put beside it stays, and a link stays a link."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to("disk")
+    for lr in (1, 2, 3):
+        folder_of(tmp_path / "link" / "", lr=lr)  # a slash changes nothing
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path / "disk")) == ["config.json", "last.pt", "notes.txt"]
+    rates = [json.loads((tmp_path / f"disk{end}" / "config.json").read_text())["lr"] for end in (".1", ".2", "")]
+    assert rates == [1, 2, 3] and sorted(os.listdir(tmp_path / "disk.1")) == ["config.json", "last.pt"]
+    assert "an earlier run was moved to" in capsys.readouterr().err
+    (tmp_path / "lost").symlink_to("no such disk")
+    with pytest.raises(clip.CheckpointError, match="a link to nowhere"):
+        folder_of(tmp_path / "lost")
+
+
+def test_a_folder_is_held_while_its_run_lives(tmp_path):
+    args = folder_of(tmp_path / "run")
+    config = str(tmp_path / "run" / "config.json")
+    code = f"import eval, time; held = eval.lock({config!r}); print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        for resume in (False, True):
+            with pytest.raises(clip.CheckpointError, match="another run is writing to this folder"):
+                eval.open_folder(argparse.Namespace(**vars(args) | {"resume": resume}), 6)
+        assert os.listdir(tmp_path) == ["run"]
+    finally:
+        other.kill()
+        other.communicate()
+    assert eval.open_folder(args, 0)  # the lock has ended with its process
+
+
+def test_a_run_goes_on_with_its_settings(tmp_path):
+    args = folder_of(tmp_path)
+
+    def resumed(more_epochs=False, **changed):
+        return eval.resumed(argparse.Namespace(**vars(args) | {"resume": True} | changed), more_epochs)["step"]
+    assert resumed() == resumed(workers=2, out=str(tmp_path) + "/") == resumed(newer=None) == 6
+    assert resumed(more_epochs=True, epochs=5) == 6
+    for changed, says in (({"lr": 0.2}, "--lr was 0.1 and is 0.2 now"), ({"new": 1}, "--new was None and is 1"),
+                          ({"method": "fork"}, "is a run of toy.py, and this is fork.py"),
+                          ({"epochs": 5}, "falls over 3 epochs, so that --epochs 5 is another run"),
+                          ({"out": str(tmp_path / "none")}, "last.pt: is not there")):
+        with pytest.raises(clip.CheckpointError, match=re.escape(says)):
+            resumed(**changed)
+
+
+def test_a_log_is_cut_where_a_run_goes_on(tmp_path):
+    args = folder_of(tmp_path)
     lines = ['{"step": 3, "loss": 2}\n', '{"step": 6, "loss": 1}\n',
              '{"step": 9, "loss": 0.5}\n', '{"step": 6, "lo']
-    (out / "log.jsonl").write_text("".join(lines))
-    (out / ".writing-abc").write_text("left by a kill")
-    # a process that is not the first only reads
-    assert eval.open_run(out, settings, True, first=False)["step"] == 6
-    assert (out / "log.jsonl").read_text() == "".join(lines) and not (out / "config.json").exists()
-    assert eval.open_run(out, settings | {"workers": 2}, True)["step"] == 6
-    assert eval.open_run(out, settings | {"newer": False}, True)["step"] == 6  # an option that is off
-    with pytest.raises(clip.CheckpointError, match="--newer was None .* and is True now"):
-        eval.open_run(out, settings | {"newer": True}, True)
-    assert (out / "log.jsonl").read_text() == "".join(lines[:2])
-    assert sorted(os.listdir(out)) == ["config.json", "last.pt", "log.jsonl"]
-    with pytest.raises(clip.CheckpointError, match="--lr was 0.1 .* 0.2 now"):
-        eval.open_run(out, settings | {"lr": 0.2}, True)
+    (tmp_path / "log.jsonl").write_text("".join(lines))
+    (tmp_path / ".writing-abc").write_text("left by a kill")
+    eval.open_folder(argparse.Namespace(**vars(args) | {"resume": True}), 6)
+    assert (tmp_path / "log.jsonl").read_text() == "".join(lines[:2])
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "last.pt", "log.jsonl"]
     with pytest.raises(clip.CheckpointError, match="log.jsonl: cannot be written"):
-        eval.log_line(out / "config.json", step=1)
+        eval.log_line(tmp_path / "config.json", step=1)
+
+
+def test_resume_alone_takes_the_settings_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", "mine.csv", "--clip", "tiny", "--lr", "0.5", "--views", "3", "--seed", "9", "--crop", "0"]
+    args = train_mxm.settings(words)
+    eval.write_json(os.path.join(args.out, "config.json"), vars(args))
+    for more in (["--data", "mine.csv"], ["--out", args.out]):
+        again = train_mxm.settings(["--resume", *more])
+        assert vars(again) == vars(args) | {"resume": True}
+    assert train_mxm.settings(["--resume", "--data", "mine.csv", "--lr", "0.1"]).lr == 0.1  # `resumed` refuses it
+
+
+def test_seeds_of_any_size():
+    seeds = [eval.seed(text) for text in ("0", "7", str(2 ** 63 - 1), str(2 ** 63), str(2 ** 64), "9" * 40)]
+    assert seeds[:3] == [0, 7, 2 ** 63 - 1] and len(set(seeds)) == 6
+    for value in seeds:
+        data.seed_everything(value)
+        data.seed_step(value, 3)
+
+
+DATA_OF_A_RUN = ({"colour": ["blue", "red"]}, [("a", "red"), ("b", "blue"), ("c", "red")])
+
+
+def own_splits(classes, rows):
+    """[(instances, classes)] of train, val and test, which are alike, as data.load_splits returns them."""
+    return [([data.Instance(id, ["x.png"], [f"a {name} thing"],
+                            {"colour": classes["colour"].index(name) if name else -1}) for id, name in rows],
+             classes) for _ in range(3)]
+
+
+@pytest.mark.parametrize("classes, rows, says", [
+    (*DATA_OF_A_RUN, ""),
+    ({"colour": ["blue", "red"]}, DATA_OF_A_RUN[1][:2] + [("c", "")], "training data have changed"),
+    ({"colour": ["red"]}, [("a", "red"), ("b", ""), ("c", "red")], "training data have changed"),
+    ({"colour": ["blue", "red", "teal"]}, DATA_OF_A_RUN[1], "colour = teal is new, and the run has no place")])
+def test_a_run_goes_on_with_its_classes(classes, rows, says, monkeypatch, capsys):
+    args = argparse.Namespace(download=False, data="mine.csv", root=None, crop=None, clip="tiny", trained_on=None)
+    monkeypatch.setattr(data, "load_splits", lambda *_: own_splits(*DATA_OF_A_RUN))
+    eval.load_splits(args)
+    assert args.crop == 0.5 and args.trained_on["classes"] == DATA_OF_A_RUN[0]
+    given = classes
+    monkeypatch.setattr(data, "load_splits", lambda *_, classes=given: own_splits(classes, rows))
+    if "new" in says:
+        with pytest.raises(data.DataError, match=says):
+            eval.load_splits(args)
+        return
+    for instances, known in eval.load_splits(args):
+        assert known == DATA_OF_A_RUN[0]
+        for x, (_, name) in zip(instances, rows):
+            assert x.labels["colour"] == (known["colour"].index(name) if name else -1)
+    assert says in capsys.readouterr().err
 
 
 def test_restore_imports_nothing_but_the_methods(tmp_path, monkeypatch):
@@ -148,7 +235,7 @@ def test_restore_imports_nothing_but_the_methods(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     for method in ("evil_method", "os", None, ["train_mxm"], "train_mxm.losses"):
         clip.save_checkpoint(tmp_path / "x.pt", {"method": method})
-        with pytest.raises(clip.CheckpointError, match="which is none of train_"):
+        with pytest.raises(clip.CheckpointError, match="there is no such train_"):
             eval.restore(tmp_path / "x.pt")
 
 
@@ -169,15 +256,9 @@ class Toy:
         self.model = torch.nn.Linear(1, 1)
         self.module = torch.nn.Linear(1, 1)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        args = argparse.Namespace(out=str(out), resume=resume, epochs=EPOCHS, eval_every=eval_every)
-        self.run = eval.Run(args, "toy", optimizer, EPOCHS * STEPS_PER_EPOCH, STEPS_PER_EPOCH,
-                            self.pack, self.unpack, {"module": self.module})
-
-    def pack(self):
-        return {"model": clip.weights(self.model)}
-
-    def unpack(self, checkpoint):
-        self.model.load_state_dict(checkpoint["model"])
+        args = argparse.Namespace(method="toy", out=str(out), resume=resume, epochs=EPOCHS, eval_every=eval_every)
+        self.run = eval.Run(args, optimizer, EPOCHS * STEPS_PER_EPOCH, STEPS_PER_EPOCH, {"model": self.model},
+                            {"module": self.module})
 
     def steps(self):
         """Train; yields (number of the epoch, whether to evaluate, the step's loss) after each step."""
@@ -211,14 +292,16 @@ def test_what_a_run_logs_and_writes_in_which_order(tmp_path, monkeypatch):
         asked.append(evaluate)
         losses.append(loss)
         if evaluate:
-            toy.run.keep_best(10.0 * epoch, "a message", val={"score": 10.0 * epoch})
+            toy.run.keep_best(10.0 * epoch, "a message", val={"of": epoch})
     assert asked == [False, False, False, True, False, True]  # the second epoch, and the last
     assert events == [("last.pt", 0), ("log", 2), ("last.pt", 2), ("best.pt", 4), ("log", 4), ("last.pt", 4),
                       ("best.pt", 6), ("log", 6), ("last.pt", 6)]
     means = [pytest.approx((losses[i] + losses[i + 1]) / 2) for i in (0, 2, 4)]
-    assert log(tmp_path) == [{"step": 2, "epoch": 1, "loss": means[0], "scale": 1.0},
-                             {"step": 4, "epoch": 2, "loss": means[1], "scale": 3.0, "val": {"score": 20.0}},
-                             {"step": 6, "epoch": 3, "loss": means[2], "scale": 5.0, "val": {"score": 30.0}}]
+    rows = timeless(log(tmp_path))
+    common = {"norm": 0.0, "lr": 0.1}
+    assert rows == [{"step": 2, "epoch": 1, "loss": means[0], "scale": 1.0} | common,
+                    {"step": 4, "epoch": 2, "loss": means[1], "scale": 3.0, "score": 20.0, "val": {"of": 2}} | common,
+                    {"step": 6, "epoch": 3, "loss": means[2], "scale": 5.0, "score": 30.0, "val": {"of": 3}} | common]
     assert len(toy.run.seconds) == 6 and toy.run.seconds_per_step() in toy.run.seconds
     best = clip.load_checkpoint(tmp_path / "best.pt")
     last = clip.load_checkpoint(tmp_path / "last.pt")
@@ -294,18 +377,19 @@ def test_a_gpu_is_joined_by_its_number(asked, index, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", joined.append)
     monkeypatch.setattr(data, "seed_everything", lambda seed: None)
     device = torch.device("cuda", index)
-    assert eval.join(argparse.Namespace(device=asked, seed=0)) == (0, 1, device) and joined == [device]
+    assert eval.join(argparse.Namespace(device=asked, seed=0)) == device and joined == [device]
 
 
 # ---------------------------------------------------------------- several checkpoints, embeddings, curves
 
+FROZEN = ["--clip", "{folder}/mxm/best.pt", "--cache", "{folder}/cache"]
 RUNS = {"mxm": ["train_mxm"], "clip": ["train_mxm", "--loss", "clip", "--seed", "1"],
         "user": ["train_user", "--queue", "0", "--dim", "16"],
         "adapter": ["train_adapter", "--clip", "{folder}/mxm/best.pt", "--frames", "2", "--lr", "0.01"],
-        "head": ["train_adapter", "--clip", "{folder}/mxm/best.pt", "--tune", "head", "--lr", "0.01"],
-        "class": ["train_clip4cmr", "--dim", "32"],
-        "class-1": ["train_clip4cmr", "--dim", "32", "--seed", "1"],
-        "class-outer": ["train_clip4cmr", "--dim", "32", "--task", "outer"],
+        "lora": ["train_adapter", "--clip", "{folder}/mxm/best.pt", "--tune", "lora", "--lr", "0.01"],
+        "class": ["train_clip4cmr", *FROZEN, "--dim", "32"],
+        "class-1": ["train_clip4cmr", *FROZEN, "--dim", "32", "--seed", "1"],
+        "class-outer": ["train_clip4cmr", *FROZEN, "--dim", "32", "--task", "outer"],
         "cmaclip": ["train_cmaclip", "--layers", "1"]}
 
 
@@ -328,17 +412,16 @@ def run(squares, tmp_path_factory):
 
 def score_matrix(path, instances):
     """The scores of all captions with all images (C, N) by one checkpoint's model."""
-    model, tokenizer, checkpoint = eval.restore(path, "cpu")
+    model, checkpoint = eval.restore(path, "cpu")
     if checkpoint["method"] == "train_adapter":
-        loader = train_adapter.evaluation_loader(model, instances,
-                                                 argparse.Namespace(**checkpoint["settings"]))
+        loader = eval.evaluation_loader(model, instances, frames=checkpoint["settings"]["frames"])
         frames, mask, texts = train_adapter.embed(model, loader, "off")
         return train_adapter.similarity(texts, frames, mask)
-    images, texts = eval.embed(model, instances, tokenizer, "off")
+    images, texts = eval.embed(model, instances, "off")
     return texts @ images.t()
 
 
-@pytest.mark.parametrize("names", [("mxm", "clip"), ("mxm", "user", "clip"), ("adapter", "head"),
+@pytest.mark.parametrize("names", [("mxm", "clip"), ("mxm", "user", "clip"), ("adapter", "lora"),
                                    ("adapter", "user"), ("class", "class-1")])
 def test_the_mean_of_several_models(names, run, squares, tmp_path, capsys):
     files = [run(name) / "best.pt" for name in names]
@@ -360,7 +443,8 @@ def test_the_mean_of_several_models(names, run, squares, tmp_path, capsys):
         expected = {"text_to_image": eval.class_metrics(scores, text_labels, labels, classes),
                     "image_to_text": eval.class_metrics(scores.t(), labels, text_labels, classes)}
     else:
-        expected = eval.both_ways(scores, scores.t(), **eval.layout(instances))
+        functions = (lambda rows: scores[rows]), (lambda rows: scores.t()[rows])
+        expected = eval.retrieval_metrics(None, None, **eval.layout(instances), scores=functions)
     for way in eval.WAYS:
         found = {name: value for name, value in rows[title][way].items() if isinstance(value, float)}
         assert found == pytest.approx({name: expected[way][name] for name in found})
@@ -396,6 +480,7 @@ def test_embeddings(names, run, squares, tmp_path):
         assert found["ids"].tolist() == [x.id for x in instances]
         assert found["groups"].tolist() == [x.group for x in instances]
         assert found["owners"].tolist() == eval.caption_owner(instances).tolist()
+        assert found["captions"].tolist() == [caption for x in instances for caption in x.captions]
         if names[0] != "class-outer":
             colours = [tasks["outer"][x.labels["outer"]] if "outer" in x.labels else "" for x in instances]
             assert found["label_outer"].tolist() == colours and "" in colours
@@ -456,17 +541,74 @@ def test_damaged_metrics_are_written_anew(tmp_path):
     assert json.loads(path.read_text()) == {"test": {"model": {"rSum": 1.0}, "mean": {}}, "val": {}}
 
 
-def test_curves_command(run, tmp_path, monkeypatch, capsys):
-    """A run of every method, each with the metric that best.pt is chosen by."""
-    for name, metric in (("mxm", "rSum"), ("user", "rSum"), ("adapter", "rSum"), ("class", "mAP"),
-                         ("cmaclip", "accuracy")):
-        found, losses, values = eval.read_curves(run(name))
-        assert found == metric and losses == [(line["step"], line["loss"]) for line in log(run(name))]
-        best = clip.load_checkpoint(run(name) / "best.pt")
-        assert max(value for _, value in values) == best["state"]["best"]
+def test_curves_command(run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    eval.main(["--curves", *(str(run(name)) for name in ("mxm", "clip", "class"))])
-    assert Image.open("curves.png").size[0] == 800 and os.listdir() == ["curves.png"]
-    assert refused(capsys, ["--curves", tmp_path], eval.main).count(str(tmp_path)) == 1
-    for argv in ([], ["--curves", tmp_path, "--checkpoint", "best.pt"]):
-        assert "give either --checkpoint or --curves" in refused(capsys, argv, eval.main)
+    eval.main(["--curves", *(str(run(name)) for name in ("mxm", "clip"))])
+    assert os.listdir() == ["curves.png"]
+
+
+@pytest.mark.parametrize("argv, says", [
+    ([], "give one of --checkpoint"), (["--curves", "x", "--checkpoint", "best.pt"], "give one of --checkpoint"),
+    (["--clip", "tiny"], "--clip needs --data"), (["--checkpoint", "x", "--top", "3"], "--top is for --query"),
+    (["--checkpoint", "x", "--prompt", "a {}"], "--prompt is for --clip"),
+    (["--clip", "x", "--data", "y", "--prompt", "a photo"], "{} is missing"),
+    (["--checkpoint", "x", "--query", "red", "--attention", "a.png"], "--attention and --query")])
+def test_flags_that_do_not_work_together(argv, says, capsys):
+    assert says in refused(capsys, argv, eval.main)
+
+
+# ---------------------------------------------------------------- a CLIP as it is, folders, queries
+
+def test_a_clip_as_it_is(run, squares, tmp_path, capsys):
+    """Retrieval as of the run's own checkpoint, and classes by the mean of their prompts."""
+    path = run("mxm") / "best.pt"
+    prompts = ["a {} square", "the frame is {}"]
+    eval.main(["--clip", str(path), "--data", str(squares), "--device", "cpu", "--amp", "off", "--out",
+               str(tmp_path), "--prompt", *prompts])
+    rows = metrics(tmp_path)["test"]
+    assert rows["model"] == metrics(run("mxm"))["test"]["model"] and rows.keys() >= {"chance", "zero-shot"}
+    instances, tasks = data.load(squares, split="test")
+    model, _ = clip.load(path, "cpu")
+    images, _ = eval.embed(model, instances, "off")
+    for task, names in tasks.items():
+        right = []
+        for x, image in zip(instances, images):
+            scores = []
+            for name in names:
+                tokens = model.tokenizer([prompt.format(name) for prompt in prompts], model.context_length)
+                with torch.no_grad():
+                    text = torch.nn.functional.normalize(model.encode_text(tokens), dim=1).mean(0)
+                scores.append((image @ text / text.norm()).item())
+            if task in x.labels:
+                right.append(names[x.labels[task]] == names[int(np.argmax(scores))])
+        assert rows["zero-shot"][task]["accuracy"] == pytest.approx(100 * np.mean(right))
+    assert "inner, zero-shot: accuracy" in capsys.readouterr().out
+
+
+def test_a_folder_of_pictures_is_searched(run, squares, tmp_path, monkeypatch, capsys):
+    """Several queries, whose results name files; features are kept, so that no picture is encoded again."""
+    (tmp_path / "pictures" / "more").mkdir(parents=True)
+    for i in range(5):
+        os.link(os.path.join(os.path.dirname(squares), f"{i}-0.png"), tmp_path / "pictures" / "more" / f"{i}.png")
+    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
+    (tmp_path / "pictures" / "._1.png").write_text("hidden")
+    monkeypatch.chdir(tmp_path)
+    argv = ["--checkpoint", str(run("mxm")), "--data", "pictures", "--device", "cpu", "--amp", "off"]
+    eval.main([*argv, "--query", "a red square", "blue", "--gallery", "q.png", "--top", "3", "--embeddings", "e.npz"])
+    said = capsys.readouterr().out
+    assert said.startswith("a red square:") and "\nblue:" in said and said.count("pictures/more/") == 6
+    with np.load("e.npz") as found:
+        assert found["ids"].tolist() == [f"more/{i}.png" for i in range(5)] and len(found["texts"]) == 0
+        images = found["images"]
+    kept = np.load(os.path.join("runs", "features", os.listdir("runs/features")[0]))
+    assert np.allclose(kept, images) and sorted(os.listdir()) == ["e.npz", "pictures", "q.png", "runs"]
+    monkeypatch.setattr(eval, "embed_images", None)
+    eval.main([*argv, "--query", "a red square", "blue", "--top", "3"])
+    assert capsys.readouterr().out == said.partition("written")[0]
+
+
+def test_all_splits_at_once(run, squares, tmp_path):
+    evaluated(run("mxm"), "--split", "all", "--embeddings", tmp_path / "e.npz", "--out", tmp_path)
+    with np.load(tmp_path / "e.npz") as found:
+        assert found["ids"].tolist() == [f"s{i}" for i in range(40)]

@@ -1,5 +1,5 @@
 """Tests of train_user.py: its model against a plain version that takes each sample alone, without padding;
-momentum, queues and augmentation against brute force; then whole runs.
+its loss, momentum and queues against brute force; then whole runs.
 
     python -m pytest tests/test_user.py
 """
@@ -8,28 +8,23 @@ import itertools
 import json
 import math
 import os
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import clip
 import data
 import eval
-import losses
 import runs
 import train_user
-from runs import in_process  # noqa: F401 (fixtures that act by being here)
 from runs import FILES, SMALL, arguments, log, metrics, refused
-from train_user import GPO, SGE, USER, Queue, augmented, guided_enhancement, main, momentum_update, settings
-from train_user import total_loss
+from runs import in_process  # noqa: F401 (a fixture that acts by being here)
+from train_user import GPO, LOSSES, SGE, USER, Queue, main, momentum_update, settings, total_loss
 
 CAPTIONS = ["a red square on blue", "wet", "a blue thing that is soft to touch", "red"]
-LENGTHS = (3, 5, 1, 5)  # of sets of local features
 
 
 def small_clip(seed=0):
@@ -43,9 +38,7 @@ def small_clip(seed=0):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """A smaller tiny CLIP; files of region features are read anew."""
     monkeypatch.setitem(clip.MODELS, "tiny", SMALL)
-    data._regions.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +63,10 @@ def shaken(module, seed=0):
     return module
 
 
-def local_features(columns):
-    """x (4, columns, 6) with LENGTHS features and garbage after them; the mask; each set alone, in double."""
-    torch.manual_seed(0)
-    x = torch.randn(4, columns, 6)
-    mask = torch.arange(columns) < torch.tensor(LENGTHS)[:, None]
-    x[~mask] = 7.0
-    return x, mask, [row[:length].double() for row, length in zip(x, LENGTHS)]
-
-
 # ---------------------------------------------------------------- the model: each set (L, D) alone, in double
 
-def plain_guided(x, g, smooth):
-    a = (smooth * x @ g).softmax(0)
+def plain_guided(x, g):
+    a = (x @ g).softmax(0)
     return x + torch.outer(a / (a @ a).sqrt(), g)
 
 
@@ -101,6 +85,12 @@ def plain_sge(sge, sets):
     return out
 
 
+def plain_cge(cge, clip_embedding):
+    first_norm, first, norm, _, last = cge.projection
+    fixed = clip_embedding.detach()  # as if it had been extracted in advance
+    return F.normalize(last(norm(first(first_norm(fixed))).clamp(min=0)), dim=1)
+
+
 def plain_gpo_weights(gpo, L):
     encoding = torch.zeros(L, 32, dtype=torch.float64)
     for rank, i in itertools.product(range(L), range(16)):
@@ -115,33 +105,23 @@ def plain_gpo(gpo, x):
     return plain_gpo_weights(gpo, len(x)) @ x.sort(0, descending=True).values
 
 
-def plain_cge(cge, clip_embedding):
-    first_norm, first, norm, _, last = cge.projection
-    return F.normalize(last(norm(first(first_norm(clip_embedding))).clamp(min=0)), dim=1)
-
-
-def plain_enhanced(model, sets, sge, cge, clip_embedding):
-    out = sets
-    if sge is not None:  # it sees CLIP's own features
-        out = [plain_guided(x, g, model.smooth) for x, g in zip(out, plain_sge(sge, sets))]
-    if cge is not None:
-        out = [plain_guided(x, g, model.smooth) for x, g in zip(out, plain_cge(cge, clip_embedding))]
-    return out
-
-
 def plain_image(model, images):
-    """Patches without the class token; fc and a residual MLP; -> (B, dim)."""
-    if model.regions:
+    """Patches without the class token, or regions; fc and a residual MLP; -> (B, dim)."""
+    if isinstance(images, data.Regions):
         sets, clip_embedding = list(images.features), images.clip_input
-        if clip_embedding.ndim == 4:
-            clip_embedding = model.clip.encode_image(clip_embedding)
+    elif images.ndim == 3:
+        sets = list(images)
     else:
         clip_embedding, tokens = model.clip.encode_image(images, tokens=True)
         sets = [x[1:] for x in tokens]
     if model.unit_norm:
         sets = [x / x.square().sum(1, keepdim=True).sqrt() for x in sets]
-    rows = torch.cat(plain_enhanced(model, sets, model.image_sge, model.image_cge, clip_embedding))
+    if model.sge:
+        sets = [plain_guided(x, g) for x, g in zip(sets, plain_sge(model.sge, sets))]
+    if model.cge:
+        sets = [plain_guided(x, g) for x, g in zip(sets, plain_cge(model.cge, clip_embedding))]
     first, norm, _, last = model.image_mlp
+    rows = torch.cat(sets)
     rows = model.image_fc(rows) + last(norm(first(rows)).clamp(min=0))
     sets = rows.split([len(x) for x in sets])
     return F.normalize(torch.stack([plain_gpo(model.image_gpo, x) for x in sets]))
@@ -149,14 +129,11 @@ def plain_image(model, images):
 
 def plain_text(model, tokens):
     """Each caption alone and cut after its end; -> (B, dim)."""
-    sets = []
-    clip_embedding = []
+    out = []
     for row in tokens:
-        g, x, _ = model.clip.encode_text(row[None, :int(row.argmax()) + 1], tokens=True)
-        sets.append(x[0, 1:])
-        clip_embedding.append(g[0])
-    sets = plain_enhanced(model, sets, model.text_sge, model.text_cge, torch.stack(clip_embedding))
-    return F.normalize(torch.stack([plain_gpo(model.text_gpo, model.text_fc(x)) for x in sets]))
+        _, x, _ = model.clip.encode_text(row[None, :int(row.argmax()) + 1], tokens=True)
+        out.append(plain_gpo(model.text_gpo, model.text_fc(x[0, 1:])))
+    return F.normalize(torch.stack(out))
 
 
 PICTURES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -165,41 +142,38 @@ EMBEDDINGS = torch.randn(4, 16, generator=torch.Generator().manual_seed(3))  # C
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("enhance, enhance_texts, clip_input, unit_norm", [
-    ("none", True, None, False), ("sge", True, None, False), ("cge", True, None, False),
-    ("both", True, None, False), ("both", False, None, False), ("both", False, PICTURES, False),
-    ("cge", True, EMBEDDINGS, False), ("sge", False, EMBEDDINGS, False),
-    ("both", True, None, True), ("none", True, EMBEDDINGS, True)])
-def test_the_encoders_are_the_plain_version_of_each_sample(enhance, enhance_texts, clip_input, unit_norm,
-                                                           training):
-    """In value and in the gradient of every weight, CLIP's included; captions of several lengths; pictures,
-    or regions with pictures or CLIP's embeddings of the same images."""
-    regions = None if clip_input is None else 6
-    images = PICTURES
-    in_double = PICTURES.double()
-    if regions:
-        images = data.Regions(FEATURES, clip_input)
-        in_double = data.Regions(FEATURES.double(), clip_input.double())
-    model = USER(small_clip(), enhance, enhance_texts, 12, 3.0, 0.0, regions, unit_norm=unit_norm)
+@pytest.mark.parametrize("enhance, images, unit_norm", [
+    ("none", "pictures", False), ("sge", "pictures", False), ("cge", "pictures", False),
+    ("both", "pictures", False), ("both", "pictures", True),
+    ("both", "regions", False), ("sge", "features", False), ("none", "features", True)])
+def test_the_encoders_are_the_plain_version_of_each_sample(enhance, images, unit_norm, training, monkeypatch):
+    """In value, in the gradient of every weight, CLIP's included, and in batch norm's statistics; captions of
+    several lengths; pictures, regions with CLIP's embeddings of the same images, or without."""
+    monkeypatch.setattr(train_user, "DROPOUT", 0.0)
+    given, in_double = {"pictures": (PICTURES, PICTURES.double()),
+                        "features": (FEATURES, FEATURES.double()),
+                        "regions": (data.Regions(FEATURES, EMBEDDINGS),
+                                    data.Regions(FEATURES.double(), EMBEDDINGS.double()))}[images]
+    sees_pictures = images == "pictures"
+    model = USER(small_clip(), enhance, unit_norm, dim=12, regions=None if sees_pictures else 6)
     model = shaken(model).train(training)
     plain = copy.deepcopy(model).double()
     tokens = model.tokenizer(CAPTIONS, 16)
-    for found, expected in ((model.encode_image(images), plain_image(plain, in_double)),
+    for found, expected in ((model.encode_image(given), plain_image(plain, in_double)),
                             (model.encode_text(tokens), plain_text(plain, tokens))):
         assert found.dtype == torch.float32 and torch.allclose(found.double(), expected, atol=1e-5)
         assert torch.allclose(found.norm(dim=1), torch.ones(4))
         direction = torch.randn(4, 12)
         (found * direction).sum().backward()
         (expected * direction.double()).sum().backward()
+    for kept, real in zip(model.buffers(), plain.buffers()):
+        assert torch.allclose(kept.double(), real.double(), atol=1e-5)
     expected = {name: p.grad for name, p in plain.named_parameters()}
-    modules = {name.split(".")[0] for name in expected if "ge." in name}
-    wanted = {"sge": ("sge",), "cge": ("cge",), "both": ("sge", "cge"), "none": ()}[enhance]
-    sides = ("image", "text") if enhance_texts else ("image",)
-    assert modules == {f"{side}_{kind}" for side in sides for kind in wanted}
-    sees_pictures = clip_input is not EMBEDDINGS
+    enhancing = {"both": {"sge", "cge"}, "none": set()}.get(enhance, {enhance})
+    assert {name.split(".")[0] for name in expected if "ge." in name} == enhancing
     for name, p in model.named_parameters():
-        reached = name != "clip.logit_scale" and (sees_pictures or not name.startswith("clip.visual."))
-        reached = reached and not name.endswith("projection.0.bias")
+        reached = name not in ("clip.logit_scale", "cge.projection.0.bias")
+        reached = reached and (sees_pictures or not name.startswith("clip.visual."))
         assert (p.grad is not None) == reached == (expected[name] is not None), name
         if reached:
             atol = 2e-5 * max(1, expected[name].abs().max())
@@ -208,49 +182,35 @@ def test_the_encoders_are_the_plain_version_of_each_sample(enhance, enhance_text
     assert not sees_pictures or model.clip.visual.conv1.weight.grad.abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("columns", [5, 8])
-@pytest.mark.parametrize("training", [False, True])
-def test_sge_is_a_loop(training, columns):
-    """Whatever stands in the padding; the statistics that batch norm uses and keeps are of real rows."""
-    x, mask, sets = local_features(columns)
-    sge = shaken(SGE(6, 0.0)).train(training)
-    plain = copy.deepcopy(sge).double()
-    g = sge(x, mask)
-    expected = plain_sge(plain, sets)
-    assert torch.allclose(g.double(), torch.stack(expected), atol=1e-5)
-    for kept, real in zip(sge.buffers(), plain.buffers()):
-        assert torch.allclose(kept.double(), real.double(), atol=1e-5)
-    found = guided_enhancement(x, mask, g, 2.5)
-    for row, length, real, g in zip(found, LENGTHS, sets, expected):
-        assert torch.allclose(row[:length].double(), plain_guided(real, g, 2.5), atol=1e-5)
-    assert torch.equal(found[~mask], x[~mask])
-
-
 def test_dropout_is_in_sge_in_training_only():
-    x, mask, _ = local_features(5)
-    sge = shaken(SGE(6, 0.5))
-    assert not torch.equal(sge(x, mask), sge(x, mask))
+    sge = shaken(SGE(6))
+    assert not torch.equal(sge(FEATURES), sge(FEATURES))
     sge.eval()
-    assert torch.equal(sge(x, mask), sge(x, mask))
-    model = USER(small_clip(), dropout=0.3, dim=8)
-    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == [0.3] * 2
+    assert torch.equal(sge(FEATURES), sge(FEATURES))
+    model = USER(small_clip(), dim=8)
+    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == [0.4] * 2
 
 
 @pytest.mark.parametrize("columns", [5, 8])
 def test_gpo_is_a_loop(columns):
-    x, mask, sets = local_features(columns)
+    """Over sets of several lengths, whatever stands in the padding; a set has no order."""
+    lengths = (3, 5, 1, 5)
+    torch.manual_seed(0)
+    x = torch.randn(4, columns, 6)
+    mask = torch.arange(columns) < torch.tensor(lengths)[:, None]
+    x[~mask] = 7.0
     gpo = shaken(GPO())
     plain = copy.deepcopy(gpo).double()
     found = gpo(x, mask)
-    assert torch.allclose(found.double(), torch.stack([plain_gpo(plain, x) for x in sets]), atol=1e-5)
-    lengths = torch.tensor([4, 1, 3])
-    weights = gpo.weights(lengths, columns)
+    expected = [plain_gpo(plain, row[:length].double()) for row, length in zip(x, lengths)]
+    assert torch.allclose(found.double(), torch.stack(expected), atol=1e-5)
+    weights = gpo.weights(torch.tensor([4, 1, 3]), columns)
     assert weights.shape == (3, columns)
-    for row, L in zip(weights, lengths.tolist()):
+    for row, L in zip(weights, (4, 1, 3)):
         assert torch.allclose(row[:L].double(), plain_gpo_weights(plain, L), atol=1e-5)
         assert (row[L:] == 0).all() and (L == 1 or row[:L].std() > 1e-2)  # no mean
     x[1, :5] = x[1, torch.randperm(5)]
-    assert torch.equal(gpo(x, mask), found)  # a set has no order
+    assert torch.equal(gpo(x, mask), found)
 
 
 def test_starting_weights_depend_on_the_seed_alone():
@@ -265,44 +225,32 @@ def test_starting_weights_depend_on_the_seed_alone():
 def test_starting_weights_are_xaviers():
     """Of the layers that the authors start so, and of CGE: uniform, of variance 2 / (rows + columns)."""
     model = USER(small_clip(), dim=400, regions=300)
-    layers = [m for part in (model.image_sge, model.image_cge) for m in part.modules()]
-    for layer in [model.image_fc, *layers]:
+    for layer in [model.image_fc, *model.sge.modules(), *model.cge.modules()]:
         if isinstance(layer, torch.nn.Linear):
             bound = math.sqrt(6 / sum(layer.weight.shape))
             assert 0.95 * bound < layer.weight.abs().max() <= bound
             assert layer.bias is None or not layer.bias.any()
 
 
-def test_a_frozen_clip_stays_in_evaluation_mode():
-    model = USER(small_clip(), dim=8)
-    model.freeze_clip()
-    for copied in (model.train(), copy.deepcopy(model).train()):
-        assert copied.image_sge.training and not any(m.training for m in copied.clip.modules())
-    assert not any(p.requires_grad for p in model.clip.parameters()) and model.image_fc.weight.requires_grad
-
-
 # ---------------------------------------------------------------- momentum contrast
 
 def test_momentum_update():
-    """m times the old plus 1 - m times the model; buffers are copied; the model and all gradients stay."""
-    model = shaken(SGE(6, 0.0))
+    """m times the old plus 1 - m times the model, of what is trained; buffers are copied; the model stays."""
+    model = shaken(SGE(6))
+    model.score.requires_grad_(False)
     momentum_model = shaken(copy.deepcopy(model), seed=1).requires_grad_(False)
-    for p in model.parameters():
-        p.grad = torch.randn(p.shape)
     model.local_branch[1].num_batches_tracked += 5
     before = copy.deepcopy(model.state_dict())
-    gradients = [(p.grad, p.grad.clone()) for p in model.parameters()]
-    expected = {name: p.double() for name, p in momentum_model.named_parameters()}
-    for m in (0.9, 0.25):
-        momentum_update(momentum_model, model, m)
-        expected = {name: m * value + (1 - m) * before[name].double() for name, value in expected.items()}
-    for name, p in momentum_model.named_parameters():
-        assert torch.allclose(p.double(), expected[name], atol=1e-6)
-        assert p.grad is None and not p.requires_grad
-    assert all(torch.equal(buffer, before[name]) for name, buffer in momentum_model.named_buffers())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    for p, (gradient, value) in zip(model.parameters(), gradients):
-        assert p.requires_grad and p.grad is gradient and torch.equal(gradient, value)
+    expected = copy.deepcopy(momentum_model).double().state_dict()
+    for name, value in before.items():
+        if name.endswith(("mean", "var", "tracked")):
+            expected[name] = value.to(expected[name].dtype)
+        elif name != "score.weight":
+            expected[name] = 0.9 * expected[name] + 0.1 * value.double()
+    momentum_update(momentum_model, model, 0.9)
+    for name, value in momentum_model.state_dict().items():
+        assert torch.allclose(value.to(expected[name].dtype), expected[name], atol=1e-6), name
+        assert torch.equal(model.state_dict()[name], before[name])
 
 
 def unit(*shape, seed=0):
@@ -347,149 +295,134 @@ def test_a_queue_holds_the_last_pairs():
     assert in_order(restored) == in_order(queue) and queue.images.dtype == torch.float32
 
 
-PAPER = dict(mu=90.0, gamma=0.5)
-# kind -> of the batch, of a queue
-LOSSES = {"uto": (partial(losses.uto_loss, **PAPER), partial(losses.uto_queue_loss, **PAPER)),
-          "infonce": (losses.info_nce_loss, losses.info_nce_queue_loss),
-          "triplet": (losses.hardest_triplet_loss, losses.hardest_triplet_queue_loss)}
+# ---------------------------------------------------------------- the loss
+
+IMAGES, TEXTS, IMAGE_KEYS, TEXT_KEYS = (unit(5, 4, seed=seed) for seed in (1, 2, 3, 4))
+GROUP = torch.tensor([2, 3, 2, 7, 8])
+SAME = GROUP[:, None] == GROUP
+
+
+def plain_push(query, others, same, mu):
+    """log(1 + sum over what shows another thing of e^(mu (S - 0.5))) / mu, without any trick."""
+    e = [(mu * (query @ other - 0.5)).exp() for other, is_same in zip(others, same) if not is_same]
+    return torch.log(sum(e, torch.ones((), dtype=torch.float64))) / mu
+
+
+def plain_pull(x, y):
+    return torch.log(1 + (x @ y).clamp(min=0))
+
+
+def plain_uto(images, texts, same, mu):
+    total = 0
+    for j in range(len(texts)):
+        total = total + plain_push(texts[j], images, same[j], mu) + plain_push(images[j], texts, same[j], mu)
+        total = total - plain_pull(images[j], texts[j])
+    return total / len(texts)
+
+
+def plain_uto_queue(queries, keys, queue, same, mu):
+    terms = [plain_push(query, queue, row, mu) - plain_pull(query, key)
+             for query, key, row in zip(queries, keys, same)]
+    return sum(terms) / len(terms)
+
+
+def value_and_gradients(loss, *leaves):
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    value = loss(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+@pytest.mark.parametrize("mu", [90.0, 20.0])
+def test_uto_is_a_loop(mu):
+    """Of a batch and of a queue, where what shows the same thing is no negative; 90 is the default."""
+    more = {} if mu == 90 else {"mu": mu}
+    queue = unit(7, 4, seed=5)
+    queued = torch.zeros(5, 7, dtype=torch.bool)
+    queued[0, 3] = queued[2, 0] = queued[2, 6] = True
+    queued[4] = True  # no negatives at all
+
+    def check(found, expected, *leaves):
+        expected = value_and_gradients(expected, *(x.double() for x in leaves))
+        assert min(x.abs().max() for x in expected) > 1e-3
+        for x, y in zip(value_and_gradients(found, *leaves), expected, strict=True):
+            assert torch.allclose(x.double(), y, rtol=1e-4, atol=1e-5)
+    check(lambda x, y: train_user.uto_loss(x, y, SAME, **more),
+          lambda x, y: plain_uto(x, y, SAME, mu), IMAGES, TEXTS)
+    check(lambda x: train_user.uto_queue_loss(x, TEXT_KEYS, queue, queued, **more),
+          lambda x: plain_uto_queue(x, TEXT_KEYS.double(), queue.double(), queued, mu), IMAGES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cosine", [-1.0, 0.0, 1.0])
+def test_uto_is_finite_for_any_cosine_in_any_precision(dtype, cosine):
+    """All at one cosine: e^(90 / 2) of each of 4,096 keys would overflow half precision, and single when
+    multiplied."""
+    x = F.normalize(torch.ones(4, 8, dtype=dtype), dim=1)
+    y = cosine * x
+    if cosine == 0:
+        y = torch.tensor([1.0, -1.0] * 4, dtype=dtype).expand(4, 8) / 8 ** 0.5
+    queue = y[:1].expand(4096, 8)
+    nothing = torch.zeros(4, 4096, dtype=torch.bool)
+    of_batch = value_and_gradients(lambda x: train_user.uto_loss(x, y, torch.eye(4, dtype=torch.bool)), x)
+    of_queue = value_and_gradients(lambda x: train_user.uto_queue_loss(x, y, queue, nothing), x)
+    assert all(value.isfinite().all() for value in of_batch + of_queue)
+    expected = math.log(1 + 4096 * math.exp(90 * (cosine - 0.5))) / 90 - math.log(1 + max(0.0, cosine))
+    assert of_queue[0].item() == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_total_loss_is_its_sum(kind):
     """Images against queued texts with the texts' keys, and the other way round."""
-    images, texts, image_keys, text_keys = (unit(5, 4, seed=seed) for seed in (1, 2, 3, 4))
-    group = torch.tensor([2, 3, 2, 7, 8])
     queue = Queue(6, 4, seed=5)
     queue.enqueue(unit(4, 4, seed=6), unit(4, 4, seed=7), torch.tensor([2, 9, 3, 2]))
-    same = torch.tensor([[a == b for b in group.tolist()] for a in group.tolist()])
-    queued = torch.tensor([[a == b for b in queue.groups.tolist()] for a in group.tolist()])
-    assert queued.sum() == 5 and same.sum() == 7
-    of_batch, of_queue = LOSSES[kind]
-    batch = of_batch(images, texts, same).item()
-    to_texts = of_queue(images, text_keys, queue.texts, queued).item()
-    to_images = of_queue(texts, image_keys, queue.images, queued).item()
-    for weight in (0.0, 1.0, 20.0):
-        alone = total_loss(kind, weight, images, texts, group, None, None)
-        assert alone.item() == pytest.approx(weight * batch, rel=1e-5)
-        loss = total_loss(kind, weight, images, texts, group, (image_keys, text_keys), queue)
-        assert loss.item() == pytest.approx(weight * batch + to_texts + to_images, rel=1e-5)
-    if kind == "uto":
-        steep = losses.uto_loss(images, texts, same, mu=20.0, gamma=0.5).item()
-        loss = total_loss(kind, 1.0, images, texts, group, None, None, 20.0)
-        assert loss.item() == pytest.approx(steep, rel=1e-5) and abs(steep - batch) > 1e-3
-
-
-# ---------------------------------------------------------------- augmentation
-
-BYTES = clip.Tokenizer([])  # a token for every letter
-ENDS = torch.tensor([symbol.endswith("</w>") for symbol in BYTES.symbols])
-
-
-def between(row):
-    """The tokens between start and end; the row is well formed."""
-    end = int(row.argmax())
-    assert row[0] == BYTES.start and row[end] == BYTES.end and (row[end + 1:] == 0).all()
-    assert row.dtype == torch.int32
-    return row[1:end].tolist()
-
-
-def test_augmentation_changes_words_at_its_rates():
-    """10,000 words of two letters, each kept, masked, replaced by two other tokens or dropped; in order."""
-    words = ["".join(letters) for letters in itertools.product("abcde", "vwxyz")]
-    tokens = BYTES([" ".join(words)] * 400, 60)
-    pairs = [tuple(BYTES.encode(word)) for word in words]
-    mask = (BYTES.start, BYTES.start)
-    before = tokens.clone()
-    torch.manual_seed(0)
-    out = augmented(tokens, BYTES, ENDS, 0.2)
-    assert torch.equal(tokens, before) and out.shape == tokens.shape
-    kept = masked = 0
-    new = []
-    for row in out:
-        ids = between(row)
-        found = list(zip(ids[::2], ids[1::2]))
-        places = [pairs.index(pair) for pair in found if pair in pairs]
-        assert len(ids) % 2 == 0 and places == sorted(set(places))
-        kept += len(places)
-        masked += found.count(mask)
-        new += [pair for pair in found if pair not in pairs and pair != mask]
-    dropped = 10_000 - kept - masked - len(new)
-    for count, rate in ((masked, 0.1), (len(new), 0.02), (dropped, 0.08)):
-        assert abs(count - 10_000 * rate) < 4 * math.sqrt(10_000 * rate * (1 - rate)), (count, rate)
-    ids = sum(new, ())
-    assert len(set(ids)) > 0.5 * len(ids) and max(ids) < BYTES.start < BYTES.end  # of the whole vocabulary
-    torch.manual_seed(0)
-    assert torch.equal(augmented(tokens, BYTES, ENDS, 0.2), out)
-    assert not torch.equal(augmented(tokens, BYTES, ENDS, 0.2), out)
-
-
-def test_augmentation_keeps_words_whole(monkeypatch):
-    """Without replacement, what comes out of a caption are all ways to keep, mask or drop each of its words,
-    and no other; the last word was cut where the row is full. One word at least remains."""
-    monkeypatch.setattr(train_user, "REPLACED", 0.0)
-    tokens = BYTES(["a bc defg hijklmnopq"], 17, truncate=True)
-    words = [BYTES.encode(word)[:8] for word in ("a", "bc", "defg", "hijklmnopq")]
-    ways = set()  # no two ways are the same tokens
-    for kinds in itertools.product(("keep", "mask", "drop"), repeat=4):
-        ids = []
-        for word, kind in zip(words, kinds):
-            ids += {"keep": word, "mask": [BYTES.start] * len(word), "drop": []}[kind]
-        ways.add(tuple(ids or words[0]))
-    torch.manual_seed(0)
-    out = augmented(tokens.expand(3000, -1), BYTES, ENDS, 0.6)
-    assert len(ways) == 80 and {tuple(between(row)) for row in out} == ways
-
-
-def test_augmentation_at_its_ends():
-    """Fraction 0 draws nothing. Where all words are dropped the first stays. No words stay no words."""
-    tokens = BYTES(["ab c", "d"], 8)
-    state = torch.get_rng_state()
-    assert torch.equal(augmented(tokens, BYTES, ENDS, 0.0), tokens)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(0)
-    found = [between(row) for row in augmented(BYTES(["d e"] * 1000, 8), BYTES, ENDS, 1.0)]
-    assert {len(ids) for ids in found} == {1, 2}
-    assert 160 - 46 < found.count(BYTES.encode("d")) < 160 + 46  # both dropped: 0.4 * 0.4
-    assert 400 - 62 < found.count([BYTES.start]) < 400 + 62  # one masked, one dropped: 2 * 0.5 * 0.4
-    assert found.count(BYTES.encode("e")) < 3  # only a random replacement can be that
-    assert between(augmented(BYTES(["", "ab"], 8), BYTES, ENDS, 1.0)[0]) == []
+    queued = torch.tensor([[a == b for b in queue.groups.tolist()] for a in GROUP.tolist()])
+    assert queued.sum() == 5 and SAME.sum() == 7
+    batch_loss, queue_loss = LOSSES[kind]
+    for mu in ({}, {"mu": 20.0}) if kind == "uto" else ({},):
+        batch = batch_loss(IMAGES, TEXTS, SAME, **mu).item()
+        to_texts = queue_loss(IMAGES, TEXT_KEYS, queue.texts, queued, **mu).item()
+        to_images = queue_loss(TEXTS, IMAGE_KEYS, queue.images, queued, **mu).item()
+        for weight in (0.0, 1.0, 20.0):
+            args = SimpleNamespace(loss=kind, mu=mu.get("mu"), batch_weight=weight)
+            alone = total_loss(args, IMAGES, TEXTS, GROUP, None, None)
+            assert alone.item() == pytest.approx(weight * batch, rel=1e-5)
+            loss = total_loss(args, IMAGES, TEXTS, GROUP, (IMAGE_KEYS, TEXT_KEYS), queue)
+            assert loss.item() == pytest.approx(weight * batch + to_texts + to_images, rel=1e-5)
 
 
 # ---------------------------------------------------------------- settings
 
-SHARED = dict(enhance="both", enhance_texts=False, unit_norm=False, loss="uto", mu=None, momentum=0.999,
-              smooth=1.0, dropout=0.4, augment=0.2, weight_decay=1e-4, batch_size=128)
-PRETRAINED = SHARED | dict(lr=5e-4, clip_lr=5e-5, dim=1024)
+SHARED = dict(enhance="both", unit_norm=False, loss="uto", mu=None, momentum=0.999, weight_decay=1e-4,
+              batch_size=128)
+PRETRAINED = SHARED | dict(lr=5e-4, clip_lr=5e-5, dim=1024, eval_every=1)
 
 
 @pytest.mark.parametrize("words, expected", [
-    ("--data flickr30k --clip ViT-B/32", PRETRAINED | dict(
-        epochs=20, queue=2048, batch_weight=20.0, lr_drop=0.5, eval_every=4, out="runs/user-flickr30k")),
-    ("--data coco --clip ViT-B/32", PRETRAINED | dict(
-        epochs=25, queue=4096, batch_weight=1.0, lr_drop=0.6, eval_every=5, out="runs/user-coco")),
+    ("--data flickr30k", PRETRAINED | dict(
+        epochs=20, queue=2048, batch_weight=20.0, lr_drop=0.5, out="runs/user-flickr30k")),
+    ("--data coco", PRETRAINED | dict(
+        epochs=25, queue=4096, batch_weight=1.0, lr_drop=0.6, out="runs/user-coco")),
     ("", SHARED | dict(
         epochs=3, queue=2048, batch_weight=1.0, lr=3e-4, clip_lr=3e-4, dim=256, lr_drop=0.85, eval_every=1,
         out="runs/user-primitives")),
-    ("--data coco", dict(queue=2048, lr=3e-4, clip_lr=3e-4, out="runs/user-coco")),
+    ("--data coco --clip tiny", dict(queue=2048, lr=3e-4, clip_lr=3e-4, out="runs/user-coco")),
     ("--clip-lr 0", dict(lr=3e-4, clip_lr=0.0)),
     ("--clip ViT-B/32 --lr 0.3 --queue 0 --batch-weight 0 --epochs 3 --loss infonce", dict(
         lr=0.3, clip_lr=0.3 / 10, queue=0, batch_weight=0.0, eval_every=1)),
     ("--clip ViT-B/32 --clip-lr 0", dict(lr=5e-4, clip_lr=0.0)),
-    ("--clip-lr 0.2 --enhance-texts", dict(clip_lr=0.2, enhance_texts=True)),
-    ("--clip x.pt", dict(dim=1024))])
+    ("--clip x.pt --clip-lr 0.2", dict(dim=1024, clip_lr=0.2))])
 def test_settings_are_the_papers(words, expected):
     """Flickr30K, COCO, and those for random weights; CLIP's rate is a tenth where it is pretrained."""
     assert vars(settings(words.split())).items() >= expected.items()
 
 
 @pytest.mark.parametrize("option, value, says", [
-    ("--queue", 7, "--batch-size 8 is larger than --queue 7"), ("--queue", -1, "0 or more"),
-    ("--momentum", 1.5, "a share from 0 to 1"), ("--batch-weight", -1, "0 or more"), ("--dim", 0, "positive"),
-    ("--smooth", 0, "positive"), ("--dropout", 2, "a share"), ("--augment", -0.1, "a share"),
-    ("--lr-drop", 1.1, "a share"), ("--clip-lr", -1, "0 or more"), ("--enhance", "all", "--enhance"),
-    ("--loss", "clip", "--loss"), ("--batch-size", 1, "2 or more"), ("--dim", 1, "2 dimensions"),
-    ("--mu", 0, "positive"), ("--mu", "20 --loss infonce", "only uto"),
-    ("--data", "primitives --regions", "have none")])
+    ("--queue", 7, "--queue 7 cannot hold a batch of keys; give 8 or more"), ("--queue", -1, "0 or more"),
+    ("--momentum", 1.5, "a share from 0 to 1"), ("--batch-weight", -1, "0 or more"),
+    ("--dim", 1, "2 or more"), ("--lr-drop", 1.1, "a share"),
+    ("--clip-lr", -1, "0 or more"), ("--enhance", "all", "--enhance"),
+    ("--loss", "clip", "--loss"), ("--batch-size", 1, "2 or more"), ("--mu", 0, "positive"),
+    ("--mu", "20 --loss infonce", "only uto"), ("--data", "primitives --regions", "have none")])
 def test_bad_settings(option, value, says, squares, tmp_path, capsys):
     argv = arguments(squares, "--out", tmp_path / "run", option, *str(value).split())
     assert says in refused(capsys, argv, main) and not (tmp_path / "run").exists()
@@ -513,10 +446,9 @@ def spy(patch, owner, name, record=lambda result, *a: (*a, result)):
     return calls
 
 
-def seen_by_loss(result, kind, weight, images, texts, group, keys, queue, mu):
-    embeddings = images.detach(), texts.detach()
-    return SimpleNamespace(kind=kind, weight=weight, embeddings=embeddings, group=group, keys=keys,
-                           queue=in_order(queue), mu=mu)
+def seen_by_loss(result, args, images, texts, group, keys, queue):
+    return SimpleNamespace(embeddings=(images.detach(), texts.detach()), group=group, keys=keys,
+                           queue=in_order(queue))
 
 
 def seen_by_encoder(result, model, tokens):
@@ -542,15 +474,15 @@ def spied(squares, tmp_path_factory):
         patch.setitem(clip.MODELS, "tiny", SMALL)
         patch.setattr(os, "fsync", lambda file: None)
         patch.setattr(torch.optim, "AdamW", AdamW)
+        patch.setattr(train_user, "DROPOUT", 0.0)
+        patch.setattr(data, "CHANGED", 0.5)
         run.read = spy(patch, USER, "encode_text", seen_by_encoder)
         run.models = spy(patch, train_user, "USER", lambda model, *a: model)
         run.losses = spy(patch, train_user, "total_loss", seen_by_loss)
-        run.captions = spy(patch, train_user, "augmented")
-        run.val = spy(patch, eval, "embed", lambda embeddings, *a: embeddings)
+        run.captions = spy(patch, data, "changed_words")
         main(arguments(squares, "--out", run.out, "--epochs", 4, "--lr", 2e-3, "--clip-lr", 4e-4,
                        "--weight-decay", 0.3, "--dim", 12, "--batch-size", 20, "--queue", 52,
-                       "--momentum", 0.75, "--augment", 0.5, "--lr-drop", 0.5, "--batch-weight", 3,
-                       "--dropout", 0, "--mu", 35))
+                       "--momentum", 0.75, "--lr-drop", 0.5, "--batch-weight", 3, "--mu", 35))
     assert len(run.steps) == 12
     return run
 
@@ -569,16 +501,16 @@ def test_learning_rates(spied):
 
 def test_an_epoch_is_one_pass_over_pairs(spied, squares):
     """Every caption once, with the group of its image."""
-    assert {(x.kind, x.weight, x.mu) for x in spied.losses} == {("uto", 3.0, 35.0)}
     instances, _ = data.load(squares)
     group = eval.layout(instances)["image_group"].tolist()
-    model, tokenizer, _ = eval.restore(spied.out / "last.pt", "cpu")
-    expected = [(g, tokenizer.encode(caption)) for g, x in zip(group, instances) for caption in x.captions]
+    model, _ = eval.restore(spied.out / "last.pt", "cpu")
+    encode = model.tokenizer.encode
+    expected = [(g, encode(caption)) for g, x in zip(group, instances) for caption in x.captions]
     assert len(expected) == 60
     for epoch in range(4):
         seen = []
         for step in range(3 * epoch, 3 * epoch + 3):
-            tokens = spied.captions[step][0]
+            tokens, _, _ = spied.captions[step]
             for g, row in zip(spied.losses[step].group.tolist(), tokens):
                 seen.append((g, row[1:int(row.argmax())].tolist()))
         assert sorted(seen) == sorted(expected)
@@ -614,27 +546,21 @@ def test_momentum_encoders_follow(spied):
 def test_both_encoders_read_the_same_changed_captions(spied):
     reads = [x for x in spied.read if x.training]
     assert len(spied.captions) == 12 and [x.model is spied.models[0] for x in reads] == [True, False] * 12
-    for step, (tokens, tokenizer, ends, fraction, changed) in enumerate(spied.captions):
-        assert fraction == 0.5 and not torch.equal(tokens, changed)
+    for step, (tokens, tokenizer, changed) in enumerate(spied.captions):
+        assert tokenizer is spied.models[0].tokenizer and not torch.equal(tokens, changed)
         assert all(torch.equal(x.tokens, changed) for x in reads[2 * step:2 * step + 2])
-        assert len(ends) == tokenizer.vocab_size and not ends[[tokenizer.start, tokenizer.end]].any()
-        for ids in map(tokenizer.encode, ("a", "frame", "middle", "qxz", "ä")):
-            assert ends[ids].tolist() == [False] * (len(ids) - 1) + [True]
     assert len({tuple(changed.flatten().tolist()) for *_, changed in spied.captions}) == 12
 
 
 def test_checkpoints(spied, squares):
-    """best.pt is the model as it was in training; only last.pt carries what training goes on with."""
+    """They hold the model as it was in training; only last.pt carries what training goes on with."""
     best, last = (clip.load_checkpoint(spied.out / name) for name in ("best.pt", "last.pt"))
     assert last.keys() - best.keys() == {"momentum", "queue", "optimizer"} and best.keys() <= last.keys()
-    found = [record["val"]["rSum"] for record in log(spied.out)]
-    best_epoch = found.index(max(found))
-    assert len(found) == 4 and best["step"] == 3 * (best_epoch + 1) and last["step"] == 12
-    for name, embeddings in (("best.pt", spied.val[best_epoch]), ("last.pt", spied.val[3])):
-        model, tokenizer, _ = eval.restore(spied.out / name, "cpu")
-        again = eval.embed(model, data.load(squares, split="val")[0], tokenizer, "off")
-        assert all(torch.equal(a, b) for a, b in zip(again, embeddings))
-    assert not torch.equal(spied.val[0][0], spied.val[3][0])
+    found = {record["step"]: record["val"] for record in log(spied.out)}
+    assert len(found) == 4 and found[best["step"]]["rSum"] == max(val["rSum"] for val in found.values())
+    for checkpoint in (best, last):
+        model = train_user.restore(checkpoint).eval()
+        assert eval.evaluate(model, data.load(squares, split="val")[0], "off") == found[checkpoint["step"]]
 
 
 # ---------------------------------------------------------------- other runs
@@ -647,19 +573,18 @@ def evaluated(out):
 
 @pytest.mark.parametrize("enhance, more", [("none", ["--queue", 0, "--loss", "triplet"]),
                                            ("sge", ["--loss", "infonce", "--batch-weight", 0]),
-                                           ("cge", ["--smooth", 9, "--enhance-texts", "--unit-norm"])])
+                                           ("cge", ["--unit-norm"])])
 def test_baselines_run_and_eval_repeats_their_metrics(enhance, more, squares, tmp_path):
-    more = ["--epochs", 1, "--dim", 10, "--queue", 8, "--enhance", enhance, *more]
-    main(arguments(squares, "--out", tmp_path, *more))
+    main(arguments(squares, "--out", tmp_path, "--epochs", 1, "--dim", 10, "--queue", 8,
+                   "--enhance", enhance, *more))
     assert sorted(os.listdir(tmp_path)) == FILES and math.isfinite(log(tmp_path)[0]["loss"])
     last = clip.load_checkpoint(tmp_path / "last.pt")
     assert ("queue" in last) == ("momentum" in last) == (enhance != "none")
+    heads = {name.split(".")[0] for name in last["heads"]}
+    assert heads & {"sge", "cge"} == {enhance} - {"none"} and "clip" not in heads
     assert evaluated(tmp_path) == metrics(tmp_path)["test"]
-    model = eval.restore(tmp_path / "best.pt", "cpu")[0]
-    assert model.smooth == (9 if enhance == "cge" else 1) and model.enhance == enhance
+    model, _ = eval.restore(tmp_path / "best.pt", "cpu")
     assert model.unit_norm == (enhance == "cge")
-    assert (model.image_sge is not None) == (enhance == "sge") and model.text_sge is None
-    assert (model.text_cge is not None) == (enhance == "cge")
 
 
 def test_a_frozen_clip_keeps_its_weights(squares, tmp_path):
@@ -677,13 +602,18 @@ def test_a_frozen_clip_keeps_its_weights(squares, tmp_path):
     assert not torch.equal(last["momentum"]["text_fc.weight"], last["heads"]["text_fc.weight"])
 
 
+# ---------------------------------------------------------------- regions
+
+IMAGES_OF = {"train": 16, "dev": 8, "test": 8}
+
+
 @pytest.fixture
 def precomp(tmp_path):
-    """16 / 8 / 8 pictures as four regions of six numbers, five captions each, and CLIP's embeddings; the
-    arguments of a run."""
+    """Pictures as four regions of six numbers, five captions each, and CLIP's embeddings; the arguments of a
+    run."""
     words = ("red", "green", "blue", "wet", "dry", "soft", "hard", "round")
     (tmp_path / "precomp").mkdir()
-    for file, rows in (("train", 16), ("dev", 8), ("test", 8)):
+    for file, rows in IMAGES_OF.items():
         features = np.random.default_rng(rows + len(file)).random((rows, 4, 6), np.float32)
         np.save(tmp_path / "precomp" / f"{file}_ims.npy", features)
         embeddings = features.reshape(rows, 24).repeat(2, axis=1)[:, :32]
@@ -704,65 +634,40 @@ def test_regions(precomp, tmp_path, capsys):
     assert evaluated(out) == found
     argv = ["--checkpoint", out / "best.pt", "--device", "cpu", "--gallery", tmp_path / "gallery.png"]
     assert "have no picture to show" in refused(capsys, argv, eval.main)
-    model, tokenizer, _ = eval.restore(out / "best.pt", "cpu")
-    images, _ = eval.embed(model, data.load_regions("flickr30k", str(tmp_path), "test")[0], tokenizer, "off")
+    model, _ = eval.restore(out / "best.pt", "cpu")
+    images, _ = eval.embed(model, data.load_regions("flickr30k", str(tmp_path), "test")[0], "off")
     regions, embeddings = (torch.from_numpy(np.load(tmp_path / "precomp" / f"test_{kind}.npy"))
                            for kind in ("ims", "clip"))
     with torch.no_grad():
         assert torch.allclose(images, model.encode_image(data.Regions(regions, embeddings)), atol=1e-5)
+    (tmp_path / "precomp" / "test_clip.npy").unlink()
+    assert "CGE needs CLIP's embeddings" in refused(capsys, argv, eval.main)
 
 
-def test_regions_with_pictures(precomp, tmp_path):
-    """CLIP embeds them, and is trained; pictures of results can be drawn."""
-    rows = []
-    (tmp_path / "flickr30k-images").mkdir()
-    for file, split, count in (("train", "train", 16), ("dev", "val", 8), ("test", "test", 8)):
-        captions = (tmp_path / "precomp" / f"{file}_caps.txt").read_text().splitlines()
-        for i in range(count):
-            picture = Image.fromarray(np.full((20, 24, 3), 8 * i, np.uint8))
-            picture.save(tmp_path / "flickr30k-images" / f"{file}-{i}.png")
-            sentences = [{"raw": caption.title()} for caption in captions[5 * i:5 * i + 5]]
-            rows.append({"filename": f"{file}-{i}.png", "split": split, "sentences": sentences})
+def test_regions_without_cge_need_no_embeddings(precomp, tmp_path):
+    for file in IMAGES_OF:
         (tmp_path / "precomp" / f"{file}_clip.npy").unlink()
-    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": rows}))
-    main(precomp)
-    out = tmp_path / "run"
-    assert evaluated(out) == metrics(out)["test"]
-    weights = [clip.load_checkpoint(out / name)["clip"]["state_dict"] for name in ("best.pt", "last.pt")]
-    first = clip.build("tiny", eval.restore(out / "best.pt", "cpu")[1], 0, 16).state_dict()
-    assert not torch.equal(weights[0]["visual.conv1.weight"], first["visual.conv1.weight"])
-    runs.evaluated(out / "best.pt", "--gallery", tmp_path / "gallery.png")
-    assert (tmp_path / "gallery.png").exists()
+    main([*precomp, "--enhance", "sge"])
+    assert evaluated(tmp_path / "run") == metrics(tmp_path / "run")["test"]
 
 
-@pytest.mark.parametrize("file", ["train", "dev", "test"])
-def test_region_files_that_do_not_fit_are_refused(file, precomp, tmp_path, capsys):
+@pytest.mark.parametrize("file", IMAGES_OF)
+@pytest.mark.parametrize("end, more, row, says", [  # a file of so many rows more, or none where they are None
+    ("_caps.txt", None, (), ""),
+    ("_ims.npy", None, (), ""),
+    ("_ims.npy", 1, (4, 6), "expected five captions to a row"),
+    ("_ims.npy", 0, (4, 7), "features of width"),
+    ("_clip.npy", None, (), "does not exist; CGE needs"),
+    ("_clip.npy", 0, (31,), "embeddings of width 31; those of --clip have 32"),
+    ("_clip.npy", 1, (32,), "rows; expected one for each"),
+    ("_clip.npy", 0, (4, 32), "floats (images, D)")])
+def test_region_files_that_do_not_fit_are_refused(file, end, more, row, says, precomp, tmp_path, capsys):
     """In one line and before anything is trained."""
-    ends = ("_caps.txt", "_ims.npy", "_clip.npy")
-    caps, ims, embeddings = (tmp_path / "precomp" / f"{file}{end}" for end in ends)
-    features = np.load(ims)
-    captions = caps.read_text()
-    caps.write_text("".join(captions.splitlines(keepends=True)[:-5]))
+    path = tmp_path / "precomp" / f"{file}{end}"
+    path.unlink()
+    if more is not None:
+        np.save(path, np.zeros((IMAGES_OF[file] + more, *row), np.float32))
     line = refused(capsys, precomp, main)
-    assert f"{file}_ims.npy" in line and "expected five captions to a row" in line
-    caps.unlink()
-    assert f"{file}_caps.txt" in refused(capsys, precomp, main)
-    caps.write_text(captions)
-    if file != "train":
-        np.save(ims, np.zeros((8, 4, 7), np.float32))
-        data._regions.cache_clear()
-        assert f"{file}_ims.npy: features of width 7" in refused(capsys, precomp, main)
-    np.save(ims, features)
-    data._regions.cache_clear()
-    for shape, problem in (((8, 31), "embeddings of width 31; those of --clip tiny have 32"),
-                           ((9, 32), "9 rows"), ((8, 4, 32), "are floats (images, D)")):
-        shape = (len(features), *shape[1:]) if shape[0] == 8 else shape
-        np.save(embeddings, np.zeros(shape, np.float32))
-        data._regions.cache_clear()
-        line = refused(capsys, precomp, main)
-        assert f"{file}_clip.npy" in line and problem in line
-    embeddings.unlink()
-    assert f"{file}_clip.npy: does not exist; --enhance both needs" in refused(capsys, precomp, main)
-    ims.unlink()
-    data._regions.cache_clear()
-    assert f"{file}_ims.npy" in refused(capsys, precomp, main) and not (tmp_path / "run").exists()
+    other_split = file == "train" and says == "features of width"  # it says how many there should be
+    assert ("dev" if other_split else file) + end in line and says in line
+    assert not (tmp_path / "run").exists()
