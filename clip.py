@@ -323,7 +323,7 @@ class VisionTransformer(nn.Module):
         return (x[:, 0], x) if tokens else x
 
     def _patches(self, x):
-        """conv1 of pictures. A convolution whose stride is its kernel is one matrix product over the patches."""
+        """conv1. A convolution whose stride is its kernel is one matrix product over the patches."""
         conv = self.conv1
         p = self.patch_size
         plain = _untouched(conv, nn.Conv2d) and conv.stride == conv.kernel_size == (p, p) \
@@ -566,7 +566,8 @@ def _stands_for_any(x):
 
 def _add_hints(model, state, prefix, metadata):
     """A hook of `state_dict`: what no shape tells goes into the metadata, where only `load` looks."""
-    metadata.update({key: getattr(model.config, key) for key in HINTS}, **_describe_tokenizer(model))
+    metadata.update({key: getattr(model.config, key) for key in HINTS})
+    metadata.update(_describe_tokenizer(model.tokenizer))
 
 
 def build(name, tokenizer=None, seed=0, image_size=None, context_length=None):
@@ -787,7 +788,7 @@ def file_sha256(path):
 
 
 class Preprocess:
-    """A CLIP's preprocessing: a picture of PIL's -> float (3, R, R). Its steps are torchvision's `transforms`."""
+    """A CLIP's preprocessing: a picture of PIL's -> float (3, R, R). `transforms` are its steps."""
 
     def __init__(self, config):
         self.config = config
@@ -819,7 +820,7 @@ def transform(resolution):
 # ---------------------------------------------------------------- reading weights
 
 CHECKPOINT_FORMAT = "clip-methods-1"
-WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin",  # before timm's, with the next names
+WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin",  # the next may be timm's
                 "model.safetensors", "pytorch_model.bin", "best.pt", "last.pt")
 HINTS = ("quick_gelu", "vision_heads", "transformer_heads", "image_resolution", "end_token", "image_mean",
          "image_std", "image_resize", "squash", "interpolation")  # what the shapes of the tensors do not tell
@@ -845,7 +846,7 @@ def _weight_file(path):
         return path
     files = [os.path.join(path, name + index) for name in WEIGHT_FILES for index in ("", ".index.json")]
     files = [file for file in files if os.path.isfile(file)]
-    expect(files, path, f"a folder with no weights in it; give a file, or one with {' or '.join(WEIGHT_FILES)}")
+    expect(files, path, f"a folder with no weights in it; give a file, or one with {', '.join(WEIGHT_FILES)}")
     return files[0]
 
 
@@ -949,14 +950,14 @@ def _from_hugging_face(state):
 
 # ---------------------------------------------------------------- reading configurations
 
-# Fields of transformers' and open_clip's configurations, and the values that are supported.
+# What fields of transformers' and open_clip's configurations may be. Those of ANY may be anything: they are
+# read, or in the tensors' shapes, or for training alone. open_clip's others have to be off.
 FIELDS = {
     "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "num_channels": (3,),
     "do_resize": (True,), "do_rescale": (True,), "rescale_factor": (1 / 255,), "do_normalize": (True,),
     "resample": (2, 3), "pool_type": ("tok", "argmax", "eos"), "norm_kwargs": (None, {}, {"eps": 1e-5}),
     "pos_embed_type": ("learnable",), "proj_type": ("linear",), "block_type": (None, "default"),
     "mode": ("RGB",), "resize_mode": ("shortest", "squash"), "interpolation": ("bicubic", "bilinear")}
-# Of these any: what they say is read, or in the tensors' shapes, or for training alone. open_clip's others are off.
 ANY = """embed_dim quick_gelu custom_text init_logit_scale init_logit_bias nonscalar_logit_scale cast_dtype
     vision_cfg text_cfg layers width head_width heads mlp_ratio patch_size image_size patch_dropout
     output_tokens context_length vocab_size hf_tokenizer_name tokenizer_mode tokenizer_kwargs pad_id eos_id
@@ -964,7 +965,7 @@ ANY = """embed_dim quick_gelu custom_text init_logit_scale init_logit_bias nonsc
 
 
 def _supported(path, config, others=None):
-    """Raise CheckpointError for a value that would change the function. others: values of fields not listed."""
+    """Raise CheckpointError for a value that is not supported. others: what fields not listed may be."""
     for field, value in config.items():
         values = FIELDS.get(field, None if field in ANY else others)
         expect(values is None or value in values, path,
@@ -986,7 +987,8 @@ def _read_hugging_face(folder):
     config = _read_json(folder, "config.json")
     if not config:
         return {}
-    expect(config.get("model_type", "clip") == "clip", path, f"a {config.get('model_type')}, no CLIP; use transformers")
+    kind = config.get("model_type", "clip")
+    expect(kind == "clip", path, f"a {kind}, not a CLIP; use transformers")
     with reading(path, "fetch it again, or move it away"):
         towers = []
         for name, heads in (("vision", 12), ("text", 8)):
@@ -1059,7 +1061,8 @@ def _folder_tokenizer(folder, text_config={}):
     def has(name):
         return os.path.isfile(os.path.join(folder, name))
 
-    others = [name for name in ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model") if has(name)]
+    kinds = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+    others = [name for name in kinds if has(name)]
     others += [text_config[key] for key in ("hf_tokenizer_name", "tokenizer_kwargs") if text_config.get(key)]
     whole = _read_json(folder, "tokenizer.json")
     try:
@@ -1074,16 +1077,17 @@ def _folder_tokenizer(folder, text_config={}):
             raise ValueError(others[0])
         else:
             return None
-        added = {token["content"] for token in whole.get("added_tokens", ())} | {*_read_json(folder, "added_tokens.json")}
+        added = _read_json(folder, "added_tokens.json").keys()
+        added |= {token["content"] for token in whole.get("added_tokens", ())}
         if not added <= ids.keys():
             raise ValueError("tokens were added")
-        symbols = [None] * (max(ids.values()) + 1)
+        vocabulary = [None] * (max(ids.values()) + 1)
         for symbol, i in ids.items():
-            symbols[i] = symbol
-        return Tokenizer([pair.split(" ") if isinstance(pair, str) else pair for pair in pairs], symbols)
+            vocabulary[i] = symbol
+        return Tokenizer([pair.split(" ") if isinstance(pair, str) else pair for pair in pairs], vocabulary)
     except Exception as e:
-        return ForeignTokenizer(f"{folder}: its tokenizer is no byte-level BPE as CLIP's ({_line(e)}); make the ids of "
-                                "texts with the library that it is of")
+        problem = f"its tokenizer is no byte-level BPE as CLIP's ({_line(e)})"
+        return ForeignTokenizer(f"{folder}: {problem}; make the ids of texts with the library that it is of")
 
 
 # ---------------------------------------------------------------- putting a CLIP together
@@ -1109,7 +1113,7 @@ def from_description(description, where="the checkpoint"):
         stored = dict(description["config"])
         unknown = stored.keys() - {field.name for field in fields(Config)}
         if unknown:
-            warnings.warn(f"{where}: {', '.join(unknown)} in its configuration is of another version; ignored")
+            warnings.warn(f"{where}: its configuration has {', '.join(unknown)}, which is not known here")
         expect("quick_gelu" in stored, where, "its configuration lacks quick_gelu; write or fetch it again")
         config = Config(**{name: value for name, value in stored.items() if name not in unknown})
         state = dict(description["state_dict"])
@@ -1219,35 +1223,38 @@ def _read_file(path):
                     return read_torchscript(archive, path)
         if head[8:9] == b"{":
             return read_safetensors(path), {}
-        if path.endswith(".index.json"):
-            return _read_shards(path), {}
-        return _read_pickle(path), {}
+        if not path.endswith(".index.json"):
+            return _read_pickle(path), {}
+        with open(path, encoding="utf-8") as f:
+            shards = {os.path.basename(name) for name in json.load(f)["weight_map"].values()}
+        weights = {}
+        for shard in sorted(shards):  # only files of the index's own folder
+            weights |= _read_file(os.path.join(os.path.dirname(path), shard))[0]
+        return weights, {}
 
 
-def _read_shards(path):
-    """The tensors of all files that an index of shards names; only those of its own folder are read."""
-    with open(path, encoding="utf-8") as f:
-        names = json.load(f)["weight_map"].values()
-    weights = {}
-    for shard in sorted({os.path.basename(name) for name in names}):
-        weights |= _read_file(os.path.join(os.path.dirname(path), shard))[0]
-    return weights
+class _Bag:
+    """Stands for what is not needed of a file, and for every class of a TorchScript archive: attributes."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        self.__dict__.update(state if isinstance(state, dict) else {})
 
 
 def _read_pickle(path):
-    """What torch.save wrote, if it is a dict of tensors and plain values."""
-    scalar = np.float64(0).__reduce__()[0]  # numbers of numpy's often lie beside weights
-    numbers = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
-    numbers += [type(np.dtype(kind)) for kind in ("?", "i4", "i8", "f2", "f4", "f8")]
+    """What torch.save wrote, if it is a dict of tensors and plain values. Numbers of numpy's are left out."""
+    numpy_names = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     try:
-        with torch.serialization.safe_globals(numbers):
+        with torch.serialization.safe_globals([(_Bag, name) for name in numpy_names]):
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:  # torch's own says in many lines how to run what is in the file
         asks = regex.search(r"GLOBAL (\S+)|(?:class|function|type) (\S+\.\S+)", str(e))
         reason = f"asks for {asks[1] or asks[2]}, which weights do not need" if asks else "no weight file"
         raise pickle.UnpicklingError(reason) from None
-    expect(isinstance(weights, dict), path, f"holds a {type(weights).__name__}, not a dictionary of weights; "
-                                            "save model.state_dict()")
+    problem = f"holds a {type(weights).__name__}, not a dictionary of weights; save model.state_dict()"
+    expect(isinstance(weights, dict), path, problem)
     return weights
 
 
@@ -1261,8 +1268,7 @@ def read_safetensors(path):
     dtypes = {name: dtype for dtype, (name, _) in DTYPES.items()}
     content = np.memmap(path, np.uint8, mode="c")
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    expect(start <= len(content), path,
-           f"a header of {start - 8} bytes in a file of {len(content)}: truncated; fetch it again")
+    expect(start <= len(content), path, "its header is longer than the file: truncated; fetch it again")
     tensors = {}
     for name, entry in json.loads(content[8:start].tobytes()).items():
         if name == "__metadata__":
@@ -1274,20 +1280,19 @@ def read_safetensors(path):
         inside = _whole(*shape, begin, end) and begin <= end <= len(content) - start
         expect(inside and end - begin == math.prod(shape) * dtype.itemsize, path,
                f"tensor {name!r} lies outside the file or has a wrong size; fetch it again")
-        tensors[name] = torch.empty(shape, dtype=dtype)
+        numbers = torch.empty(0, dtype=dtype, device="cpu")
         if end > begin:
             numbers = torch.frombuffer(content, dtype=dtype, count=math.prod(shape), offset=start + begin)
-            tensors[name] = numbers.reshape(shape)
+        tensors[name] = numbers.reshape(shape)
     return tensors
 
 
 class RestrictedUnpickler(pickle.Unpickler):
     """A reader of pickles that imports nothing: all that a pickle names is looked up in a table.
 
-    file: open for reading bytes. admitted: {(top-level module, name): what stands for it}; the name "*" is
-    for all others of a module. What stands for a function should be made for this reader alone, as a pickle
-    may set attributes of it. persistent: a function of the ids of what lies outside of the pickle.
-    Raises UnpicklingError that names what the table lacks.
+    file: open for reading bytes. admitted: {(top-level module, name): what stands for it}, "*" for any name.
+    What stands for a function should be made for this reader alone: a pickle may set attributes of it.
+    persistent: a function of the ids of what lies outside of the pickle. Raises UnpicklingError for others.
     """
 
     def __init__(self, file, admitted, persistent=None, **options):
@@ -1308,22 +1313,17 @@ class RestrictedUnpickler(pickle.Unpickler):
         return self.persistent(key)
 
 
-class _Bag:
-    """Stands in for every module class of a TorchScript archive: attributes, no code."""
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-
-
 def read_torchscript(archive, path):
-    """-> (state dict, hints) of a TorchScript archive, an open ZipFile, without torch.jit. No code of it runs.
+    """-> (state dict, hints) of a TorchScript archive, an open ZipFile; its code is not run.
 
-    Its `data.pkl` is a pickle of modules; their tensors' bytes lie in `data/` or `constants/`. The reader
-    knows tensors and plain lists; every class of the archive becomes a `_Bag`.
+    `data.pkl` is a pickle of modules; their tensors' bytes lie in `data/` or `constants/`. Only tensors and
+    plain lists are made of it; every class of the archive becomes a `_Bag`.
     """
     names = set(archive.namelist())
     pickled = next(name for name in names if name.endswith("/data.pkl") and name.count("/") == 1)
     root = pickled.removesuffix("data.pkl")
+    little_endian = root + "byteorder" not in names or archive.read(root + "byteorder") == b"little"
+    expect(little_endian, path, "written on a big-endian machine; save it again on a little-endian one")
     storages = {}
 
     def storage_of(key):
@@ -1331,11 +1331,10 @@ def read_torchscript(archive, path):
         if name not in storages:
             folder = "data/" if f"{root}data/{name}" in names else "constants/"
             content = bytearray(archive.read(root + folder + name))
-            empty = torch.empty(0, dtype=dtype)
-            storages[name] = torch.frombuffer(content, dtype=dtype) if content else empty
+            storages[name] = torch.frombuffer(content, dtype=dtype)
         held = len(storages[name])
-        expect(held >= count, path,
-               f"storage {name} holds {held} of {count} numbers: truncated; fetch it again")
+        problem = f"storage {name} holds {held} of {count} numbers: truncated; fetch it again"
+        expect(held >= count, path, problem)
         return storages[name]
 
     def rebuild_tensor(storage, offset, shape, stride, *_):
@@ -1345,7 +1344,6 @@ def read_torchscript(archive, path):
             # A stride of 0 repeats numbers: without the second bound a small file could fill the memory.
             inside = last < len(storage) and math.prod(shape) <= len(storage)
         expect(inside, path, "one of its tensors lies outside its storage: damaged; fetch it again")
-        # as_strided does not check all of this itself in older versions of torch.
         return torch.as_strided(storage, tuple(shape), tuple(stride), offset)
 
     admitted = {("__torch__", "*"): _Bag,
@@ -1353,25 +1351,21 @@ def read_torchscript(archive, path):
                 ("torch", "_rebuild_parameter"): lambda tensor, *_: tensor,
                 ("torch", "restore_type_tag"): lambda value, _: value,
                 ("collections", "OrderedDict"): OrderedDict}
-    for kind in ("int", "double", "bool", "tensor"):
-        admitted["torch", f"build_{kind}list"] = list
-    for dtype, (_, name) in DTYPES.items():
-        admitted["torch", f"{name}Storage"] = dtype
+    admitted |= {("torch", f"build_{kind}list"): list for kind in ("int", "double", "bool", "tensor")}
+    admitted |= {("torch", f"{name}Storage"): dtype for dtype, (_, name) in DTYPES.items()}
 
     def tensors(bag, prefix=""):
         for key, value in vars(bag).items():
-            if isinstance(value, torch.Tensor) and key != "attn_mask":  # a constant of the code, no weight
+            if isinstance(value, torch.Tensor):
                 yield prefix + key, value
             elif isinstance(value, _Bag):
                 yield from tensors(value, f"{prefix}{key}.")
 
-    little_endian = root + "byteorder" not in names or archive.read(root + "byteorder") == b"little"
-    expect(little_endian, path, "written on a big-endian machine; save it again on a little-endian one")
-    code = b"".join(archive.read(name) for name in names if name.endswith(".py"))  # which is looked at as text
-    activations = [quick for name, quick in ((b"gelu(", False), (b"sigmoid(", True)) if name in code]
-    hints = {"quick_gelu": activations[0]} if activations else {}
     with archive.open(pickled) as f:
-        return dict(tensors(RestrictedUnpickler(f, admitted, storage_of).load())), hints
+        state = dict(tensors(RestrictedUnpickler(f, admitted, storage_of).load()))
+    code = b"".join(archive.read(name) for name in names if name.endswith(".py"))  # only looked at
+    gelu = b"gelu(" in code
+    return state, {"quick_gelu": not gelu} if gelu or b"sigmoid(" in code else {}
 
 
 # ---------------------------------------------------------------- writing weights and checkpoints
@@ -1408,22 +1402,8 @@ def save(model, path):
 
 def describe(model):
     """What a checkpoint holds of a CLIP: its configuration, weights, and the merges of its own tokenizer."""
-    return {"config": asdict(model.config), "state_dict": weights(model), **_describe_tokenizer(model)}
-
-
-def _describe_tokenizer(model):
-    """A CLIP's own tokenizer as plain values, of which `_tokenizer_of` makes it again."""
-    if model.tokenizer is None:
-        return {"merges": None}
-    own_ids = {"vocabulary": model.tokenizer.vocabulary} if model.tokenizer.vocabulary else {}
-    return {"merges": model.tokenizer.merges} | own_ids
-
-
-def _tokenizer_of(described):
-    merges = described["merges"]
-    if isinstance(merges, str):
-        return ForeignTokenizer(merges)
-    return None if merges is None else Tokenizer(merges, described.get("vocabulary"))
+    tokenizer = _describe_tokenizer(model.tokenizer)
+    return {"config": asdict(model.config), "state_dict": weights(model), **tokenizer}
 
 
 def describe_heads(model):
@@ -1472,11 +1452,10 @@ def write_file(path, write):
         os.chmod(temporary, 0o666 & ~umask)  # a temporary file is private; the result is an ordinary file
         os.replace(temporary, path)
         temporary = None
-    except (OSError, RuntimeError) as e:  # a full disk is a RuntimeError of inline_container.cc
-        if isinstance(e, RuntimeError) and "inline_container" not in str(e):
-            raise  # not of writing, but of what is written: a model that ran out of memory, say
-        reason = getattr(e, "strerror", None) or _line(e)
-        problem = f"cannot be written ({reason}); the old file stays. Free space or choose another folder"
+    except (OSError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "inline_container" not in str(e):  # which is how torch.save fails
+            raise
+        problem = f"cannot be written ({_line(e)}); the old file stays. Free space or choose another folder"
         raise CheckpointError(f"{path}: {problem}") from None
     finally:
         if temporary:
@@ -1643,6 +1622,20 @@ class ForeignTokenizer:
         raise CheckpointError(self.merges)
 
     __call__ = encode = decode = rows = refuse
+
+
+def _describe_tokenizer(tokenizer):
+    """A tokenizer (or None) as plain values, of which `_tokenizer_of` makes it again."""
+    if tokenizer is None or tokenizer.vocabulary is None:
+        return {"merges": tokenizer and tokenizer.merges}
+    return {"merges": tokenizer.merges, "vocabulary": tokenizer.vocabulary}
+
+
+def _tokenizer_of(described):
+    merges = described["merges"]
+    if merges is None or isinstance(merges, str):
+        return merges and ForeignTokenizer(merges)
+    return Tokenizer(merges, described.get("vocabulary"))
 
 
 def _join(symbols, pair):

@@ -17,17 +17,20 @@ import socket
 import struct
 import threading
 import types
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.nn.utils import prune
 from torchvision.transforms import v2
 
 import clip
@@ -397,6 +400,127 @@ def test_attention_weights_on_request():
     assert attn.weights.triu(1).abs().max() == 0 and attn.weights.shape == (2, 2, 6, 6)
 
 
+def coop_text(model, text):
+    """How scripts for prompt learning call the parts of OpenAI's text encoder (Zhou et al. 2022, CoOp)."""
+    x = model.token_embedding(text).type(model.dtype) + model.positional_embedding.type(model.dtype)
+    x = model.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
+    x = model.ln_final(x).type(model.dtype)
+    return x[torch.arange(len(x)), text.argmax(-1)] @ model.text_projection
+
+
+def test_inner_modules_take_length_first(vit):
+    """Transformers and blocks, called as those of OpenAI's package, and what hooks on them see."""
+    image, text = a_batch(SMALL_VIT, images=3)
+    close(coop_text(vit, text), vit.encode_text(text))
+    v = vit.visual
+    x = v.conv1(image).flatten(2).transpose(1, 2)
+    x = torch.cat([v.class_embedding.expand(3, 1, -1), x], 1) + v.positional_embedding
+    x = v.transformer(v.ln_pre(x).permute(1, 0, 2)).permute(1, 0, 2)
+    close(v.ln_post(x[:, 0]) @ v.proj, vit.encode_image(image))
+    x = torch.randn(5, 2, 64)
+    for block in vit.transformer.resblocks:  # causal: what follows changes nothing
+        assert torch.allclose(block(x)[:3], block(x[:3]), atol=1e-5)
+    model = copy.deepcopy(vit)
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (clip.Transformer, clip.ResidualAttentionBlock, clip.MLP, nn.LayerNorm)):
+            module.register_forward_hook(lambda _, args, out, name=name: shapes.update({name: out.shape}))
+    close(model.encode_text(text), vit.encode_text(text))
+    close(model.encode_image(image), vit.encode_image(image))
+    assert len(shapes) == 2 * (1 + 2 * 4) + 3
+    for name, shape in shapes.items():
+        if "transformer" in name:
+            assert shape == ((17, 3, 64) if "visual" in name else (20, 3, 64)), name
+
+
+class Lora(nn.Module):
+    """A layer within another, which keeps the weights of the first as its own, as peft's."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        width = base.out_channels if isinstance(base, nn.Conv2d) else base.out_features
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, width))
+        self.shape = (-1, 1, 1) if isinstance(base, nn.Conv2d) else (-1,)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, x):
+        return self.base(x) * self.scale.view(self.shape)
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_layers_may_be_exchanged_and_looked_at(quick_gelu):
+    """What stands in the place of a layer is called, and has gradients; hooks on every layer fire."""
+    model = make(replace(SMALL_VIT, quick_gelu=quick_gelu))
+    image, text = a_batch(SMALL_VIT)
+    exchanged = copy.deepcopy(model)
+    with torch.no_grad():
+        for module in (*model.modules(),):  # the same change, written into the weights
+            for name, layer in module.named_children():
+                if name in ("c_fc", "c_proj", "conv1"):
+                    scale = torch.linspace(0.5, 1.5, len(layer.weight))
+                    layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.ndim - 1)))
+                    if layer.bias is not None:
+                        layer.bias.mul_(scale)
+    for module in (*exchanged.modules(),):
+        for name, layer in (*module.named_children(),):
+            if name in ("c_fc", "c_proj", "conv1"):
+                setattr(module, name, Lora(layer))
+    same_outputs(model, exchanged)
+    exchanged(image, text)[0].sum().backward()
+    assert all(layer.scale.grad.abs().max() > 0 for layer in exchanged.modules() if isinstance(layer, Lora))
+
+    fired = set()
+    layers = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    for name in layers:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: fired.add(name))
+    same_outputs(model, exchanged)
+    assert fired == layers
+    pruned = make(SMALL_VIT)
+    before = pruned.encode_text(text)
+    prune.l1_unstructured(pruned.transformer.resblocks[0].mlp.c_fc, "weight", amount=0.5)
+    assert not torch.allclose(pruned.encode_text(text), before, atol=1e-3)
+
+
+def test_traced_and_exported_encoders_take_other_texts(vit):
+    """torch.jit.trace, torch.export, torch.compile and vmap, then more texts, of other lengths."""
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.clip = vit
+
+        def forward(self, text):
+            return self.clip.encode_text(text)
+
+    image, text = a_batch(SMALL_VIT, images=4, texts=5)
+    want = vit.encode_text(text)
+    with torch.no_grad():
+        traced = torch.jit.trace(Text(), text[1:2], check_trace=False)
+        batch = {0: torch.export.Dim("batch", min=2, max=64)}
+        exported = torch.export.export(Text(), (text[1:3],), dynamic_shapes=(batch,)).module()
+        compiled = torch.compile(Text(), backend="eager", fullgraph=True)
+        compiled(text[1:3])
+        mapped = torch.func.vmap(lambda row: vit.encode_text(row[None])[0])
+        for encode in (traced, exported, compiled, mapped):
+            close(encode(text), want)
+        close(torch.jit.trace(vit.visual, image[:2], check_trace=False)(image), vit.encode_image(image))
+    gradient = torch.func.grad(lambda w, row: torch.func.functional_call(Text(), {"clip.text_projection": w},
+                                                                         (row[None],)).sum())
+    of_each = torch.func.vmap(gradient, (None, 0))(vit.text_projection.detach(), text)
+    close(of_each.sum(0), torch.autograd.grad(vit.encode_text(text).sum(), vit.text_projection)[0])
+
+
+def test_without_a_projection(vit):
+    """As linear probes set it: the features are the last norm's."""
+    model = copy.deepcopy(vit)
+    model.visual.proj = None
+    image, _ = a_batch(SMALL_VIT)
+    assert model.encode_image(image).shape == (2, 64)
+    close(model.encode_image(image) @ vit.visual.proj, vit.encode_image(image))
+
+
 @pytest.mark.parametrize("config, new, step, key", [
     (SMALL_VIT, 60, 10, "visual.positional_embedding"),
     (SMALL_RN, 96, 32, "visual.attnpool.positional_embedding")])
@@ -414,7 +538,12 @@ def test_image_size_interpolates_positions(config, new, step, key, tmp_path):
     want = F.interpolate(grid, (new // step, new // step), mode="bicubic").flatten(2)[0].t()
     assert torch.equal(old[0], got[0])
     close(got[1:], want)
-    fails("multiple of", clip.load, tmp_path / "w.pt", "cpu", image_size=33)
+    for wrong in (33, 0, 32.0, "32", True):
+        fails("multiple of", clip.load, tmp_path / "w.pt", "cpu", image_size=wrong)
+    frozen = make(config).half().requires_grad_(False)
+    assert not any(p.requires_grad for p in clip.resize_images(frozen, new).parameters())
+    assert frozen.state_dict()[key].dtype == torch.float16
+    close(frozen.state_dict()[key].float(), got, 1e-3)
 
 
 def test_build():
@@ -657,6 +786,35 @@ def test_torchscript_archive(config, half, tmp_path, monkeypatch):
     same_outputs(loaded, model, 2e-2 if half else 1e-6)
 
 
+ARCHIVES = os.path.join(SHARED, "archives")  # made with torch 1.7.1: X.pt, and X.ref with inputs and outputs
+
+
+@pytest.mark.skipif(not os.path.isdir(ARCHIVES), reason="needs archives of torch 1.7.1")
+def test_archives_of_the_time_of_openais():
+    names = [name for name in os.listdir(ARCHIVES) if name.endswith(".pt")]
+    assert names
+    for name in names:
+        given = torch.load(os.path.join(ARCHIVES, name.replace(".pt", ".ref")))
+        model, _ = clip.load(os.path.join(ARCHIVES, name), "cpu")
+        assert model.config.quick_gelu
+        for got, want in zip(outputs(model, given["image"], given["text"]), given["out"], strict=True):
+            close(got, want, 2e-6)
+
+
+def test_what_is_loaded_is_float32_on_the_device_asked_for(tmp_path, vit):
+    torch.save(vit.state_dict(), tmp_path / "w.pt")
+    _, text = a_batch(SMALL_VIT)
+    try:
+        torch.set_default_dtype(torch.float16)
+        torch.set_default_device("meta")
+        model, _ = clip.load(tmp_path / "w.pt", "cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device("cpu")
+    state_equal(model.state_dict(), vit.state_dict())
+    assert torch.equal(model.encode_text(text), vit.encode_text(text))
+
+
 def test_own_weights_round_trip(tmp_path):
     """`save` keeps what shapes do not tell (GELU, heads); torch's old format is read; no memory is shared."""
     model = make(GELU_VIT)
@@ -668,6 +826,11 @@ def test_own_weights_round_trip(tmp_path):
     twin = clip.from_state_dict(model.state_dict())
     for other in (loaded, legacy, twin):
         state_equal(other.state_dict(), model.state_dict())
+    assert legacy.config == loaded.config
+    for wrapped in (nn.DataParallel(model), torch.compile(model)):
+        clip.save(wrapped, tmp_path / "wrapped.pt")
+        assert clip.load(tmp_path / "wrapped.pt", "cpu")[0].config == model.config
+    fails("a Linear is no CLIP", clip.save, nn.Linear(2, 2), tmp_path / "w.pt")
     twin.visual.proj.data.zero_()
     assert model.visual.proj.abs().min() > 0
 
@@ -726,6 +889,197 @@ def test_hugging_face_folders_and_files(quick_gelu, tmp_path):
     del state["module.clip.text_model.encoder.layers.1.self_attn.k_proj.bias"]
     torch.save(state, tmp_path / "bin" / "pytorch_model.bin")
     fails("k_proj.bias", clip.load, tmp_path / "bin", "cpu")
+
+
+def hugging_face_folder(folder, text={}, vision={}):
+    """-> transformers' model of these changes to a configuration, written into the folder."""
+    transformers = pytest.importorskip("transformers")
+    common = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(common, vocab_size=700, max_position_embeddings=20, bos_token_id=698, eos_token_id=699) | text
+    vision = dict(common, image_size=40, patch_size=10) | vision
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=48)
+    model = randomise(transformers.CLIPModel(config))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("text, vision, refusal", [
+    ({"intermediate_size": 200}, {"intermediate_size": 300}, None),
+    ({"hidden_act": "gelu"}, {"hidden_act": "gelu"}, None), ({}, {"image_size": 44}, None),
+    ({"vocab_size": 702}, {}, None),  # tokens were added behind the end token
+    ({"eos_token_id": 5}, {}, None), ({"num_attention_heads": 4}, {"num_attention_heads": 1}, None),
+    ({"hidden_act": "gelu"}, {}, "hidden_act"),
+    ({"hidden_act": "relu"}, {"hidden_act": "relu"}, "hidden_act"),
+    ({"layer_norm_eps": 1e-3}, {}, "layer_norm_eps"), ({}, {"layer_norm_eps": 1e-6}, "layer_norm_eps")])
+def test_hugging_face_configurations(text, vision, refusal, tmp_path):
+    """What a configuration changes about the function is followed, or refused by its name."""
+    theirs = hugging_face_folder(tmp_path, text, vision)
+    if refusal:
+        return fails(f"config.json: {refusal} .*not supported|config.json: {refusal}.*both towers", clip.load,
+                     tmp_path, "cpu")
+    ours, _ = clip.load(tmp_path, "cpu")
+    image, ids = a_batch(ours.config)
+    end = text.get("eos_token_id", 699)
+    ids = torch.where(ids == ours.vocab_size - 1, end, ids.where(ids != end, 1))
+    if text.get("vocab_size") == 702:
+        ids[0, 2] = 701
+    for got, want in zip(outputs(ours, image, ids), outputs(theirs, image, ids)):
+        close(got, want)
+    text_config = json.loads((tmp_path / "config.json").read_text())
+    text_config["text_config_dict"] = {"hidden_act": "gelu_new"}  # counts in older files
+    (tmp_path / "config.json").write_text(json.dumps(text_config))
+    fails("gelu_new", clip.load, tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("vision, text, top, refusal", [
+    ({"mlp_ratio": 4.9231}, {"mlp_ratio": 3.0}, {}, None),
+    ({"patch_dropout": 0.5}, {}, {"quick_gelu": True}, None),
+    ({"image_size": 44}, {"pool_type": "eos", "eos_id": 5}, {}, None),
+    ({"head_width": 16}, {"heads": 4}, {}, None),
+    ({"pool_type": "avg"}, {}, {}, "pool_type"), ({}, {"pool_type": "last"}, {}, "pool_type"),
+    ({}, {"no_causal_mask": True}, {}, "no_causal_mask"),
+    ({"norm_kwargs": {"eps": 1e-2}}, {}, {}, "norm_kwargs"),
+    ({"act_kwargs": {"approximate": "tanh"}}, {}, {}, "act_kwargs"), ({"qk_norm": True}, {}, {}, "qk_norm"),
+    ({"no_ln_pre": True}, {}, {}, "no_ln_pre"), ({"ls_init_value": 0.1}, {}, {}, "ls_init_value"),
+    ({"final_ln_after_pool": True}, {}, {}, "final_ln_after_pool"),
+    ({"image_size": [32, 64]}, {}, {}, "image_size")])
+def test_open_clip_configurations(vision, text, top, refusal, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 40, "layers": 2, "width": 64, "patch_size": 10, **vision}
+    text = {"context_length": 20, "vocab_size": 700, "width": 64, "heads": 2, "layers": 2, **text}
+    theirs = open_clip.CLIP(48, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text), **top)
+    torch.save(randomise(theirs).state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    config = {"model_cfg": {"embed_dim": 48, **top, "vision_cfg": vision, "text_cfg": text}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    if refusal:
+        return fails(f"open_clip_config.json: {refusal} ", clip.load, tmp_path, "cpu")
+    ours, _ = clip.load(tmp_path, "cpu")
+    image, ids = a_batch(ours.config)
+    if "eos_id" in text:
+        ids = torch.where(ids == 699, 5, ids.where(ids != 5, 1))
+    for got, want in zip(outputs(ours, image, ids), outputs(theirs, image, ids)):
+        close(got, want)
+
+
+def test_preprocessing_is_the_folders(tmp_path):
+    """Means, resizing and interpolation, of both formats; they travel with the weights."""
+    transformers = pytest.importorskip("transformers")
+    open_clip = pytest.importorskip("open_clip")
+    picture = Image.effect_noise((90, 60), 80).convert("RGB")
+    hugging_face_folder(tmp_path / "hf")
+    half = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    square = {"height": 40, "width": 40}
+    for stated in ({}, half, {"resample": 2}, {"size": {"shortest_edge": 52}},
+                   {"size": square, "do_center_crop": False}):
+        stated = {"size": {"shortest_edge": 40}, "crop_size": square, **stated}
+        processor = transformers.CLIPImageProcessor(**stated)
+        processor.save_pretrained(tmp_path / "hf")
+        model, preprocess = clip.load(tmp_path / "hf", "cpu")
+        want = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])[0]
+        assert (preprocess(picture) - want).abs().max() < 0.03  # of a range of about 4
+        clip.save(model, tmp_path / "w.pt")
+        assert torch.equal(clip.load(tmp_path / "w.pt", "cpu")[1](picture), preprocess(picture))
+    config = {"model_cfg": {"embed_dim": 48, "vision_cfg": {"image_size": 40, "width": 64, "head_width": 32},
+                            "text_cfg": {"heads": 2}}}
+    for stated in ({"mean": [0.5] * 3, "std": [0.5] * 3},
+                   {"resize_mode": "squash", "interpolation": "bilinear"}):
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config | {"preprocess_cfg": stated}))
+        torch.save(make(SMALL_VIT).state_dict().copy(), tmp_path / "open_clip_pytorch_model.bin")
+        theirs = open_clip.transform.PreprocessCfg(size=40, **stated)
+        want = open_clip.transform.image_transform_v2(theirs, is_train=False)(picture)
+        close(clip.load(tmp_path / "open_clip_pytorch_model.bin", "cpu")[1](picture), want)
+    (tmp_path / "hf" / "preprocessor_config.json").write_text('{"do_rescale": false}')
+    fails("do_rescale", clip.load, tmp_path / "hf", "cpu")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_folders_own_tokenizer(whole, tmp_path):
+    """Its ids are used, and saved with the model. One that is no CLIP BPE is refused for texts."""
+    own = clip.Tokenizer.train(["a red cone", "a small red cube"] * 3, 540)
+    ids = list(range(own.vocab_size - 2))
+    random.Random(0).shuffle(ids)
+    vocab = dict(zip(own.symbols, [*ids, own.start, own.end]))
+    hugging_face_folder(tmp_path, {"vocab_size": own.vocab_size, "eos_token_id": own.end})
+    if whole:
+        tokenizer = {"model": {"type": "BPE", "vocab": vocab, "merges": own.merges},
+                     "added_tokens": [{"id": own.end, "content": "<|endoftext|>"}]}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    else:
+        (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+        merges = "".join(f"{a} {b}\n" for a, b in own.merges)
+        (tmp_path / "merges.txt").write_text("#version: 0.2\n" + merges)
+    texts = ["a red cone", "small cubes é"]
+    model, _ = clip.load(tmp_path, "cpu")
+    want = [[vocab[own.symbols[i]] for i in [own.start, *own.encode(text), own.end]] for text in texts]
+    assert [row[:len(ids)] for row, ids in zip(model.tokenize(texts).tolist(), want)] == want
+    assert model.tokenizer.decode(want[0]) == "a red cone "
+    clip.save(model, tmp_path / "w.pt")
+    clip.save_checkpoint(tmp_path / "best.pt", {"clip": clip.describe(model)})
+    for name in ("w.pt", "best.pt"):
+        assert torch.equal(clip.load(tmp_path / name, "cpu")[0].tokenize(texts), model.tokenize(texts))
+    (tmp_path / "added_tokens.json").write_text('{"<cat>": 541}')
+    foreign, _ = clip.load(tmp_path / "model.safetensors", "cpu")
+    assert foreign.encode_text(model.tokenize(texts)).shape == (2, 48)
+    clip.save(foreign, tmp_path / "w.pt")
+    for other in (foreign, clip.load(tmp_path / "w.pt", "cpu")[0]):
+        fails("no byte-level BPE as CLIP's .tokens were added", other.tokenize, texts)
+        fails("tokens were added", other.tokenizer.encode, "a")
+
+
+def test_weights_within_other_checkpoints(tmp_path, vit):
+    """Found by their names; of several, the one that is no average; what is left out is named."""
+    state = dict(vit.state_dict())
+    other = {f"ema_model.{key}": value + 1 for key, value in state.items() if value.is_floating_point()}
+    hugging_face = dict(transformers_model(SMALL_VIT).state_dict())
+    contents = {
+        "the model_state_dict": {"epoch": 3, "model_state_dict": state, "loss": torch.ones(())},
+        "a wrapper's": {"net": {f"module.clip_model.{key}": value for key, value in state.items()}},
+        "numpy's numbers": {"state_dict": state, "best": np.float64(0.5), "step": np.int64(3)},
+        "ema_model.": other | {f"model.{key}": value for key, value in state.items()},
+        "head.weight": {"head.weight": torch.ones(3), "logit_scale": torch.ones(()),
+                        **{f"clip.{key}": value for key, value in state.items()}},
+        "classifier.weight": state | {"classifier.weight": torch.ones(3)},
+        "masks": state | dict.fromkeys(("attn_mask", "transformer.resblocks.0.attn_mask"), torch.ones(2))}
+    for name, content in contents.items():
+        torch.save(content, tmp_path / "w.pt")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            loaded, _ = clip.load(tmp_path / "w.pt", "cpu", quick_gelu=True)
+        state_equal(loaded.state_dict(), state)
+        assert [name in str(x.message) for x in said] == [True] * name.endswith((".", "weight")), name
+    torch.save({"model": hugging_face}, tmp_path / "w.pt")
+    with pytest.warns(UserWarning, match="does not say its activation"):
+        clip.load(tmp_path / "w.pt", "cpu")
+    images = {key: value for key, value in state.items() if key.startswith("visual.")}
+    texts = {key: value for key, value in state.items() if key not in images}
+    for content, said in ((images, "the text tower is missing"), (texts, "the image tower is missing"),
+                          (hugging_face | {"vision_model.head.probe": torch.ones(1)}, "a SigLIP"),
+                          (state | {"visual.trunk.norm": torch.ones(1)}, "timm's"),
+                          (state | {"visual.a.lora_A.weight": torch.ones(1)}, "adapter that is not merged")):
+        torch.save(content, tmp_path / "w.pt")
+        refused(tmp_path / "w.pt", said, [clip.load])
+    longer = {"positional_embedding": torch.randn(50, 64), "positional_embedding_res": torch.randn(50, 64)}
+    torch.save(state | longer, tmp_path / "long.pt")  # Long-CLIP's
+    got = clip.load(tmp_path / "long.pt", "cpu", quick_gelu=True)[0].positional_embedding
+    assert torch.equal(got, torch.cat([x[a:b] for x, a, b in zip(longer.values(), (0, 20), (20, 50))]))
+
+
+def test_the_activation_is_said_or_asked_for(tmp_path):
+    """What this project writes says it; a file that does not is warned of."""
+    st = pytest.importorskip("safetensors.torch")
+    model = make(GELU_VIT)
+    for name, content in (("plain", model.state_dict()), ("parallel", nn.DataParallel(model).state_dict()),
+                          ("within", {"model": {"state_dict": torch.compile(model).state_dict()}})):
+        torch.save(content, tmp_path / name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert clip.load(tmp_path / name, "cpu")[0].config == GELU_VIT
+    torch.save(dict(model.state_dict()), tmp_path / "dict")
+    st.save_file(model.state_dict(), tmp_path / "tensors")
+    for name in ("dict", "tensors"):
+        with pytest.warns(UserWarning, match="does not say its activation; taking QuickGELU"):
+            assert clip.load(tmp_path / name, "cpu")[0].config.quick_gelu
+        assert not clip.load(tmp_path / name, "cpu", quick_gelu=False)[0].config.quick_gelu
 
 
 def test_safetensors_equal_the_library(tmp_path):
@@ -907,6 +1261,7 @@ WRONG_ENTRIES = [
     {"dtype": "F64"}]
 REFUSED = {  # what it is: its content, what the error says
     "empty": (b"", "is empty"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n", "of Git LFS"),
     "text": (b"these are no weights\n" * 9, ""),
     "json": (b'{"a": 1}', ""),
     "page": (b"<!DOCTYPE html><html><body>404 not found</body></html>", ""),
@@ -936,7 +1291,7 @@ def test_reading_makes_every_error_one_line():
 
     for raised, said in ((KeyError("a\nb"), "f.pt: refused, damaged.*a.*b.*; fetch it"),
                          (MyError("as it is"), "^as it is$"),
-                         (PermissionError(13, "Permission denied"), "cannot be read .Permission denied.; fetch")):
+                         (PermissionError(13, "Permission denied"), "cannot be read .Permission denied.;")):
         with pytest.raises(MyError, match=said) as e, clip.reading("f.pt", "fetch it", MyError):
             raise raised
         assert e.value.__cause__ is None and "\n" not in str(e.value)
@@ -1149,5 +1504,8 @@ def test_training_a_tokenizer():
     assert small.end == small.vocab_size - 1 == max(row)
     rows, cut = small.rows(["a tall red cone", "a"], 4)
     assert cut == 1 and rows[0, -1] == small.end and rows.dtype == torch.int32
+    for nothing in (None, float("nan"), 3):
+        with pytest.raises(TypeError, match="texts are strings; one is"):
+            small(["a", nothing])
     with pytest.raises(ValueError, match="at least 514"):
         clip.Tokenizer.train(["a"], 513)
