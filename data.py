@@ -950,9 +950,8 @@ TEXT2SHAPE_FILES = {  # path below the URL: what it leaves in the folder
 
 def text2shape_by_hand(root):
     """What to do where Text2Shape cannot be fetched."""
-    voxels, splits, captions = map(os.path.basename, TEXT2SHAPE_FILES)
-    return (f"put {voxels} (of {TEXT2SHAPE_URL}/shapenet), {splits} and {captions} (of {TEXT2SHAPE_URL}) "
-            f"into {root} by hand and run without --no-download, which unpacks them")
+    files = ", ".join(f"{TEXT2SHAPE_URL}/{path}" for path in TEXT2SHAPE_FILES)
+    return f"put {files} into {root} by hand and run without --no-download, which unpacks them"
 
 
 def fetch_missing(name, root=None):
@@ -966,9 +965,8 @@ def fetch_missing(name, root=None):
     archives = {os.path.basename(path) for path in TEXT2SHAPE_FILES if path.endswith(".zip")}
     if CAPTION_FILE in there and there & {VOXEL_FOLDER, "views"} and not there & archives:
         return
-    note(f"{root}: Text2Shape is not there, or not all of it; fetching it from {TEXT2SHAPE_URL}: the voxels "
-         "of 15,000 chairs and tables (at most 2 GB when unpacked), 75,000 descriptions and the published "
-         "split (--no-download refuses)")
+    note(f"{root}: Text2Shape is not there, or not all of it; fetching it from {TEXT2SHAPE_URL} (at most 2 GB "
+         "when unpacked; --no-download refuses)")
     for path, result in TEXT2SHAPE_FILES.items():
         file = os.path.join(root, os.path.basename(path))
         if not os.path.exists(file) and not os.path.exists(os.path.join(root, result)):
@@ -1328,21 +1326,6 @@ def primitives_oracle(instances):
     return torch.from_numpy(scores)
 
 
-def attribute_terms(instances):
-    """-> (the attributes that each caption states, the attributes of each instance) of the built-in shapes.
-
-    Both are lists of sorted lists of terms (task, class); a caption fits the instances that have all its
-    terms.
-    """
-    of_captions = []
-    of_instances = []
-    for x in instances:
-        terms = list(x.labels.items())
-        of_captions += [sorted(terms[i] for i in stated) for stated in primitives_stated(x)]
-        of_instances.append(sorted(terms))
-    return of_captions, of_instances
-
-
 def word_terms(instances):
     """-> (the words of each caption, the words that the captions of each instance contain), each once.
 
@@ -1499,8 +1482,7 @@ def feature_splits(paths, root):
     train by a hash of the id. Rows whose label is not among train's are left out, with a note."""
     train, test = (read_features(os.path.join(root or "", path)) for path in paths)
     for key in ("image", "text"):
-        width = train[key].shape[1]
-        test_width = test[key].shape[1]
+        width, test_width = train[key].shape[1], test[key].shape[1]
         expect(width == test_width, paths[1],
                f"{key} has {test_width} columns, in {paths[0]} it has {width}; both files need the same")
     late = np.array([hash_tenth(id) == 9 for id in train["ids"]])
@@ -1580,12 +1562,12 @@ class RegionView:
     embedding: tuple = None  # (file, row) of CLIP's embedding of the same image, where there is one
 
     def features(self):
-        return np.array(_rows_of(self.path, "regions width")[self.row], dtype=np.float32)
+        return np.array(_rows_of(self.path, "regions, width")[self.row], dtype=np.float32)
 
     def has_clip_input(self):
         return self.embedding is not None
 
-    def clip_input(self, size=None):
+    def clip_input(self):
         """CLIP's embedding of the image, float32 (D,)."""
         path, row = self.embedding
         return np.array(_rows_of(path, "D")[row], dtype=np.float32)
@@ -1607,12 +1589,11 @@ class Regions:
 
 @lru_cache(maxsize=8)
 def _rows_of(path, axes):
-    """A memory-mapped .npy file of floats (images, *axes)."""
-    axes = ["images", *axes.split()]
-    with reading(path, f"expected a .npy file ({', '.join(axes)})"):
+    """A memory-mapped .npy file of floats (images, axes)."""
+    with reading(path, f"expected a .npy file of floats (images, {axes})"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        expect(array.ndim == len(axes) and array.dtype.kind == "f" and array.size, path,
-               f"{array.dtype} of shape {array.shape}; expected floats ({', '.join(axes)})")
+        expect(array.ndim == axes.count(",") + 2 and array.dtype.kind == "f" and array.size, path,
+               f"{array.dtype} of shape {array.shape}; expected floats (images, {axes})")
         return array
 
 
@@ -1620,31 +1601,28 @@ def load_regions(name, root, split, clip_input=True):
     """As `load`, of region features in place of pictures: <root>/precomp/{train,dev,test}_ims.npy (images,
     36, 2048), memory-mapped, and _caps.txt, five captions to an image, in order (SCAN's files; where each row
     of features stands five times, each fifth is read). COCO's test is `testall` where that is there.
-    clip_input: CLIP's embeddings of the images are read too, from _clip.npy (images, D), where it is there."""
+    clip_input: CLIP's embeddings of the images are read too, from _clip.npy (images, D), where it is."""
     files = {"train": "train", "val": "dev", "test": "test"}
     expect(split in files, "--regions", f"no split {split!r}; it has {', '.join(files)}")
     base = os.path.join(root or os.path.join("data", name), "precomp", files[split])
-    if name == "coco" and split == "test":
-        if os.path.exists(base + "all_ims.npy"):
-            base += "all"
-        else:
-            note(f"{base}all_ims.npy is not there: the 1,000 images of {base}_ims.npy are tested, not 5,000")
+    if os.path.exists(base + "all_ims.npy"):
+        base += "all"
+    elif (name, split) == ("coco", "test"):
+        note(f"{base}all_ims.npy is not there: the 1,000 images of {base}_ims.npy are tested, not 5,000")
     _rows_of.cache_clear()
-    features = _rows_of(base + "_ims.npy", "regions width")
+    features = _rows_of(base + "_ims.npy", "regions, width")
     captions = [line.strip() for line in read_lines(base + "_caps.txt")]
     images = len(captions) // 5
-    step = len(features) // images if images else 0
+    step = len(features) // max(1, images)
     expect(step in (1, 5) and step * images == len(features) and 5 * images == len(captions),
            base + "_ims.npy", f"{len(features)} rows, but {len(captions)} lines in {base}_caps.txt (the first: "
-           f"{''.join(captions[:1])[:40]!r}); expected five captions to a row")
-    for i in range(0, len(features), max(5, len(features) // 10 // 5 * 5)) if step == 5 else []:
-        expect((features[i:i + 5] == features[i]).all(), base + "_ims.npy", f"as many rows as captions, but "
+           f"{captions[:1]}); expected five captions to a row")
+    for i in np.linspace(0, images - 1, 10).astype(int) * step:
+        expect((features[i:i + step] == features[i]).all(), base + "_ims.npy", "as many rows as captions, but "
                f"rows {i} to {i + 4} differ: one caption to an image is not supported, five are expected")
     embeddings = base + "_clip.npy" if clip_input and os.path.exists(base + "_clip.npy") else None
-    if embeddings:
-        count = len(_rows_of(embeddings, "D"))
-        expect(count == images, embeddings, f"{count} rows; expected one for each of the {images} images of "
-               f"{base}_caps.txt")
+    expect(not embeddings or len(_rows_of(embeddings, "D")) == images, embeddings,
+           f"expected a row for each of the {images} images of {base}_caps.txt")
     instances = []
     for i in range(images):
         texts = [caption for caption in captions[5 * i:5 * i + 5] if caption]

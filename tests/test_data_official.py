@@ -189,7 +189,7 @@ def test_variants_that_people_also_have(tmp_path):
     shutil.rmtree(tmp_path / "frames")
     precomp("precomp-flickr30k", tmp_path, ["dev"])
     shutil.copyfile(f"{REAL}/variants/bcan_dev_caps.txt", tmp_path / "precomp" / "dev_caps.txt")
-    refused("lines in .*dev_caps.txt .the first: 'image,caption'", data.load_regions, "flickr30k", str(tmp_path), "val")
+    refused("lines in .*dev_caps.txt .the first: .'image,caption'", data.load_regions, "flickr30k", str(tmp_path), "val")
 
 
 def test_frames_are_in_order_of_number_and_hidden_files_are_none(tmp_path):
