@@ -680,8 +680,8 @@ def test_which_data_is_cropped_by_default(tmp_path):
     for words, crop in ((["--clip", "tiny"], 0.5), (["--clip", "ViT-B/32"], 0.9), (["--crop", "0"], None),
                         (["--crop", "0.3"], 0.3)):
         args = train_mxm.settings(["--data", str(path), *words])
-        load_splits(args, "cpu")
-        assert args.crop == crop
+        load_splits(args)
+        assert (args.crop or None) == crop
 
 
 # ---------------------------------------------------------------- published photo sets
@@ -901,7 +901,7 @@ def test_text2shape(tmp_path, capsys):
     assert instances[1].captions == [long, "grey table"] and len(instances[1].images) == 12
     assert capsys.readouterr().err.count("and 4 empty captions were left out") == 1
     for i in (0, 1):  # gzip and raw
-        assert np.array_equal(data.pixels(instances[i].images[4], 16), data.render(cube(i), 4, 16))
+        assert np.array_equal(data.pixels(instances[i].images[4], 16), data.render(cube(i), 11, 16))
     batch = loader(instances, 2, 2, 2).make(0)
     assert batch["images"].shape == (2, 2, 3, 8, 8) and batch["image_mask"].all()
 
@@ -1167,9 +1167,9 @@ def test_scripts_fetch_unless_told_not_to(tmp_path, monkeypatch):
         by_hand = f"put .* into {root} by hand and run without --no-download"
         for words in ((), ("--download",)):
             refused(f"^http://127.0.0.1:.*solid.zip could not be fetched .*; {by_hand}",
-                    load_splits, settings(root, *words), "cpu")
+                    load_splits, settings(root, *words))
         refused(f"^{root}: no captions.tablechair.csv there; without --no-download .*{by_hand}",
-                load_splits, settings(root, "--no-download"), "cpu")
+                load_splits, settings(root, "--no-download"))
 
 
 @pytest.mark.parametrize("rank, order", [(0, ["fetch", "meet"]), (1, ["meet", "fetch"])])
@@ -1180,10 +1180,10 @@ def test_the_first_process_fetches_while_the_others_wait(rank, order, server, tm
     def fetch_missing(*arguments):
         done.append("fetch")
         fetch(*arguments)
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setattr("eval.any_process", lambda flag, device: done.append("meet"))
+    monkeypatch.setattr("eval.processes", lambda: (rank, 2))
+    monkeypatch.setattr("eval.barrier", lambda: done.append("meet"))
     monkeypatch.setattr(data, "fetch_missing", fetch_missing)
-    parts = load_splits(settings(tmp_path), "cpu")
+    parts = load_splits(settings(tmp_path))
     assert done == order and [len(instances) for instances, _ in parts] == [4, 2, 2]
 
 
