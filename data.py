@@ -168,10 +168,9 @@ def finish(rows, where, splits, classes=None, own=False, strict=False):
         for row in rows:
             expect(row.split or not stated, row.where, "no split, while other rows state one; "
                    "give every row a split, or none (then 80/10/10 by id)")
-            tenth = hash_tenth(row.id)
             if not stated:
-                row.split = TENTHS[tenth]
-            elif "val" not in stated and row.split == "train" and tenth == 9:
+                row.split = TENTHS[hash_tenth(row.id)]
+            elif "val" not in stated and row.split == "train" and hash_tenth(row.id) == 9:
                 row.split = "val"
         if own and not stated:
             note(f"{where}: no row states a split; it is 80/10/10 by a hash of the id")
@@ -263,15 +262,14 @@ def _instances(rows, classes, where, split, strict):
 
 
 MISSING = frozenset(("", "NaN", "nan", "None", "NA", "N/A", "n/a", "<NA>", "null", "NULL", "#N/A"))
-WHOLE_NUMBER = re.compile(r"(-?[0-9]+)\.0+")
+WHOLE_NUMBER = re.compile(r"^(-?[0-9]+)\.0+$")
 
 
 def plain(value):
     """The name that a cell or a JSON value states, without blanks around it and 1.0 as 1; None: missing."""
     name = str(value).strip()
-    whole = WHOLE_NUMBER.fullmatch(name)
-    if whole:
-        name = whole[1]
+    if name.endswith("0"):
+        name = WHOLE_NUMBER.sub(r"\1", name)
     infinite = isinstance(value, float) and math.isinf(value)
     return None if name in MISSING or infinite else name
 
@@ -423,14 +421,14 @@ def read_own(path, folder):
         images = entry["images"]
         expect(images and all(isinstance(image, str) and image for image in images), where,
                "no picture, or one that is no path; an instance has at least one")
-        captions = [text for text in entry["captions"] if plain(text) is not None]
+        captions = [text for text in entry["captions"] if isinstance(text, str) or plain(text) is not None]
         expect(all(isinstance(text, str) for text in captions), where, "a caption that is no text")
         labels = entry.get("labels") or {}
         expect(isinstance(labels, dict), where, '"labels" must be an object of task: class')
         names = {key: entry.get(key) for key in ("id", "split", "group")}
         for key, value in [*names.items(), *labels.items()]:
-            expect(value is None or isinstance(value, (str, int, float)), where,
-                   f"{key} = {str(value)[:50]} must be a string or a number")
+            if not isinstance(value, (str, int, float, type(None))):
+                raise DataError(f"{where}: {key} = {str(value)[:50]} must be a string or a number")
         id, split, group = map(plain, names.values())
         expect(split in (None, *SPLITS), where, f"split {split!r}; it must be train, val or test")
         labels = {task: plain(name) for task, name in labels.items()}
@@ -442,7 +440,7 @@ def read_own(path, folder):
                    f"another label or split than at {first.where}, for the same id {row.id!r}")
             first.images += [x for x in row.images if x not in first.images]
             first.captions += [x for x in captions if x not in first.captions]
-    return rows.values()
+    yield from rows.values()
 
 
 def _json_entries(path):
@@ -465,8 +463,8 @@ def _csv_entries(path):
                f"{len(cells)} cells under {len(header)} columns; quote a cell that holds a comma")
         labels = {name: cell.strip() for name, cell in zip(header, cells)}
         image = labels.pop("image")
-        entry = {"images": [image], "captions": [labels.pop("caption")], "labels": labels, "default": image}
-        yield where, entry | {key: labels.pop(key, None) for key in ("id", "split")}
+        yield where, {"images": [image], "captions": [labels.pop("caption")], "labels": labels, "default": image,
+                      "id": labels.pop("id", None), "split": labels.pop("split", None)}
 
 
 def read_gallery(folder, split):
