@@ -13,11 +13,13 @@ Each data set has a reader that yields `Row`s as its files state them; `finish` 
 Knows nothing of models or losses.
 """
 import atexit
+import contextlib
 import csv
 import difflib
 import gc
 import hashlib
 import html
+import io
 import json
 import math
 import mmap
@@ -166,10 +168,9 @@ def finish(rows, where, splits, classes=None, own=False, strict=False):
         for row in rows:
             expect(row.split or not stated, row.where, "no split, while other rows state one; "
                    "give every row a split, or none (then 80/10/10 by id)")
-            tenth = hash_tenth(row.id)
             if not stated:
-                row.split = TENTHS[tenth]
-            elif "val" not in stated and row.split == "train" and tenth == 9:
+                row.split = TENTHS[hash_tenth(row.id)]
+            elif "val" not in stated and row.split == "train" and hash_tenth(row.id) == 9:
                 row.split = "val"
         if own and not stated:
             note(f"{where}: no row states a split; it is 80/10/10 by a hash of the id")
@@ -247,6 +248,8 @@ def _instances(rows, classes, where, split, strict):
             left_out += 1
             continue
         empty += len(captions) - len(texts)
+        for image in row.images if split == "test" else ():
+            expect_whole(image)
         labels = {task: name for task, name in row.labels.items() if name is not None}
         instances.append(Instance(row.id, row.images, texts, labels, row.group))
     if left_out or empty:
@@ -259,15 +262,14 @@ def _instances(rows, classes, where, split, strict):
 
 
 MISSING = frozenset(("", "NaN", "nan", "None", "NA", "N/A", "n/a", "<NA>", "null", "NULL", "#N/A"))
-WHOLE_NUMBER = re.compile(r"(-?[0-9]+)\.0+")
+WHOLE_NUMBER = re.compile(r"^(-?[0-9]+)\.0+$")
 
 
 def plain(value):
     """The name that a cell or a JSON value states, without blanks around it and 1.0 as 1; None: missing."""
     name = str(value).strip()
-    whole = WHOLE_NUMBER.fullmatch(name)
-    if whole:
-        name = whole[1]
+    if name.endswith("0"):
+        name = WHOLE_NUMBER.sub(r"\1", name)
     infinite = isinstance(value, float) and math.isinf(value)
     return None if name in MISSING or infinite else name
 
@@ -419,14 +421,14 @@ def read_own(path, folder):
         images = entry["images"]
         expect(images and all(isinstance(image, str) and image for image in images), where,
                "no picture, or one that is no path; an instance has at least one")
-        captions = [text for text in entry["captions"] if plain(text) is not None]
+        captions = [text for text in entry["captions"] if isinstance(text, str) or plain(text) is not None]
         expect(all(isinstance(text, str) for text in captions), where, "a caption that is no text")
         labels = entry.get("labels") or {}
         expect(isinstance(labels, dict), where, '"labels" must be an object of task: class')
         names = {key: entry.get(key) for key in ("id", "split", "group")}
         for key, value in [*names.items(), *labels.items()]:
-            expect(value is None or isinstance(value, (str, int, float)), where,
-                   f"{key} = {str(value)[:50]} must be a string or a number")
+            if not isinstance(value, (str, int, float, type(None))):
+                raise DataError(f"{where}: {key} = {str(value)[:50]} must be a string or a number")
         id, split, group = map(plain, names.values())
         expect(split in (None, *SPLITS), where, f"split {split!r}; it must be train, val or test")
         labels = {task: plain(name) for task, name in labels.items()}
@@ -438,7 +440,7 @@ def read_own(path, folder):
                    f"another label or split than at {first.where}, for the same id {row.id!r}")
             first.images += [x for x in row.images if x not in first.images]
             first.captions += [x for x in captions if x not in first.captions]
-    return rows.values()
+    yield from rows.values()
 
 
 def _json_entries(path):
@@ -461,8 +463,8 @@ def _csv_entries(path):
                f"{len(cells)} cells under {len(header)} columns; quote a cell that holds a comma")
         labels = {name: cell.strip() for name, cell in zip(header, cells)}
         image = labels.pop("image")
-        entry = {"images": [image], "captions": [labels.pop("caption")], "labels": labels, "default": image}
-        yield where, entry | {key: labels.pop(key, None) for key in ("id", "split")}
+        yield where, {"images": [image], "captions": [labels.pop("caption")], "labels": labels, "default": image,
+                      "id": labels.pop("id", None), "split": labels.pop("split", None)}
 
 
 def read_gallery(folder, split):
@@ -948,9 +950,8 @@ TEXT2SHAPE_FILES = {  # path below the URL: what it leaves in the folder
 
 def text2shape_by_hand(root):
     """What to do where Text2Shape cannot be fetched."""
-    voxels, splits, captions = map(os.path.basename, TEXT2SHAPE_FILES)
-    return (f"put {voxels} (of {TEXT2SHAPE_URL}/shapenet), {splits} and {captions} (of {TEXT2SHAPE_URL}) "
-            f"into {root} by hand and run without --no-download, which unpacks them")
+    files = ", ".join(f"{TEXT2SHAPE_URL}/{path}" for path in TEXT2SHAPE_FILES)
+    return f"put {files} into {root} by hand and run without --no-download, which unpacks them"
 
 
 def fetch_missing(name, root=None):
@@ -964,9 +965,8 @@ def fetch_missing(name, root=None):
     archives = {os.path.basename(path) for path in TEXT2SHAPE_FILES if path.endswith(".zip")}
     if CAPTION_FILE in there and there & {VOXEL_FOLDER, "views"} and not there & archives:
         return
-    note(f"{root}: Text2Shape is not there, or not all of it; fetching it from {TEXT2SHAPE_URL}: the voxels "
-         "of 15,000 chairs and tables (at most 2 GB when unpacked), 75,000 descriptions and the published "
-         "split (--no-download refuses)")
+    note(f"{root}: Text2Shape is not there, or not all of it; fetching it from {TEXT2SHAPE_URL} (at most 2 GB "
+         "when unpacked; --no-download refuses)")
     for path, result in TEXT2SHAPE_FILES.items():
         file = os.path.join(root, os.path.basename(path))
         if not os.path.exists(file) and not os.path.exists(os.path.join(root, result)):
@@ -1326,21 +1326,6 @@ def primitives_oracle(instances):
     return torch.from_numpy(scores)
 
 
-def attribute_terms(instances):
-    """-> (the attributes that each caption states, the attributes of each instance) of the built-in shapes.
-
-    Both are lists of sorted lists of terms (task, class); a caption fits the instances that have all its
-    terms.
-    """
-    of_captions = []
-    of_instances = []
-    for x in instances:
-        terms = list(x.labels.items())
-        of_captions += [sorted(terms[i] for i in stated) for stated in primitives_stated(x)]
-        of_instances.append(sorted(terms))
-    return of_captions, of_instances
-
-
 def word_terms(instances):
     """-> (the words of each caption, the words that the captions of each instance contain), each once.
 
@@ -1480,15 +1465,15 @@ def _names(path, key, array):
     """Labels or ids (N,) as integers or strings; a column (N, 1) and whole numbers of other types are read."""
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
-    if array.dtype.kind in "fb" and (array == array.astype(np.int64)).all():
-        array = array.astype(np.int64)
+    with np.errstate(invalid="ignore"):
+        if array.dtype.kind in "fb" and (array == array.astype(np.int64)).all():
+            array = array.astype(np.int64)
+    expect(array.ndim == 1 and array.dtype.kind in "iuUSO" and array.size, path,
+           f"{key} is {array.dtype} of shape {array.shape}; expected one class or id a row (N,)")
     if array.dtype.kind in "SO":  # Python 2's strings are bytes
         names = [str(x, "utf-8", "replace") if isinstance(x, bytes) else x for x in array.tolist()]
-        expect(array.ndim == 1 and all(isinstance(x, (str, int, float, type(None))) for x in names), path,
-               f"{key} holds lists or other things, not names")
+        expect(all(isinstance(x, (str, int, float, type(None))) for x in names), path, f"{key} holds no names")
         array = np.array([str(x) for x in names])
-    expect(array.ndim == 1 and array.dtype.kind in "iuU" and array.size, path,
-           f"{key} is {array.dtype} of shape {array.shape}; expected one class or id a row (N,)")
     return array
 
 
@@ -1497,8 +1482,7 @@ def feature_splits(paths, root):
     train by a hash of the id. Rows whose label is not among train's are left out, with a note."""
     train, test = (read_features(os.path.join(root or "", path)) for path in paths)
     for key in ("image", "text"):
-        width = train[key].shape[1]
-        test_width = test[key].shape[1]
+        width, test_width = train[key].shape[1], test[key].shape[1]
         expect(width == test_width, paths[1],
                f"{key} has {test_width} columns, in {paths[0]} it has {width}; both files need the same")
     late = np.array([hash_tenth(id) == 9 for id in train["ids"]])
@@ -1578,12 +1562,12 @@ class RegionView:
     embedding: tuple = None  # (file, row) of CLIP's embedding of the same image, where there is one
 
     def features(self):
-        return np.array(_rows_of(self.path, "regions width")[self.row], dtype=np.float32)
+        return np.array(_rows_of(self.path, "regions, width")[self.row], dtype=np.float32)
 
     def has_clip_input(self):
         return self.embedding is not None
 
-    def clip_input(self, size=None):
+    def clip_input(self):
         """CLIP's embedding of the image, float32 (D,)."""
         path, row = self.embedding
         return np.array(_rows_of(path, "D")[row], dtype=np.float32)
@@ -1605,12 +1589,11 @@ class Regions:
 
 @lru_cache(maxsize=8)
 def _rows_of(path, axes):
-    """A memory-mapped .npy file of floats (images, *axes)."""
-    axes = ["images", *axes.split()]
-    with reading(path, f"expected a .npy file ({', '.join(axes)})"):
+    """A memory-mapped .npy file of floats (images, axes)."""
+    with reading(path, f"expected a .npy file of floats (images, {axes})"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        expect(array.ndim == len(axes) and array.dtype.kind == "f" and array.size, path,
-               f"{array.dtype} of shape {array.shape}; expected floats ({', '.join(axes)})")
+        expect(array.ndim == axes.count(",") + 2 and array.dtype.kind == "f" and array.size, path,
+               f"{array.dtype} of shape {array.shape}; expected floats (images, {axes})")
         return array
 
 
@@ -1618,31 +1601,28 @@ def load_regions(name, root, split, clip_input=True):
     """As `load`, of region features in place of pictures: <root>/precomp/{train,dev,test}_ims.npy (images,
     36, 2048), memory-mapped, and _caps.txt, five captions to an image, in order (SCAN's files; where each row
     of features stands five times, each fifth is read). COCO's test is `testall` where that is there.
-    clip_input: CLIP's embeddings of the images are read too, from _clip.npy (images, D), where it is there."""
+    clip_input: CLIP's embeddings of the images are read too, from _clip.npy (images, D), where it is."""
     files = {"train": "train", "val": "dev", "test": "test"}
     expect(split in files, "--regions", f"no split {split!r}; it has {', '.join(files)}")
     base = os.path.join(root or os.path.join("data", name), "precomp", files[split])
-    if name == "coco" and split == "test":
-        if os.path.exists(base + "all_ims.npy"):
-            base += "all"
-        else:
-            note(f"{base}all_ims.npy is not there: the 1,000 images of {base}_ims.npy are tested, not 5,000")
+    if os.path.exists(base + "all_ims.npy"):
+        base += "all"
+    elif (name, split) == ("coco", "test"):
+        note(f"{base}all_ims.npy is not there: the 1,000 images of {base}_ims.npy are tested, not 5,000")
     _rows_of.cache_clear()
-    features = _rows_of(base + "_ims.npy", "regions width")
+    features = _rows_of(base + "_ims.npy", "regions, width")
     captions = [line.strip() for line in read_lines(base + "_caps.txt")]
     images = len(captions) // 5
-    step = len(features) // images if images else 0
+    step = len(features) // max(1, images)
     expect(step in (1, 5) and step * images == len(features) and 5 * images == len(captions),
            base + "_ims.npy", f"{len(features)} rows, but {len(captions)} lines in {base}_caps.txt (the first: "
-           f"{''.join(captions[:1])[:40]!r}); expected five captions to a row")
-    for i in range(0, len(features), max(5, len(features) // 10 // 5 * 5)) if step == 5 else []:
-        expect((features[i:i + 5] == features[i]).all(), base + "_ims.npy", f"as many rows as captions, but "
+           f"{captions[:1]}); expected five captions to a row")
+    for i in np.linspace(0, images - 1, 10).astype(int) * step:
+        expect((features[i:i + step] == features[i]).all(), base + "_ims.npy", "as many rows as captions, but "
                f"rows {i} to {i + 4} differ: one caption to an image is not supported, five are expected")
     embeddings = base + "_clip.npy" if clip_input and os.path.exists(base + "_clip.npy") else None
-    if embeddings:
-        count = len(_rows_of(embeddings, "D"))
-        expect(count == images, embeddings, f"{count} rows; expected one for each of the {images} images of "
-               f"{base}_caps.txt")
+    expect(not embeddings or len(_rows_of(embeddings, "D")) == images, embeddings,
+           f"expected a row for each of the {images} images of {base}_caps.txt")
     instances = []
     for i in range(images):
         texts = [caption for caption in captions[5 * i:5 * i + 5] if caption]
@@ -1656,23 +1636,36 @@ def load_regions(name, root, split, clip_input=True):
 
 def open_image(path):
     """A picture as RGB: EXIF rotation applied, more than 8 bits of grey scaled by their range, transparency on
-    white, one frame."""
+    white, one frame. Metadata that are broken are ignored."""
     expect_file(path)
-    with reading(path, "replace it or remove its row"):
+    with reading(path, "replace it or remove its row"), open(path, "rb") as f:
         try:
-            with Image.open(path) as image:
-                return _rgb(ImageOps.exif_transpose(image), image.format == "TIFF")
-        except Image.DecompressionBombError:
-            raise
-        except Exception as error:  # where only metadata are broken, torchvision reads the pixels
-            from torchvision.io import decode_image
+            return _rgb(Image.open(f))
+        except Exception as error:
+            f.seek(0)
             try:
-                return _rgb(Image.fromarray(decode_image(path).permute(1, 2, 0).squeeze(-1).numpy()))
+                return _rgb(Image.open(io.BytesIO(_without_metadata(f.read()))))
             except Exception:
                 raise error from None
 
 
-def _rgb(image, tiff=False):
+def expect_whole(image):
+    """Raise DataError for a test picture that is cut off, before hours of training and not after: a file that
+    does not end as JPEG and PNG do is opened."""
+    if isinstance(image, str):
+        with open(image, "rb") as f:
+            end = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(f.read(2))
+            f.seek(max(0, os.path.getsize(image) - 64))
+            whole = end and end in f.read()
+        if not whole:
+            open_image(image)
+
+
+def _rgb(image):
+    tiff = image.format == "TIFF"
+    image.load()
+    with contextlib.suppress(Exception):  # metadata that are broken say nothing of the pixels
+        image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # convert("RGB") alone would clip them to white
         levels = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
         top = min(top for top in (1, 255, 4095, 65535, levels.max()) if top >= levels.max())
@@ -1683,6 +1676,21 @@ def _rgb(image, tiff=False):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _without_metadata(content):
+    """The bytes of a PNG or a JPEG with those parts alone that make its pixels."""
+    png = content.startswith(b"\x89PNG")
+    at = 8 if png else 2
+    kept = [content[:at]]
+    while at < len(content) and (png or content[at + 1] != 0xDA):  # after this mark a JPEG's pixels follow
+        size = int.from_bytes(content[at:at + 4] if png else content[at + 2:at + 4], "big")
+        end = at + size + (12 if png else 2)
+        needed = content[at + 4:at + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+        if needed if png else content[at + 1] in (0xEE, *range(0xC0, 0xE0)):  # 0xEE tells the kind of colour
+            kept.append(content[at:end])
+        at = end
+    return b"".join(kept) + content[at:]
 
 
 def square(image, size):

@@ -202,9 +202,6 @@ def test_oracle_equals_brute_force():
             assert scores[row].tolist() == pytest.approx([f / sum(fits) for f in fits])
             row += 1
     assert row == len(scores) and scores.dtype == torch.float32
-    of_captions, of_instances = data.attribute_terms(some)  # the same, as terms
-    for terms, row in zip(of_captions, scores):
-        assert [set(terms) <= set(attributes) for attributes in of_instances] == (row > 0).tolist()
 
 
 def test_word_terms():
@@ -423,6 +420,39 @@ def test_bad_pictures_are_named(tmp_path):
         refused(f"{name}: .*{said}.*; replace it", data.open_image, str(tmp_path / name))
     refused("gone.jpg: No such file; .* holds good.jpg", data.open_image, str(tmp_path / "gone.jpg"))
     refused("is no file", data.open_image, str(tmp_path))
+
+
+def png_with(kind, body):
+    """A 30 x 20 PNG with one more chunk behind its header; and its pixels."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    out = io.BytesIO()
+    image.save(out, "png")
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return out.getvalue()[:33] + chunk + out.getvalue()[33:], np.asarray(image)
+
+
+def test_broken_metadata_never_stop_a_picture(tmp_path):
+    texts = [b"interlace", b"transparency", b"exif", b"xmp", b"Raw profile type exif"]
+    chunks = [(b"tEXt", key + b"\0\nno\n3\nzz") for key in texts]
+    chunks += [(b"eXIf", b"garbage"), (b"iCCP", b""), (b"pHYs", b"x"), (b"zTXt", b"a\0\5"), (b"iTXt", b"a"),
+               (b"zTXt", b"a\0\0" + zlib.compress(bytes(3 << 20)))]
+    for chunk in chunks:
+        content, pixels = png_with(*chunk)
+        (tmp_path / "a.png").write_bytes(content)
+        assert np.array_equal(data.open_image(tmp_path / "a.png"), pixels), chunk[:20]
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "jpeg")
+    good = out.getvalue()
+    for mark, body in ((0xE1, b"Exif\0\0garbage"), (0xE2, b"ICC_PROFILE\0"), (0xE2, b"MPF\0x"), (0xFE, b"\xff"),
+                       (0xED, b"Photoshop 3.0\x008BIM\x03\xed"), (0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff")):
+        segment = bytes([0xFF, mark]) + struct.pack(">H", len(body) + 2) + body
+        (tmp_path / "a.jpg").write_bytes(good[:2] + segment + good[2:])
+        assert np.array_equal(data.open_image(tmp_path / "a.jpg"), np.asarray(Image.open(io.BytesIO(good))))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "b.jpg", exif=exif)  # truncated and turned: an error, not black
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:-200])
+    refused("b.jpg: .*truncated", data.open_image, str(tmp_path / "b.jpg"))
 
 
 # ---------------------------------------------------------------- batches
@@ -650,8 +680,8 @@ def test_which_data_is_cropped_by_default(tmp_path):
     for words, crop in ((["--clip", "tiny"], 0.5), (["--clip", "ViT-B/32"], 0.9), (["--crop", "0"], None),
                         (["--crop", "0.3"], 0.3)):
         args = train_mxm.settings(["--data", str(path), *words])
-        load_splits(args, "cpu")
-        assert args.crop == crop
+        load_splits(args)
+        assert (args.crop or None) == crop
 
 
 # ---------------------------------------------------------------- published photo sets
@@ -709,7 +739,7 @@ def test_regions_come_with_the_embeddings_of_their_pictures(tmp_path):
     first = batches[0]["images"][batches[0]["image_mask"]]
     assert np.array_equal(first.features, features[:2]) and torch.equal(first.clip_input, found[:2, 0])
     refused("no picture", instances[0].images[0], 8)
-    refused("test_clip.npy: 3 rows; expected one for each of the 2 images", regions_of, tmp_path, 10)
+    refused("test_clip.npy: expected a row for each of the 2 images", regions_of, tmp_path, 10)
 
 
 def regions_of(root, captions):
@@ -739,8 +769,8 @@ def test_unknown_names_and_missing_roots(tmp_path):
     for download in (False, True):  # what cannot be fetched is not asked for
         refused("nowhere: no such folder, and coco cannot be fetched automatically; give --root",
                 data.load, "coco", nowhere, download=download)
-    refused(f"nowhere: no captions.tablechair.csv there; without --no-download .* put {data.VOXEL_FOLDER}.zip"
-            f" .*{data.TEXT2SHAPE_URL}.* into {nowhere} by hand", data.load, "text2shape", nowhere)
+    refused(f"nowhere: no captions.tablechair.csv there; without --no-download .* put {data.TEXT2SHAPE_URL}"
+            f".*{data.VOXEL_FOLDER}.zip.* into {nowhere} by hand", data.load, "text2shape", nowhere)
     refused("nowhere.csv: No such file", data.load, nowhere + ".csv")
 
 
@@ -871,7 +901,7 @@ def test_text2shape(tmp_path, capsys):
     assert instances[1].captions == [long, "grey table"] and len(instances[1].images) == 12
     assert capsys.readouterr().err.count("and 4 empty captions were left out") == 1
     for i in (0, 1):  # gzip and raw
-        assert np.array_equal(data.pixels(instances[i].images[4], 16), data.render(cube(i), 4, 16))
+        assert np.array_equal(data.pixels(instances[i].images[4], 16), data.render(cube(i), 11, 16))
     batch = loader(instances, 2, 2, 2).make(0)
     assert batch["images"].shape == (2, 2, 3, 8, 8) and batch["image_mask"].all()
 
@@ -1137,9 +1167,9 @@ def test_scripts_fetch_unless_told_not_to(tmp_path, monkeypatch):
         by_hand = f"put .* into {root} by hand and run without --no-download"
         for words in ((), ("--download",)):
             refused(f"^http://127.0.0.1:.*solid.zip could not be fetched .*; {by_hand}",
-                    load_splits, settings(root, *words), "cpu")
+                    load_splits, settings(root, *words))
         refused(f"^{root}: no captions.tablechair.csv there; without --no-download .*{by_hand}",
-                load_splits, settings(root, "--no-download"), "cpu")
+                load_splits, settings(root, "--no-download"))
 
 
 @pytest.mark.parametrize("rank, order", [(0, ["fetch", "meet"]), (1, ["meet", "fetch"])])
@@ -1150,10 +1180,10 @@ def test_the_first_process_fetches_while_the_others_wait(rank, order, server, tm
     def fetch_missing(*arguments):
         done.append("fetch")
         fetch(*arguments)
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setattr("eval.any_process", lambda flag, device: done.append("meet"))
+    monkeypatch.setattr("eval.processes", lambda: (rank, 2))
+    monkeypatch.setattr("eval.barrier", lambda: done.append("meet"))
     monkeypatch.setattr(data, "fetch_missing", fetch_missing)
-    parts = load_splits(settings(tmp_path), "cpu")
+    parts = load_splits(settings(tmp_path))
     assert done == order and [len(instances) for instances, _ in parts] == [4, 2, 2]
 
 
@@ -1273,6 +1303,60 @@ def test_csv(mine, tmp_path):
         assert [(x.id, x.labels) for x in mine(variant, "test")[0]] == [("4", {"color": 0})]
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_tables_as_people_have_them(separator, mine, tmp_path, capsys):
+    """Separators, blanks, line ends, missing values, 1 and 1.0, classes that differ in capitals, rows of nothing;
+    the pictures in another folder."""
+    rows = [("image", " caption", "id", "split", "color", "size"), ("0.png", "a", "s0 ", "train ", "red", "1.0"),
+            ("1.png", "nan", "s1", "train", "blue\u00a0", "2"), ("2.png", "b", "s2", "train", "NaN", "1"),
+            ("3.png", "c", "NA", "train", "Red", "2.0"), ("4.png", "d", "s4", "test", "blue ", "1"),
+            ("5.png", "e", "s5", "val", "red", "1"), ("",) * 6]
+    text = "\r\n".join(separator.join(row) for row in rows)
+    train, classes = mine("\ufeff" + text)
+    assert classes == {"color": ["Red", "blue", "red"], "size": ["1", "2"]}
+    assert [(x.id, x.captions) for x in train] == [("s0", ["a"]), ("s2", ["b"]), ("3.png", ["c"])]
+    assert [x.labels for x in train] == [{"color": 2, "size": 0}, {"size": 0}, {"color": 0, "size": 1}]
+    said = capsys.readouterr().err
+    for remark in ("1 labels are missing", "classes of color differ in capitals or blanks only, such as 'red'",
+                   "train, 1 of 4 rows without a picture or a text .* line 3 has no caption"):
+        assert re.search(remark, said), remark
+    assert mine(text, "test")[0][0].labels == {"color": 1, "size": 0}
+    write(tmp_path / "elsewhere" / "mine.csv", text)
+    train, _ = data.load(str(tmp_path / "elsewhere" / "mine.csv"), root=str(tmp_path))
+    assert train[0].images == [str(tmp_path / "0.png")]
+
+
+def test_missing_values_of_jsonl(mine):
+    nan = float("nan")
+    row = {"images": ["0.png"], "captions": ["a", nan, None], "split": "train"}
+    val = row | {"id": "v", "split": "val"}
+    train, classes = mine(lines(row | {"id": nan, "group": nan, "labels": {"t": nan, "u": 1, "v": float("inf")}},
+                                row | {"id": 2.0, "images": ["1.png"], "labels": {"t": "None", "u": 1.0}}, val),
+                          name="mine.jsonl")
+    assert [(x.id, x.group, x.captions, x.labels) for x in train] == [
+        ("1", "1", ["a"], {"u": 0}), ("2", "2", ["a"], {"u": 0})] and classes == {"u": ["1"]}
+
+
+def test_what_stands_in_two_splits_is_noted(mine, capsys):
+    mine("id,image,caption,split\n" + "".join(f"{i},{i // 2}.png,a,{('train', 'test')[i % 2]}\n" for i in range(8)))
+    assert re.search("4 ids or pictures stand in two splits.* such as .*0.png .train and test", capsys.readouterr().err)
+    mine("image,caption\n0.png,a\n0.png,b\n1.png,c\n2.png,c\n3.png,c\n9.png,c\n")
+    said = capsys.readouterr().err
+    assert "two splits" not in said and "80/10/10 by a hash of the id" in said
+
+
+def test_a_folder_of_pictures_can_be_searched(tmp_path):
+    files = [picture(tmp_path / "a" / name) for name in ("10.png", "2.png", "sub/x.jpg")]
+    for junk in ("._2.png", "Thumbs.db", "desktop.ini", "notes.txt"):
+        write(tmp_path / "a" / junk, "x")
+    found, classes = data.load(str(tmp_path / "a"), split="all")
+    assert [x.images for x in found] == [[files[1]], [files[0]], [files[2]]] and classes == {}
+    assert found[2].id == os.path.join("sub", "x.jpg") and found[0].captions == []
+    batch = next(data.Loader(found, tokenizer(), 32, 8, 4).batches())
+    assert batch["images"].shape[:2] == (3, 1) and not batch["caption_mask"].any()
+    refused("a folder has no captions to learn from", data.load_splits, str(tmp_path / "a"))
+
+
 @pytest.mark.parametrize("text, said", [
     ("", "line 1: no column 'image'.*it names: nothing"),
     ("image,text\n0.png,a\n", r"line 1: no column 'caption'; the first line must name image, caption "
@@ -1310,6 +1394,18 @@ def test_a_class_of_your_own_data_that_train_lacks_is_unlabelled(mine, capsys):
     said = capsys.readouterr().err
     for split, unseen in (("val", 2), ("test", 1)):
         assert said.count(f"mine.csv: {unseen} labels of split {split} never occur in train") == 1
+
+
+@pytest.mark.parametrize("name", ["4.jpg", "4.png", "4.webp"])
+def test_a_test_picture_that_is_cut_off_is_found_before_training(name, mine, tmp_path):
+    path = picture(tmp_path / name, 4, (90, 60))
+    text = f"image,caption,split\n0.png,a,train\n1.png,b,val\n{name},c,test\n"
+    assert len(mine(text, "test")[0]) == 1
+    with open(path, "rb") as f:
+        content = f.read()
+    with open(path, "wb") as f:
+        f.write(content[:len(content) // 2])
+    refused(f"{name}: ", mine, text, "test")
 
 
 @pytest.mark.skipif(not os.path.isdir(f"{SHARED}/hm"), reason="needs ../shared/data/hm")

@@ -1,0 +1,202 @@
+"""Tests of data.py against real official annotation files, cut down, in ../shared/data/annotations; pictures
+and frames are made with the names that the files give.
+
+    python -m pytest tests/test_data_official.py
+"""
+import csv
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+import data
+from test_data import SHARED, fresh_notes, picture, refused, splits, write  # noqa: F401
+
+REAL = os.path.join(SHARED, "annotations")
+pytestmark = pytest.mark.skipif(not os.path.isdir(REAL), reason="needs ../shared/data/annotations")
+
+
+def copy(name, root):
+    """A writable copy of a set's real files."""
+    shutil.copytree(f"{REAL}/{name}", root, dirs_exist_ok=True, copy_function=shutil.copyfile)
+
+
+def frames(root, *videos, count=1):
+    for video in videos:
+        for k in range(count):
+            picture(root / "frames" / video / f"{k + 1}.jpg", size=(3, 2))
+
+
+def read_json(path):
+    with open(path, encoding="utf-8-sig") as f:
+        return json.load(f)
+
+
+def real_lines(path):
+    with open(path, encoding="utf-8") as f:
+        return f.read().split()
+
+
+def sizes(parts):
+    return [len(part) for part in parts.values()]
+
+
+@pytest.mark.parametrize("ending", ["", ".with"])
+def test_didemo(ending, tmp_path):
+    """The sentences of exactly the listed name, though another name has its stem; a fork's names have none."""
+    copy("didemo", tmp_path)
+    lists = {part: real_lines(f"{REAL}/didemo/{part}_list.txt") for part in ("train", "val", "test")}
+    for name in sum(lists.values(), []):
+        frames(tmp_path, name if ending else os.path.splitext(name)[0])
+    found = splits("didemo", tmp_path)
+    assert sizes(found) == [24, 19, 25]
+    shared = 0
+    for part, names in lists.items():
+        moments = read_json(f"{REAL}/didemo/{part}_data.json")
+        assert [x.id for x in found[part]] == [os.path.splitext(name)[0] for name in names]
+        for x, name in zip(found[part], names):
+            wanted = (name, x.id) if part == "train" else (name,)
+            own = [m["description"] for m in moments if m["video"] in wanted]
+            shared += len({m["video"] for m in moments if os.path.splitext(m["video"])[0] == x.id}) - 1
+            assert x.captions == [" ".join(" ".join(own).split())] and own
+    assert shared == 8
+
+
+def test_didemo_with_crlf_and_a_byte_order_mark(tmp_path):
+    copy("didemo", tmp_path)
+    for part in ("train", "val", "test"):
+        names = real_lines(f"{REAL}/didemo/{part}_list.txt")
+        write(tmp_path / f"{part}_list.txt", "\ufeff" + "\r\n".join(names))
+        write(tmp_path / f"{part}_data.json", "\ufeff" + (tmp_path / f"{part}_data.json").read_text())
+        frames(tmp_path, *[os.path.splitext(name)[0] for name in names])
+    assert sizes(splits("didemo", tmp_path)) == [24, 19, 25]
+
+
+@pytest.mark.parametrize("prefix", ["", "v_"])
+def test_activitynet(prefix, tmp_path, capsys):
+    """Val hangs on the official id, not on the folder's name; two ids of each file have no captions."""
+    copy("activitynet", tmp_path)
+    ids = {part: read_json(f"{REAL}/activitynet/{part}_ids.json") for part in ("train", "val")}
+    frames(tmp_path, *[prefix + id.removeprefix("v_") for id in ids["train"] + ids["val"]])
+    found = splits("activitynet", tmp_path)
+    content = read_json(f"{REAL}/activitynet/train.json")
+    known = [id for id in ids["train"] if id in content]
+    late = [id for id in known if data.hash_tenth(id) == 9]
+    assert len(known) == 50 and 0 < len(late) and [x.id for x in found["val"]] == late
+    assert sizes(found) == [50 - len(late), len(late), 23]
+    assert found["train"][0].captions == [" ".join(" ".join(content[found["train"][0].id]["sentences"]).split())]
+    assert any("\u00f1" in x.captions[0] for x in found["train"] + found["val"])
+    assert "test, 2 of 25 rows without a picture or a text" in capsys.readouterr().err
+
+
+def test_activitynet_ids_without_prefix(tmp_path):
+    copy("activitynet", tmp_path)
+    ids = read_json(f"{REAL}/activitynet/train_ids.json")
+    write(tmp_path / "train_ids.json", [id.removeprefix("v_") for id in ids])
+    frames(tmp_path, *ids, *read_json(f"{REAL}/activitynet/val_ids.json"))
+    assert {x.id for x in splits("activitynet", tmp_path)["train"]} < set(ids)
+
+
+def test_msvd(tmp_path):
+    copy("msvd", tmp_path)
+    lists = {part: real_lines(f"{REAL}/msvd/{part}_list.txt") for part in ("train", "val", "test")}
+    frames(tmp_path, *[video + ".avi" for video in sum(lists.values(), [])])  # folders keep a file's ending
+    with open(f"{REAL}/msvd/raw-captions.pkl", "rb") as f:
+        captions = pickle.load(f)
+    found = splits("msvd", tmp_path)
+    assert sizes(found) == [len(videos) for videos in lists.values()] == [12, 5, 8]
+    for part, videos in lists.items():
+        assert [x.id for x in found[part]] == videos
+        assert [x.captions for x in found[part]] == [[" ".join(c) for c in captions[v]] for v in videos]
+
+
+def test_food101(tmp_path):
+    """Titles with entities, doubled quotes, remains of Python lists, and quotes that never close."""
+    copy("food101", tmp_path)
+    rows = {}
+    for part in ("train", "test"):
+        with open(f"{REAL}/food101/texts/{part}_titles.csv", newline="") as f:
+            rows[part] = list(csv.reader(f))
+        for file, _, name in rows[part]:
+            picture(tmp_path / "images" / part / name / file, size=(3, 2))
+    found = splits("food101", tmp_path)
+    assert len(found["test"]) == len(rows["test"]) == 47
+    assert len(found["train"]) + len(found["val"]) == len(rows["train"]) == 141
+    assert [x.captions for x in found["test"]] == [[title.strip()] for _, title, _ in rows["test"]]
+    path = tmp_path / "texts" / "test_titles.csv"
+    lines = path.read_bytes().split(b"\r\n")
+    lines[3] = lines[3].replace(b",", b',"', 1)  # opens and never closes
+    path.write_bytes(b"\r\n".join(lines))
+    test = splits("food101", tmp_path)["test"]
+    assert len(test) == 47 and test[3].captions == ['"' + rows["test"][3][1].strip()]
+
+
+def test_flickr30k(tmp_path):
+    copy("flickr30k", tmp_path)
+    images = read_json(f"{REAL}/flickr30k/dataset_flickr30k.json")["images"]
+    for image in images:
+        picture(tmp_path / "flickr30k-images" / image["filename"], size=(3, 2))
+    found = splits("flickr30k", tmp_path)
+    assert sizes(found) == [10, 10, 10] and all(len(x.captions) == 5 for x in found["test"])
+
+
+def precomp(name, root, rows, regions=2):
+    """Region features, of which row i holds i, with a real caption list of as many images."""
+    copy(name, root)
+    for part in rows:
+        captions = len((root / "precomp" / f"{part}_caps.txt").read_text().split("\n")) // 5
+        array = np.arange(captions, dtype=np.float32)[:, None, None].repeat(regions, 1).repeat(3, 2)
+        np.save(root / "precomp" / f"{part}_ims.npy", array)
+
+
+@pytest.mark.parametrize("split, file", [("train", "train"), ("val", "dev"), ("test", "test")])
+def test_region_captions_of_flickr30k(split, file, tmp_path):
+    precomp("precomp-flickr30k", tmp_path, ["train", "dev", "test"])
+    found, _ = data.load_regions("flickr30k", str(tmp_path), split)
+    with open(f"{REAL}/precomp-flickr30k/precomp/{file}_caps.txt", encoding="utf-8") as f:
+        lines = f.read().strip("\n").split("\n")
+    assert [caption for x in found for caption in x.captions] == [line.strip() for line in lines]
+    assert all(len(x.captions) == 5 and x.images[0].features()[0, 0] == i for i, x in enumerate(found))
+
+
+def test_region_features_of_coco_are_of_5000_images_where_they_are_there(tmp_path, capsys):
+    precomp("precomp-coco", tmp_path, ["dev", "test"])
+    few, _ = data.load_regions("coco", str(tmp_path), "test")
+    assert "1,000 images" in capsys.readouterr().err
+    precomp("precomp-coco", tmp_path, ["testall"])
+    every, _ = data.load_regions("coco", str(tmp_path), "test")
+    assert len(every) == 2 * len(few) == 20
+
+
+def test_variants_that_people_also_have(tmp_path):
+    """A list with semicolons is read; the list of 7,000 and a caption list with a header are not, and said."""
+    videos = [line.split(";")[2] for line in real_lines(f"{REAL}/variants/MSRVTT_JSFUSION_test.semicolon.csv")
+              if line.count(";") >= 3][1:]
+    train = real_lines(f"{REAL}/variants/MSRVTT_train.7k.csv")[1:]
+    sentences = [{"video_id": video, "caption": f"caption {k}"} for video in train for k in range(20)]
+    write(tmp_path / "MSRVTT_data.json", {"sentences": sentences})
+    frames(tmp_path, *[video + ".mp4" for video in videos + train])
+    shutil.copyfile(f"{REAL}/variants/MSRVTT_JSFUSION_test.semicolon.csv", tmp_path / "MSRVTT_JSFUSION_test.csv")
+    shutil.copyfile(f"{REAL}/variants/MSRVTT_train.7k.csv", tmp_path / "MSRVTT_train.7k.csv")
+    refused("MSRVTT_train.9k.csv: No such file; .* holds MSRVTT_train.7k.csv", data.load, "msrvtt", str(tmp_path))
+    os.rename(tmp_path / "MSRVTT_train.7k.csv", tmp_path / "MSRVTT_train.9k.csv")
+    found = splits("msrvtt", tmp_path)
+    assert [x.id for x in found["test"]] == videos and "gymnastics" in found["test"][1].captions[0]
+    assert len(found["train"]) + len(found["val"]) == len(train) and len(found["train"][0].captions) == 20
+    shutil.rmtree(tmp_path / "frames")
+    precomp("precomp-flickr30k", tmp_path, ["dev"])
+    shutil.copyfile(f"{REAL}/variants/bcan_dev_caps.txt", tmp_path / "precomp" / "dev_caps.txt")
+    refused("lines in .*dev_caps.txt .the first: .'image,caption'", data.load_regions, "flickr30k", str(tmp_path), "val")
+
+
+def test_frames_are_in_order_of_number_and_hidden_files_are_none(tmp_path):
+    copy("msvd", tmp_path)
+    for part in ("train", "val", "test"):
+        for video in real_lines(f"{REAL}/msvd/{part}_list.txt"):
+            frames(tmp_path, video, count=11)
+            write(tmp_path / "frames" / video / "._1.jpg", "a Mac's")
+    found = splits("msvd", tmp_path)["test"][0]
+    assert [os.path.basename(path) for path in found.images] == [f"{k}.jpg" for k in range(1, 12)]
