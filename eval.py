@@ -1246,8 +1246,8 @@ def load_splits(args, load=None):
         known = args.trained_on["classes"] = before["classes"]
         for task, names in classes.items():
             new = sorted(set(names) - set(known.get(task, names)))
-            data.expect(not new, f"--resume: {args.data}", f"{task} = {', '.join(new)[:100]} is new, and the run "
-                        "has no place for it; start a new run in another --out")
+            data.expect(not new, f"--resume: {args.data}", f"{task} = {', '.join(new)[:100]} is new, and the "
+                        "run has no place for it; start a new run in another --out")
         if classes != known:
             splits = data.load_splits(args.data, args.root, classes=known)
     return splits
@@ -1774,7 +1774,9 @@ def evaluation(models, args, title="model"):
     """
     model, checkpoint = models[0]
     asked = asked_of(checkpoint, args)
-    if hasattr(script(checkpoint), "evaluation"):
+    if any(hasattr(script(checkpoint), "evaluation") for _, checkpoint in models):
+        clip.expect(len(models) == 1 and not args.embeddings, "--checkpoint", "classifies images and texts "
+                    "together: it has no similarities to average and no --embeddings of each")
         return script(checkpoint).evaluation(model, checkpoint, asked)
     embedded = embed_with_all(models, args)
     if args.embeddings:
@@ -1881,20 +1883,6 @@ def shown(x, tasks):
     return "  ".join(part for part in (file, ", ".join(classes)) if part)
 
 
-def check_together(models, args):
-    """Raise CheckpointError where what is asked of these models makes no sense, alone or together."""
-    names = {asked_of(checkpoint, args).data for _, checkpoint in models}
-    clip.expect(len(names) == 1, "--checkpoint", f"models of {' and '.join(sorted(names))}; "
-                "say with --data on which they are to be evaluated")
-    for _, checkpoint in models:
-        method = checkpoint["method"]
-        clip.expect(not args.attention or hasattr(script(checkpoint), "attention_picture"), "--attention",
-                    f"{method} has no attention between the modalities; train_cmaclip has")
-        classifies = hasattr(script(checkpoint), "evaluation")
-        clip.expect(not classifies or len(models) == 1 and not args.embeddings, method, "classifies images "
-                    "and texts together: it has no similarities to average and no --embeddings of each")
-
-
 def main(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint", nargs="+", metavar="FILE",
@@ -1961,8 +1949,12 @@ def main(argv=None):
         models = [(clip.load(args.clip, device)[0], {"method": "clip", "settings": settings})]
     else:
         models = [restore(file, args.device, args.clip) for file in args.checkpoint]
-    check_together(models, args)
+    names = {asked_of(checkpoint, args).data for _, checkpoint in models}
+    clip.expect(len(names) == 1, "--checkpoint", f"models of {' and '.join(sorted(names))}; "
+                "say with --data on which they are to be evaluated")
     model, checkpoint = models[0]
+    clip.expect(not args.attention or hasattr(script(checkpoint), "attention_picture"), "--attention",
+                f"{checkpoint['method']} has no attention between the modalities; train_cmaclip has")
     if next(model.parameters()).device.type == "cpu":
         clip.fast_float32()
     asked = asked_of(checkpoint, args)
