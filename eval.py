@@ -971,10 +971,12 @@ vocabulary = number(int, lambda v: 514 <= v <= MOST,
 
 def seed(text):
     """An argparse type: a whole number of any size, which becomes one that all generators take."""
-    value = abs(int(text))
-    if value < 2 ** 63:
-        return value
-    return int(np.random.SeedSequence(value).generate_state(1, np.uint64)[0]) >> 1
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 0 or more")
+    if value >= 2 ** 63:
+        value = int(np.random.SeedSequence(value).generate_state(1, np.uint64)[0]) >> 1
+    return value
 
 
 def usable_device(text):
