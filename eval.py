@@ -619,18 +619,18 @@ def fingerprint(model, instances, amp):
 
 
 def kept(path, what, compute, device):
-    """The tensor of a .npy file. Where it is not there, it is what compute() returns, and is kept there.
+    """The tensor of a .npy file, on the CPU. Where it is not there, compute() makes it, and it is kept there.
 
     All processes must ask, since they compute it together; the first of each machine writes.
     """
     if not any_process(not os.path.exists(path), device):
         with clip.reading(path, "remove it, and it is computed again"):
-            return torch.from_numpy(np.load(path)).to(device)
+            return torch.from_numpy(np.load(path))
     data.note(f"{what} are computed once and kept in {path}")
     check_writable(path)
-    found = compute()
+    found = compute().cpu()
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        clip.write_file(path, lambda f: np.save(f, found.cpu().numpy()))
+        clip.write_file(path, lambda f: np.save(f, found.numpy()))
     return found
 
 
@@ -645,11 +645,11 @@ def frozen_features(model, instances, classes, cache, amp="auto", workers=0):
     name = os.path.join(cache, fingerprint(model, instances, amp))
     views = np.array([len(x.images) for x in instances])
     images = kept(f"{name}-image.npy", f"features of {views.sum():,} images",
-                  lambda: torch.cat([part for part, _ in encode_images(model, loader, amp)]), device)
+                  lambda: torch.cat([part.cpu() for part, _ in encode_images(model, loader, amp)]), device)
     texts = kept(f"{name}-text.npy", f"features of {len(loader.tokens):,} texts",
-                 lambda: torch.cat(list(encode_texts(model, loader, amp))), device)
+                 lambda: torch.cat([part.cpu() for part in encode_texts(model, loader, amp)]), device)
     labels, captions, query = data.class_layout(instances, classes)
-    return data.Features(images.cpu().numpy(), texts.cpu().numpy(), views, captions, labels, query)
+    return data.Features(images.numpy(), texts.numpy(), views, captions, labels, query)
 
 
 # ---------------------------------------------------------------- tables
