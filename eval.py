@@ -1336,9 +1336,10 @@ def tokenizer_of(model):
 
 
 def about(args, model, loader):
-    """What a run's first line says of its CLIP: its name, weights and pixels."""
+    """What a run's first line says of its CLIP and of an epoch."""
     weights = sum(p.numel() for p in model.parameters())
-    return f"CLIP {args.clip}, {weights / 1e6:.1f} M weights, {model.config.image_resolution} pixels"
+    return (f"CLIP {args.clip}, {weights / 1e6:.1f} M weights, {model.config.image_resolution} pixels; "
+            f"{len(loader):,} steps an epoch")
 
 
 def warmup_cosine(step, steps, warmup, peak=1.0):
