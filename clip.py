@@ -30,7 +30,7 @@ import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import ftfy
@@ -75,9 +75,7 @@ def reading(path, advice, error=CheckpointError):
     except OneLineError:
         raise
     except Exception as e:
-        problem = "refused, damaged or of another kind"
-        if isinstance(e, OSError) and e.strerror:
-            problem = "cannot be read"
+        problem = "cannot be read" if getattr(e, "strerror", None) else "refused, damaged or of another kind"
         raise error(f"{path}: {problem} ({_line(e)}); {advice}") from None
 
 
@@ -89,9 +87,13 @@ def _line(error):
 
 # ---------------------------------------------------------------- architectures
 
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that CLIP was trained on: red, green, blue
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
 @dataclass(frozen=True)
 class Config:
-    """The numbers that fix an architecture. `vision_layers` is one for a ViT, four for a ModifiedResNet."""
+    """What fixes a CLIP's function. `vision_layers` is one number for a ViT, four for a ModifiedResNet."""
     embed_dim: int
     image_resolution: int
     vision_layers: int | tuple
@@ -104,6 +106,14 @@ class Config:
     transformer_layers: int
     vision_heads: int
     quick_gelu: bool = True
+    vision_mlp: int | None = None  # channels inside of a block's MLP; None: 4 times the width
+    transformer_mlp: int | None = None
+    end_token: int | None = None  # the id where a text's feature is read; None: the largest
+    image_mean: tuple = IMAGE_MEAN
+    image_std: tuple = IMAGE_STD
+    image_resize: int | None = None  # a picture's shorter side before the crop; None: image_resolution
+    squash: bool = False  # a picture is made square, not cropped
+    interpolation: str = "bicubic"
 
 
 def _config(embed_dim, resolution, layers, width, patch, text_width, text_layers=12, context=77, vocab=49408):
@@ -154,10 +164,29 @@ class Packed(NamedTuple):
     L: int
 
 
+def _untouched(layer, kind):
+    """Whether a layer is no more than it was made as: else it is called, and its weights are not read."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is kind and type(layer.weight) is nn.Parameter and not any(hooks) \
+        and "forward" not in vars(layer)
+
+
+@torch.compiler.assume_constant_result
+def _fused_on_cpu():
+    return torch.backends.cuda.flash_sdp_enabled()  # the CPU's too, see fast_float32
+
+
+class LayerNorm(nn.LayerNorm):
+    """Of (L, B, width) that lies in memory as (B, L, width), of which torch's own would make a copy first."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(0, -2)).transpose(0, -2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with torch's parameter names (`in_proj_weight`, `out_proj`).
 
-    x: (B, L, width). Texts come packed instead, as (N, width), and `packed` says where each row stands.
+    x: (L, B, width), as in OpenAI's code, or packed texts, (N, width), with `packed`.
     With `keep_weights` set, `weights` keeps the last call's softmax, (B, heads, L, L), for pictures.
     """
 
@@ -173,16 +202,16 @@ class Attention(nn.Module):
         nn.init.normal_(self.in_proj_weight, std=width ** -0.5)
 
     def forward(self, x, packed=None):
+        x = x.transpose(0, -2)  # (B, L, width), as it lies in memory
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         if packed is None:
             B, L = x.shape[:2]
         else:
             rows, B, L = packed
             qkv = qkv.new_zeros(B * L, qkv.shape[-1]).index_copy_(0, rows, qkv)
-        qkv = qkv.view(B, L, 3, self.heads, x.shape[-1] // self.heads)
+        qkv = qkv.reshape(B, L, 3, self.heads, x.shape[-1] // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # each (B, heads, L, width / heads)
-        fused = x.is_cuda or torch.backends.cuda.flash_sdp_enabled()  # see fast_float32
-        if fused and not self.keep_weights:
+        if (x.is_cuda or _fused_on_cpu()) and not self.keep_weights:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:
             scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)  # (B, heads, L, L)
@@ -195,36 +224,44 @@ class Attention(nn.Module):
         out = out.transpose(1, 2).flatten(2)
         if packed is not None:
             out = out.flatten(0, 1).index_select(0, rows)
-        return self.out_proj(out)
+        return self.out_proj(out).transpose(0, -2)
 
 
 class MLP(nn.Module):
     """The transformer's two-layer MLP. x: (..., width) -> (..., width)."""
 
-    def __init__(self, width, quick_gelu):
+    def __init__(self, width, hidden, quick_gelu):
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_fc = nn.Linear(width, hidden)
+        self.c_proj = nn.Linear(hidden, width)
         self.quick_gelu = quick_gelu
 
     def forward(self, x):
-        if not self.quick_gelu:
-            return self.c_proj(F.gelu(self.c_fc(x)))
-        # QuickGELU(h) = h sigmoid(1.702 h) = silu(1.702 h) / 1.702. Both factors ride on the matrix products:
-        # passes of their own over the widest activation would cost a fifth of this layer's time on a CPU.
-        rows = x.reshape(-1, x.shape[-1])
-        h = torch.addmm(self.c_fc.bias, rows, self.c_fc.weight.t(), beta=1.702, alpha=1.702)
-        h = F.silu(h, inplace=not torch.is_grad_enabled())
-        return torch.addmm(self.c_proj.bias, h, self.c_proj.weight.t(), alpha=1 / 1.702).view(x.shape)
+        if not _untouched(self.c_fc, nn.Linear) or not _untouched(self.c_proj, nn.Linear):
+            h = self.c_fc(x)
+            return self.c_proj(h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
+        lying = x.transpose(0, -2)  # as it lies in memory
+        rows = lying.reshape(-1, x.shape[-1])
+        if self.quick_gelu:
+            # h sigmoid(1.702 h) = silu(1.702 h) / 1.702. Both factors ride on the matrix products: passes of
+            # their own over the widest activation would cost a fifth of this layer's time on a CPU.
+            h = torch.addmm(self.c_fc.bias, rows, self.c_fc.weight.t(), beta=1.702, alpha=1.702)
+            h = F.silu(h, inplace=not torch.is_grad_enabled())
+            out = torch.addmm(self.c_proj.bias, h, self.c_proj.weight.t(), alpha=1 / 1.702)
+        else:
+            out = self.c_proj(F.gelu(self.c_fc(rows)))
+        return out.view(lying.shape).transpose(0, -2)
 
 
 class ResidualAttentionBlock(nn.Module):
-    def __init__(self, width, heads, causal, quick_gelu):
+    """x: (L, B, width), or (N, width) of packed texts -> the same."""
+
+    def __init__(self, width, heads, mlp, causal, quick_gelu):
         super().__init__()
         self.attn = Attention(width, heads, causal)
-        self.ln_1 = nn.LayerNorm(width)
-        self.mlp = MLP(width, quick_gelu)
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_1 = LayerNorm(width)
+        self.mlp = MLP(width, mlp or 4 * width, quick_gelu)
+        self.ln_2 = LayerNorm(width)
 
     def forward(self, x, packed=None):
         x = x + self.attn(self.ln_1(x), packed)
@@ -232,10 +269,14 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, layers, heads, causal, quick_gelu):
+    """x: (L, B, width), or (N, width) of packed texts -> the same."""
+
+    def __init__(self, width, layers, heads, mlp, causal, quick_gelu):
         super().__init__()
-        blocks = (ResidualAttentionBlock(width, heads, causal, quick_gelu) for _ in range(layers))
-        self.resblocks = nn.ModuleList(blocks)
+        self.width = width
+        self.layers = layers
+        blocks = (ResidualAttentionBlock(width, heads, mlp, causal, quick_gelu) for _ in range(layers))
+        self.resblocks = nn.Sequential(*blocks)
         for block in self.resblocks:  # the paper's initialisation: residual branches shrink with depth
             nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -245,14 +286,17 @@ class Transformer(nn.Module):
 
     def forward(self, x, packed=None):
         for block in self.resblocks:
-            x = block(x, packed)
+            x = block(x) if packed is None else block(x, packed)
         return x
 
 
 class VisionTransformer(nn.Module):
-    """ViT (Dosovitskiy et al. 2021) with CLIP's extra norm before the blocks and a projection after them."""
+    """ViT (Dosovitskiy et al. 2021) with CLIP's extra norm before the blocks and a projection after them.
 
-    def __init__(self, resolution, patch_size, width, layers, heads, embed_dim, quick_gelu):
+    `proj` may be set to None, as for linear probes; features then have `width` numbers, not `embed_dim`.
+    """
+
+    def __init__(self, resolution, patch_size, width, layers, heads, mlp, embed_dim, quick_gelu):
         super().__init__()
         self.input_resolution = resolution
         self.output_dim = embed_dim
@@ -263,23 +307,33 @@ class VisionTransformer(nn.Module):
         patches = (resolution // patch_size) ** 2
         self.positional_embedding = nn.Parameter(scale * torch.randn(patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, False, quick_gelu)
+        self.transformer = Transformer(width, layers, heads, mlp, False, quick_gelu)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def forward(self, x, tokens=False):
         """x: (B, 3, R, R) -> (B, embed_dim); with tokens also (B, 1 + patches, embed_dim), class first."""
-        B, _, _, R = x.shape
-        p = self.patch_size
-        g = R // p  # there are g by g patches
-        # A convolution whose stride is its kernel is one matrix product over the patches.
-        x = x[..., :g * p, :g * p].reshape(B, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5)
-        x = F.linear(x.reshape(B, g * g, 3 * p * p), self.conv1.weight.flatten(1))  # (B, patches, width)
-        x = torch.cat([self.class_embedding.to(x.dtype).expand(B, 1, -1), x], dim=1)
+        x = self._patches(x)  # (B, patches, width)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = x + self.positional_embedding.to(x.dtype)
-        x = self.transformer(self.ln_pre(x))  # (B, 1 + patches, width)
-        x = self.ln_post(x if tokens else x[:, 0]) @ self.proj
+        x = self.transformer(self.ln_pre(x).transpose(0, 1)).transpose(0, 1)  # (B, 1 + patches, width)
+        x = self.ln_post(x if tokens else x[:, 0])
+        if self.proj is not None:
+            x = x @ self.proj
         return (x[:, 0], x) if tokens else x
+
+    def _patches(self, x):
+        """conv1 of pictures. A convolution whose stride is its kernel is one matrix product over the patches."""
+        conv = self.conv1
+        p = self.patch_size
+        plain = _untouched(conv, nn.Conv2d) and conv.stride == conv.kernel_size == (p, p) \
+            and conv.padding == (0, 0) and conv.dilation == (1, 1) and conv.groups == 1 and conv.bias is None
+        if not plain:
+            return conv(x).flatten(2).transpose(1, 2)
+        B, C, _, R = x.shape
+        g = R // p  # there are g by g patches
+        x = x[..., :g * p, :g * p].reshape(B, C, g, p, g, p).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(x.reshape(B, g * g, C * p * p), conv.weight.flatten(1))
 
 
 class Bottleneck(nn.Module):
@@ -366,7 +420,11 @@ class ModifiedResNet(nn.Module):
 
 
 class CLIP(nn.Module):
-    """The two encoders and the temperature. `tokenizer` is the model's own, None where it speaks OpenAI's."""
+    """The two encoders and the temperature. `tokenizer` is the model's own, None where it speaks OpenAI's.
+
+    pack_texts: whether the blocks of the text encoder see packed texts, (N, width). None: unless a hook or a
+    block that was exchanged would see the difference. State it as True where these work on single rows.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -376,9 +434,11 @@ class CLIP(nn.Module):
                                          c.vision_width)
         else:
             self.visual = VisionTransformer(c.image_resolution, c.vision_patch_size, c.vision_width,
-                                            c.vision_layers, c.vision_heads, c.embed_dim, c.quick_gelu)
+                                            c.vision_layers, c.vision_heads, c.vision_mlp, c.embed_dim,
+                                            c.quick_gelu)
         width = c.transformer_width
-        self.transformer = Transformer(width, c.transformer_layers, c.transformer_heads, True, c.quick_gelu)
+        self.transformer = Transformer(width, c.transformer_layers, c.transformer_heads, c.transformer_mlp,
+                                       causal=True, quick_gelu=c.quick_gelu)
         self.token_embedding = nn.Embedding(c.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(c.context_length, width))
         self.ln_final = nn.LayerNorm(width)
@@ -388,10 +448,17 @@ class CLIP(nn.Module):
         self.context_length = c.context_length
         self.vocab_size = c.vocab_size
         self.tokenizer = None
+        self.pack_texts = None
+        self.register_state_dict_post_hook(_add_hints)
 
     @property
     def dtype(self):
-        return self.visual.conv1.weight.dtype
+        return next(self.visual.conv1.parameters()).dtype
+
+    def tokenize(self, texts, context_length=None, truncate=False):
+        """`tokenize` with this model's own tokenizer (OpenAI's where it has none) and context length."""
+        tokenizer = self.tokenizer or default_tokenizer()
+        return tokenizer(texts, context_length or self.context_length, truncate)
 
     def encode_image(self, image, tokens=False):
         """image: (B, 3, R, R), normalised by `preprocess` -> (B, embed_dim), not of unit norm.
@@ -400,32 +467,33 @@ class CLIP(nn.Module):
         projection, or a ResNet's attention pool asked at every place. Raises ValueError for another R.
         """
         size = self.visual.input_resolution
-        if image.shape[1:] != (3, size, size):
+        step = self.config.vision_patch_size or 1  # less than a patch at the edge is not looked at
+        if image.ndim != 4 or image.shape[1] != 3 or {n // step for n in image.shape[2:]} != {size // step}:
             raise ValueError(f"images are {tuple(image.shape)}; this model takes (B, 3, {size}, {size})")
         return self.visual(image.to(self.dtype), tokens)
 
     def encode_text(self, text, tokens=False):
         """text: (B, columns) token ids, the end token the largest id of its row -> (B, embed_dim).
 
-        Where real tokens stand is found on the CPU. A model on a GPU is best given text that is on the CPU,
-        as `data.to_device` leaves it: text on the GPU has to wait for all that was queued there before.
-
         Attention is causal and the feature is read at the end token, so what stands after it changes nothing.
         Only real tokens are computed, packed into one list of rows: several times less work than 77 columns.
+        Where they stand is found on the CPU: text on a GPU waits for all that was queued there before.
         tokens: also return the features (B, L, embed_dim), zero after the end, and their mask (B, L), True at
-        real tokens, where L is the longest text's length.
+        real tokens, where L is the longest text's length, or the columns where texts are not packed.
         Raises ValueError for a text longer than the context or an id outside the vocabulary.
         """
-        if text.ndim != 2:
-            raise ValueError(f"text is {tuple(text.shape)}; token ids are (B, columns)")
+        if text.ndim != 2 or text.is_floating_point():
+            raise ValueError(f"text is {text.dtype} {tuple(text.shape)}; token ids are integers (B, columns)")
+        if _stands_for_any(text):
+            return self._encode_columns(text, tokens)
         device = self.positional_embedding.device
-        text = text.cpu()
-        end = text.argmax(dim=-1)
+        text = text.cpu().long()
+        end = self._end(text)
         B = len(text)
         L = int(end.max()) + 1 if B else 1
         if L > self.context_length:
             raise ValueError(f"a text of {L} tokens; this model's context is {self.context_length}")
-        mask = torch.arange(L) <= end[:, None]  # (B, L)
+        mask = torch.arange(L, device="cpu") <= end[:, None]  # (B, L)
         real = mask.flatten().nonzero().squeeze(1)
         # Places after an end fill up to a multiple of 128 rows, so that a CPU reuses its prepared products.
         filling = (~mask).flatten().nonzero().squeeze(1)[:-len(real) % 128]
@@ -433,7 +501,9 @@ class CLIP(nn.Module):
         ids = text[:, :L].flatten()[rows]
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise ValueError(f"a token id of {int(ids.max())}; this model's vocabulary is {self.vocab_size}: "
-                             "it needs its own tokenizer")
+                             "it needs its own tokenizer (model.tokenize)")
+        if not self._packs():
+            return self._encode_columns(text[:, :self.context_length].to(device), tokens)
         last = mask.sum(1).cumsum(0) - 1  # the row of each text's end token
         ids, rows, last, mask = (x.to(device, non_blocking=True) for x in (ids, rows, last, mask))
         # F.embedding and not indexing, whose backward pass sums the rows of one position in any order.
@@ -445,6 +515,35 @@ class CLIP(nn.Module):
         features = x.new_zeros(B * L, x.shape[-1]).index_copy(0, rows[:len(real)], x).view(B, L, -1)
         return x[last], features, mask
 
+    def _end(self, text):
+        """The column of each text's end token."""
+        end = self.config.end_token
+        return text.argmax(dim=-1) if end is None else (text == end).int().argmax(dim=-1)
+
+    def _packs(self):
+        """Whether the text encoder's layers may see packed rows, see `pack_texts`."""
+        if self.pack_texts is not None:
+            return self.pack_texts
+        for part in (self.token_embedding, self.transformer, self.ln_final):
+            for module in part.modules():
+                if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+                    return False
+        return isinstance(self.transformer, Transformer) and all(
+            isinstance(block, ResidualAttentionBlock) and isinstance(block.attn, Attention)
+            for block in self.transformer.resblocks)
+
+    def _encode_columns(self, text, tokens):
+        """The same of all columns, with (L, B, width) for the blocks, as in OpenAI's code."""
+        B, L = text.shape
+        x = self.token_embedding(text) + self.positional_embedding[:L]
+        x = self.ln_final(self.transformer(x.to(self.dtype).transpose(0, 1)).transpose(0, 1))
+        end = self._end(text)
+        feature = x[torch.arange(B, device=x.device), end] @ self.text_projection
+        if not tokens:
+            return feature
+        mask = torch.arange(L, device=x.device) <= end[:, None]
+        return feature, (x @ self.text_projection) * mask[..., None], mask
+
     def forward(self, image, text):
         """-> logits_per_image (B_image, B_text), float32: cosine times exp(logit_scale); its transpose."""
         image = self.encode_image(image).float()
@@ -454,6 +553,20 @@ class CLIP(nn.Module):
             text = F.normalize(text, dim=-1)
             logits = self.logit_scale.float().exp() * image @ text.t()
         return logits, logits.t()
+
+
+def _stands_for_any(x):
+    """Whether a tensor stands for others too: in tracing, compiling, exporting and vmap.
+
+    What depends on its numbers there, as the lengths of texts do, would be kept for all others.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor \
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _add_hints(model, state, prefix, metadata):
+    """A hook of `state_dict`: what no shape tells goes into the metadata, where only `load` looks."""
+    metadata.update({key: getattr(model.config, key) for key in HINTS}, **_describe_tokenizer(model))
 
 
 def build(name, tokenizer=None, seed=0, image_size=None, context_length=None):
@@ -482,15 +595,18 @@ def resize_images(model, image_size):
     """Interpolate (bicubic) the positional embeddings in place, for another input size. Returns the model."""
     step = _check_size(model.config, image_size)
     holder = model.visual if model.config.vision_patch_size else model.visual.attnpool
-    old = math.isqrt(len(holder.positional_embedding) - 1)
+    before = holder.positional_embedding
+    old = math.isqrt(len(before) - 1)
     new = image_size // step
-    first, grid = holder.positional_embedding.data.split([1, old * old])
-    grid = grid.view(1, old, old, -1).permute(0, 3, 1, 2)
+    first, grid = before.data.split([1, old * old])
+    grid = grid.float().view(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=new < old)
-    grid = grid.permute(0, 2, 3, 1).reshape(new * new, -1)
-    holder.positional_embedding = nn.Parameter(torch.cat([first, grid]))
+    grid = grid.permute(0, 2, 3, 1).reshape(new * new, -1).to(before.dtype)
+    holder.positional_embedding = nn.Parameter(torch.cat([first, grid]), before.requires_grad)
+    resize = model.config.image_resize
+    resize = resize and resize * image_size // model.config.image_resolution
     model.visual.input_resolution = image_size
-    model.config = replace(model.config, image_resolution=image_size)
+    model.config = replace(model.config, image_resolution=image_size, image_resize=resize)
     return model
 
 
@@ -501,7 +617,8 @@ def shorten_context(model, context_length):
     """
     expect(context_length <= model.context_length, f"--context {context_length}",
            f"this CLIP has {model.context_length} positions for the tokens of a text; choose that or less")
-    model.positional_embedding = nn.Parameter(model.positional_embedding.data[:context_length].clone())
+    before = model.positional_embedding
+    model.positional_embedding = nn.Parameter(before.data[:context_length].clone(), before.requires_grad)
     model.context_length = context_length
     model.config = replace(model.config, context_length=context_length)
     return model
@@ -510,8 +627,8 @@ def shorten_context(model, context_length):
 def _check_size(config, image_size):
     """The model's step in pixels, of which image_size must be a multiple."""
     step = config.vision_patch_size or 32
-    expect(image_size >= step and image_size % step == 0, f"--image-size {image_size}",
-           f"must be a positive multiple of {step} for this model")
+    fits = type(image_size) is int and image_size > 0 and image_size % step == 0
+    expect(fits, f"--image-size {image_size}", f"must be a positive multiple of {step} for this model")
     return step
 
 
@@ -570,13 +687,11 @@ def autocast(amp, model):
     return contextlib.nullcontext()
 
 
-# ---------------------------------------------------------------- names, downloads, images
+# ---------------------------------------------------------------- loading, downloads, preprocessing
 
 MODEL_URL = "https://openaipublic.azureedge.net/clip/models"
 MERGES_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that CLIP was trained on: red, green, blue
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def available_models():
@@ -589,12 +704,11 @@ def load(name, device=None, jit=False, download_root=None, image_size=None, quic
     """A pretrained CLIP and its preprocessing, as OpenAI's `clip.load`.
 
     name: a published model's name, or a file or folder, told apart by content: OpenAI's TorchScript archive
-        or plain state dict, a Hugging Face `CLIPModel` (folder or file, safetensors or bin), an open_clip
-        checkpoint, a checkpoint of this project.
-    jit: accepted for old scripts; the archive's code is never run.
-    download_root: as for `download`.
+        or plain state dict, a Hugging Face `CLIPModel` (safetensors or bin), an open_clip checkpoint, weights
+        of these kinds in another training's checkpoint, a checkpoint of this project.
+    jit: accepted for old scripts; the archive's code is never run. download_root: as for `download`.
     image_size: another input size; the positional embeddings are interpolated.
-    quick_gelu: the activation, for files that do not tell it (open_clip's without a config beside them).
+    quick_gelu: the activation, for files that do not tell it.
     context_length: fewer tokens of a text than the weights have positions for, see `shorten_context`.
     Returns (model in eval mode, on `device`, in float32; preprocess). Raises CheckpointError.
     """
@@ -603,30 +717,21 @@ def load(name, device=None, jit=False, download_root=None, image_size=None, quic
         warnings.warn("jit=True is ignored: the weights of the archive are read, its code is not run")
     if path in MODELS or not os.path.exists(path):
         sha256 = MODELS[_known(path)][1]
-        if sha256 is None:
-            raise CheckpointError(f"{path!r} was never published: train it "
-                                  f"(python train_mxm.py --clip {path}) and load the checkpoint")
-        path = download_model(path, sha256, download_root)
-    state, hints = read_weights(path)
-    model = from_state_dict(state, hints, image_size, quick_gelu, where=path)
+        train = f"train it (python train_mxm.py --clip {path}) and load the checkpoint"
+        expect(sha256, repr(path), f"never published: {train}")
+        path = _download_model(path, sha256, download_root)
+    path = _weight_file(path)
+    content, said = _read_file(path)
+    if content.get("format") == CHECKPOINT_FORMAT:
+        model = from_description(content.get("clip"), path)
+    else:
+        model = from_state_dict(*_find_clip(content, said, path, quick_gelu), where=path)
+    if image_size is not None and image_size != model.config.image_resolution:
+        resize_images(model, image_size)
     if context_length:
         shorten_context(model, context_length)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.eval(), transform(model.visual.input_resolution)
-
-
-def download_model(name, sha256, root):
-    """The path of a published model's file. Where it cannot be had, the error names all that is missing."""
-    file = name.replace("/", "-").replace("@", "-")
-    try:
-        return download(f"{MODEL_URL}/{sha256}/{file}.pt", sha256, root)
-    except DownloadError as e:
-        problem = f"{name}: {e}"
-    try:
-        download(MERGES_URL, MERGES_SHA256, root)
-    except DownloadError as e:
-        problem += f"; its tokenizer's {e}"
-    raise DownloadError(problem)
+    return model.eval(), Preprocess(model.config)
 
 
 def _known(name):
@@ -638,13 +743,13 @@ def _known(name):
     return name
 
 
-def file_sha256(path):
-    """The SHA-256 of a file, 64 hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _download_model(name, sha256, root):
+    """The path of a published model's file. Where it cannot be had, the error names its tokenizer's too."""
+    file = name.replace("/", "-").replace("@", "-")
+    try:
+        return download(f"{MODEL_URL}/{sha256}/{file}.pt", sha256, root)
+    except DownloadError as e:
+        raise DownloadError(f"{name}: {e}, and its tokenizer's beside it, of {MERGES_URL}") from None
 
 
 def download(url, sha256, root=None):
@@ -672,92 +777,169 @@ def fetch(url, path, sha256=None):
         raise DownloadError(f"{url} {problem}") from None
 
 
+def file_sha256(path):
+    """The SHA-256 of a file, 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Preprocess:
+    """A CLIP's preprocessing: a picture of PIL's -> float (3, R, R). Its steps are torchvision's `transforms`."""
+
+    def __init__(self, config):
+        self.config = config
+
+    @cached_property
+    def transforms(self):
+        from torchvision import transforms as steps  # here, as it takes seconds, and few programs come here
+        c = self.config
+        square = (c.image_resolution, c.image_resolution)
+        size = square if c.squash else c.image_resize or c.image_resolution  # a number is of the shorter side
+        return [steps.Resize(size, steps.InterpolationMode(c.interpolation)), steps.CenterCrop(square),
+                _to_rgb, steps.ToTensor(), steps.Normalize(c.image_mean, c.image_std)]
+
+    def __call__(self, image):
+        for step in self.transforms:
+            image = step(image)
+        return image
+
+
+def _to_rgb(image):
+    return image.convert("RGB")
+
+
 def transform(resolution):
-    """OpenAI's preprocessing: a function of a picture -> float (3, R, R)."""
-    return partial(_preprocess, resolution)
-
-
-def _preprocess(resolution, image):
-    """Resize, centre crop, RGB, normalise."""
-    # here, as it takes seconds to import, and few programs come here
-    from torchvision.transforms import InterpolationMode, functional
-    image = functional.resize(image, resolution, InterpolationMode.BICUBIC)  # of the shorter side
-    image = functional.center_crop(image, resolution).convert("RGB")
-    return functional.normalize(functional.to_tensor(image), IMAGE_MEAN, IMAGE_STD)
+    """OpenAI's preprocessing for this size."""
+    return Preprocess(replace(MODELS["ViT-B/32"][0], image_resolution=resolution))
 
 
 # ---------------------------------------------------------------- reading weights
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                "pytorch_model.bin.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
-                "best.pt", "last.pt")
-HINTS = ("quick_gelu", "vision_heads", "transformer_heads")  # what the shapes of the tensors do not tell
 CHECKPOINT_FORMAT = "clip-methods-1"
-
-
-def read_weights(path):
-    """Read any supported file or folder, running nothing of it -> (state dict with OpenAI's keys, hints).
-
-    hints: a dict of what the file says beside the tensors: quick_gelu (None: unknown), vision_heads,
-    transformer_heads, tokenizer (its merges). Raises CheckpointError.
-    """
-    path = os.fspath(path)
-    if os.path.isdir(path):
-        names = [name for name in WEIGHT_FILES if os.path.isfile(os.path.join(path, name))]
-        expect(names, path, "a folder with no weights in it; give a file, or a folder with one of "
-                            + ", ".join(WEIGHT_FILES))
-        path = os.path.join(path, names[0])
-    content, is_archive = _read_file(path)
-    with reading(path, "give a file of CLIP weights"):
-        if content.get("format") == CHECKPOINT_FORMAT:
-            described = content["clip"]
-            hints = {key: described["config"][key] for key in HINTS}
-            return described["state_dict"], hints | {"tokenizer": described["merges"]}
-        return _read_foreign(content, path, is_archive)
-
-
-def _read_foreign(content, path, is_archive):
-    """The same of a file's content that is no checkpoint: OpenAI's, open_clip's, Hugging Face's, `save`'s."""
-    nested = isinstance(content.get("state_dict"), dict)  # as open_clip's training checkpoints
-    state = content["state_dict"] if nested else content
-    metadata = getattr(state, "_metadata", {}).get("", {})  # `save` writes the hints there
-    hints = {key: metadata[key] for key in HINTS if key in metadata}
-    folder, name = os.path.split(path)
-
-    state = {str(k).replace("_orig_mod.", ""): v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    scales = [key for key in state if key.endswith("logit_scale")]
-    prefix = min(scales, key=len, default="").removesuffix("logit_scale")  # "module.", for example
-    state = {key.removeprefix(prefix): value for key, value in state.items()}
-    if "text.token_embedding.weight" in state:  # open_clip's custom text towers
-        state = {key.removeprefix("text."): value for key, value in state.items()}
-
-    if "vision_model.embeddings.class_embedding" in state:
-        hints = {"quick_gelu": True} | _read_config(os.path.join(folder, "config.json"))
-        return _from_hugging_face(state), hints
-    if not hints and not is_archive:  # OpenAI's, with QuickGELU, or open_clip's, whose files do not tell
-        if nested or name.startswith("open_clip_"):
-            hints = {"quick_gelu": None}
-        hints |= _read_config(os.path.join(folder, "open_clip_config.json"))
-    return state, hints
-
-
-HUGGING_FACE_NAMES = (  # transformers' parts of names and OpenAI's, replaced in this order
+WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin",  # before timm's, with the next names
+                "model.safetensors", "pytorch_model.bin", "best.pt", "last.pt")
+HINTS = ("quick_gelu", "vision_heads", "transformer_heads", "image_resolution", "end_token", "image_mean",
+         "image_std", "image_resize", "squash", "interpolation")  # what the shapes of the tensors do not tell
+PARTS = ("visual", "transformer", "token_embedding", "positional_embedding", "positional_embedding_res",
+         "ln_final", "text_projection", "logit_scale")
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
+NAMES = (  # transformers' parts of names and OpenAI's, replaced in this order
     ("text_model.", ""), ("vision_model.", "visual."), ("encoder.layers.", "transformer.resblocks."),
     ("embeddings.", ""), ("final_layer_norm", "ln_final"), ("pre_layrnorm", "ln_pre"),
     ("post_layernorm", "ln_post"), ("layer_norm", "ln_"), ("self_attn.q_proj.", "attn.in_proj_"),
     ("self_attn.", "attn."), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"), ("patch_embedding", "conv1"),
     ("position_embedding.weight", "positional_embedding"), ("visual_projection.weight", "visual.proj"),
     ("text_projection.weight", "text_projection"))
+OTHER_KINDS = (  # parts of names, and what has them
+    ("vision_model.head.", "a SigLIP"), ("visual.trunk.", "a CLIP with an image tower of timm's"),
+    ("text.transformer.e", "a CLIP with a text tower of transformers'"),
+    ("lora_A", "a CLIP with an adapter that is not merged"))
+
+
+def _weight_file(path):
+    """The file of weights in a folder; the path itself where it is none."""
+    if not os.path.isdir(path):
+        return path
+    files = [os.path.join(path, name + index) for name in WEIGHT_FILES for index in ("", ".index.json")]
+    files = [file for file in files if os.path.isfile(file)]
+    expect(files, path, f"a folder with no weights in it; give a file, or one with {' or '.join(WEIGHT_FILES)}")
+    return files[0]
+
+
+def read_weights(path):
+    """A file or folder of weights, of which nothing is run -> (state dict with OpenAI's keys, hints).
+
+    hints: a dict of what is said beside the tensors: HINTS and `tokenizer`. Raises CheckpointError.
+    """
+    path = _weight_file(os.fspath(path))
+    return _find_clip(*_read_file(path), path)
+
+
+def _find_clip(content, said, path, quick_gelu=None):
+    """`read_weights` of a file's content. said: hints that its format gives. quick_gelu: the activation."""
+    with reading(path, "give a file of CLIP weights"):
+        place, state, metadata = _pick(content, path)
+        hints = said | {key: metadata[key] for key in HINTS if key in metadata}  # `_add_hints` wrote them
+        if "merges" in metadata:
+            hints["tokenizer"] = _tokenizer_of(metadata)
+        if not hints and "input_resolution" in state:
+            hints = {"quick_gelu": True}  # OpenAI's archives alone have it
+        folder, name = os.path.split(path)
+        gelu = place.startswith("state_dict.") or name.startswith("open_clip_")
+        if any(key.startswith("text_model.") for key in state):
+            gelu = False
+            state = _from_hugging_face(state)
+            hints = hints or _read_hugging_face(folder)
+        hints = hints or _read_open_clip(folder)
+        if quick_gelu is not None:
+            hints["quick_gelu"] = quick_gelu
+        if "quick_gelu" not in hints:
+            hints["quick_gelu"] = not gelu
+            taken = "GELU, open_clip's default" if gelu else "QuickGELU, OpenAI's"
+            warnings.warn(f"{path}: does not say its activation; taking {taken} "
+                          f"(state it: clip.load(..., quick_gelu={gelu}))")
+        if "positional_embedding_res" in state:  # Long-CLIP's: the first 20 positions are CLIP's
+            longer = state.pop("positional_embedding_res")
+            state["positional_embedding"] = torch.cat([state["positional_embedding"][:20], longer[20:]])
+    return {key: value for key, value in state.items() if key.split(".")[-1] not in NO_WEIGHTS}, hints
+
+
+def _pick(content, path):
+    """-> (place, tensors, what was written beside them) of the CLIP in a nest of dicts.
+
+    Of several it is the first that is no average or teacher. A warning names the tensors that are left out.
+    """
+    found = list(_candidates(content))
+    copies = [any(word in place.lower() for word in ("ema", "teacher", "momentum")) for place, _, _ in found]
+    place, prefix, held = found[copies.index(min(copies))] if found else ("", "", content)
+    tensors = {key: value for key, value in held.items() if isinstance(value, torch.Tensor)}
+    state = {key.removeprefix(prefix).replace("_orig_mod.", ""): value
+             for key, value in tensors.items() if key.startswith(prefix)}
+    if "text.token_embedding.weight" in state:  # open_clip's custom text towers
+        state = {key.removeprefix("text."): value for key, value in state.items()}
+
+    others = [kind for part, kind in OTHER_KINDS if any(part in key for key in tensors)]
+    has_images = any(key.startswith(("visual.", "vision_model.")) for key in state)
+    lacks = "the image tower" if found else "the text tower" if has_images else "'token_embedding.weight'"
+    shown = ", ".join(map(repr, [*tensors][:3])) or "no tensors"
+    expect(not others, path, f"{' '.join(others)}, which is not supported; use the library that it is of")
+    expect(found and has_images, path,
+           f"not CLIP weights: {lacks} is missing; it holds {shown}. Give a file of CLIP weights")
+
+    tops = (*PARTS, *NO_WEIGHTS, "text_model", "vision_model", "visual_projection")
+    odd = [key for key in state if key.split(".")[0] not in tops]
+    left = [other for other, _, _ in found if other != place]
+    left += [key for key in tensors if not key.startswith(prefix)] + odd
+    if left:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        warnings.warn(f"{path}: left out, as no part of the CLIP: {', '.join(left[:5])}{more}")
+    state = {key: value for key, value in state.items() if key not in odd}
+    return place, state, getattr(held, "_metadata", {}).get(prefix.rstrip("."), {})
+
+
+def _candidates(held, place=""):
+    """Yield (place, prefix, dict) of each CLIP in a nest of dicts, found by a tensor that every CLIP has."""
+    for key in held:
+        if str(key).endswith("token_embedding.weight"):
+            prefix = key.removesuffix("token_embedding.weight")
+            prefix = prefix.removesuffix("text_model.embeddings.").removesuffix("text.")
+            yield place + prefix, prefix, held
+    for key, inner in held.items():
+        if isinstance(inner, dict):
+            yield from _candidates(inner, f"{place}{key}.")
 
 
 def _from_hugging_face(state):
     """transformers' `CLIPModel` keys to OpenAI's: q, k, v joined into in_proj, projections transposed."""
     out = {}
     for name, value in state.items():
-        if ".k_proj." in name or ".v_proj." in name or name.endswith("position_ids"):
+        if ".k_proj." in name or ".v_proj." in name:
             continue
         key = name
-        for theirs, ours in HUGGING_FACE_NAMES:
+        for theirs, ours in NAMES:
             key = key.replace(theirs, ours)
         if ".q_proj." in name:
             value = torch.cat([state[name.replace(".q_proj.", f".{x}_proj.")] for x in "qkv"])
@@ -765,56 +947,156 @@ def _from_hugging_face(state):
     return out
 
 
-def _read_config(path):
-    """The hints in transformers' config.json or open_clip's open_clip_config.json; none without a file."""
+# ---------------------------------------------------------------- reading configurations
+
+# Fields of transformers' and open_clip's configurations, and the values that are supported.
+FIELDS = {
+    "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "num_channels": (3,),
+    "do_resize": (True,), "do_rescale": (True,), "rescale_factor": (1 / 255,), "do_normalize": (True,),
+    "resample": (2, 3), "pool_type": ("tok", "argmax", "eos"), "norm_kwargs": (None, {}, {"eps": 1e-5}),
+    "pos_embed_type": ("learnable",), "proj_type": ("linear",), "block_type": (None, "default"),
+    "mode": ("RGB",), "resize_mode": ("shortest", "squash"), "interpolation": ("bicubic", "bilinear")}
+# Of these any: what they say is read, or in the tensors' shapes, or for training alone. open_clip's others are off.
+ANY = """embed_dim quick_gelu custom_text init_logit_scale init_logit_bias nonscalar_logit_scale cast_dtype
+    vision_cfg text_cfg layers width head_width heads mlp_ratio patch_size image_size patch_dropout
+    output_tokens context_length vocab_size hf_tokenizer_name tokenizer_mode tokenizer_kwargs pad_id eos_id
+    attn_pooler_queries attn_pooler_heads mean std size fill_color""".split()
+
+
+def _supported(path, config, others=None):
+    """Raise CheckpointError for a value that would change the function. others: values of fields not listed."""
+    for field, value in config.items():
+        values = FIELDS.get(field, None if field in ANY else others)
+        expect(values is None or value in values, path,
+               f"{field} {value!r} is not supported; use the library that the model is of")
+
+
+def _read_json(folder, name):
+    """The content of a JSON file, a dict; {} without one."""
+    path = os.path.join(folder, name)
     if not os.path.isfile(path):
         return {}
+    with reading(path, "fetch it again, or move it away"), open(path, encoding="utf-8") as f:
+        return dict(json.load(f))
+
+
+def _read_hugging_face(folder):
+    """The hints of transformers' configuration of a CLIP, its preprocessing and tokenizer; {} without one."""
+    path = os.path.join(folder, "config.json")
+    config = _read_json(folder, "config.json")
+    if not config:
+        return {}
+    expect(config.get("model_type", "clip") == "clip", path, f"a {config.get('model_type')}, no CLIP; use transformers")
     with reading(path, "fetch it again, or move it away"):
-        with open(path, encoding="utf-8") as f:
-            config = json.load(f)
-        if "model_cfg" not in config:
-            vision = config.get("vision_config") or {}  # older files leave out what is default
-            text = config.get("text_config") or {}
-            return {"quick_gelu": vision.get("hidden_act", "quick_gelu") == "quick_gelu",
-                    "vision_heads": vision.get("num_attention_heads", 12),
-                    "transformer_heads": text.get("num_attention_heads", 8)}
-        config = config["model_cfg"]
+        towers = []
+        for name, heads in (("vision", 12), ("text", 8)):
+            defaults = {"num_attention_heads": heads, "hidden_act": "quick_gelu", "image_size": 224,
+                        "eos_token_id": 2}  # files leave out what is default
+            tower = defaults | (config.get(f"{name}_config") or {})
+            if config.get(f"{name}_config_dict"):  # older files have both, and this one counts
+                tower |= defaults | config[f"{name}_config_dict"]
+            _supported(path, tower)
+            towers.append(tower)
+        vision, text = towers
+        same = vision["hidden_act"] == text["hidden_act"]
+        expect(same, path, "hidden_act is not the same for both towers: not supported; use transformers")
+        hints = {"quick_gelu": text["hidden_act"] == "quick_gelu",
+                 "vision_heads": vision["num_attention_heads"],
+                 "transformer_heads": text["num_attention_heads"],
+                 "image_resolution": vision["image_size"],
+                 "end_token": None if text["eos_token_id"] == 2 else text["eos_token_id"],  # as transformers
+                 "tokenizer": _folder_tokenizer(folder)}
+    path = os.path.join(folder, "preprocessor_config.json")
+    pixels = _read_json(folder, "preprocessor_config.json")
+    with reading(path, "fetch it again, or move it away"):
+        _supported(path, pixels)
+        side = hints["image_resolution"]
+        size = pixels.get("size", side)
+        shorter = size.get("shortest_edge") if isinstance(size, dict) else size
+        crop = pixels.get("crop_size", side)
+        crop = crop if isinstance(crop, dict) else {"height": crop, "width": crop}
+        cropped = shorter and pixels.get("do_center_crop", True) and set(crop.values()) == {side}
+        fits = cropped or size == {"height": side, "width": side}
+        expect(fits, path, f"size {size} and crop {crop}: the model takes {side} pixels a side; correct them")
+        hints |= {"squash": not shorter,
+                  "image_resize": shorter,
+                  "interpolation": "bilinear" if pixels.get("resample") == 2 else "bicubic",
+                  "image_mean": tuple(pixels.get("image_mean", IMAGE_MEAN)),
+                  "image_std": tuple(pixels.get("image_std", IMAGE_STD))}
+    return hints
+
+
+def _read_open_clip(folder):
+    """The hints of open_clip's configuration and of the tokenizer beside it; {} without one."""
+    path = os.path.join(folder, "open_clip_config.json")
+    whole = _read_json(folder, "open_clip_config.json")
+    if not whole:
+        return {}
+    with reading(path, "fetch it again, or move it away"):
+        config = whole["model_cfg"]
         vision = config["vision_cfg"]
-        hints = {"quick_gelu": bool(config.get("quick_gelu", False)),
-                 "transformer_heads": config["text_cfg"].get("heads", 8)}
-        if isinstance(vision.get("layers", 12), int):  # a ViT
-            hints["vision_heads"] = vision.get("width", 768) // vision.get("head_width", 64)
-        return hints
+        text = config["text_cfg"]
+        pixels = whole.get("preprocess_cfg") or {}
+        for part in (config, vision, text, pixels):
+            _supported(path, part, others=(None, False, {}))
+        side = vision.get("image_size", 224)
+        expect(isinstance(side, int), path, f"image_size {side} is not supported; use open_clip")
+        widening = 32 if isinstance(vision.get("layers"), list) else 1  # a ResNet's up to its pool
+        return {"quick_gelu": bool(config.get("quick_gelu", False)),
+                "vision_heads": widening * vision.get("width", 768) // vision.get("head_width", 64),
+                "transformer_heads": text.get("heads", 8),
+                "image_resolution": side,
+                "end_token": text.get("eos_id", 2) if text.get("pool_type") == "eos" else None,
+                "squash": pixels.get("resize_mode") == "squash",
+                "interpolation": pixels.get("interpolation") or "bicubic",
+                "image_mean": tuple(pixels.get("mean") or IMAGE_MEAN),
+                "image_std": tuple(pixels.get("std") or IMAGE_STD),
+                "tokenizer": _folder_tokenizer(folder, text)}
 
 
-def from_state_dict(state, hints=None, image_size=None, quick_gelu=None, where="the weights"):
+def _folder_tokenizer(folder, text_config={}):
+    """A folder's own tokenizer, None where it has none; a ForeignTokenizer where that is no CLIP BPE."""
+    def has(name):
+        return os.path.isfile(os.path.join(folder, name))
+
+    others = [name for name in ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model") if has(name)]
+    others += [text_config[key] for key in ("hf_tokenizer_name", "tokenizer_kwargs") if text_config.get(key)]
+    whole = _read_json(folder, "tokenizer.json")
+    try:
+        if whole:
+            ids = whole["model"]["vocab"]
+            pairs = whole["model"]["merges"]
+        elif has("vocab.json") and has("merges.txt"):
+            ids = _read_json(folder, "vocab.json")
+            with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as f:
+                pairs = [line for line in f.read().splitlines() if line and not line.startswith("#version")]
+        elif others:
+            raise ValueError(others[0])
+        else:
+            return None
+        added = {token["content"] for token in whole.get("added_tokens", ())} | {*_read_json(folder, "added_tokens.json")}
+        if not added <= ids.keys():
+            raise ValueError("tokens were added")
+        symbols = [None] * (max(ids.values()) + 1)
+        for symbol, i in ids.items():
+            symbols[i] = symbol
+        return Tokenizer([pair.split(" ") if isinstance(pair, str) else pair for pair in pairs], symbols)
+    except Exception as e:
+        return ForeignTokenizer(f"{folder}: its tokenizer is no byte-level BPE as CLIP's ({_line(e)}); make the ids of "
+                                "texts with the library that it is of")
+
+
+# ---------------------------------------------------------------- putting a CLIP together
+
+def from_state_dict(state, hints=None, where="the weights"):
     """A CLIP of the architecture that the tensors' shapes tell, with a float32 copy of the tensors.
 
-    state, hints: as `read_weights` returns them.
-    image_size, quick_gelu: as for `load`.
-    where: the file, for errors: CheckpointError, which names the first keys that do not fit.
+    state, hints: as `read_weights` returns them. where: the file, for errors: CheckpointError, which names
+    the first keys that do not fit.
     """
     hints = hints or {}
-    if quick_gelu is None:
-        quick_gelu = hints.get("quick_gelu", True)
-    if quick_gelu is None:
-        warnings.warn(f"{where}: does not say its activation; taking GELU, open_clip's default "
-                      "(state it: clip.load(..., quick_gelu=True))")
-    no_weights = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-    state = {key: value for key, value in state.items() if key not in no_weights}
-    advice = "give a file of CLIP weights"
-    held = ", ".join(map(repr, list(state)[:3])) or "nothing"
-    with reading(where, advice):
-        try:
-            config = _infer_config(state, hints, bool(quick_gelu))
-        except KeyError as e:
-            problem = f"not CLIP weights: {e.args[0]!r} is missing; it holds {held}"
-            raise CheckpointError(f"{where}: {problem}; {advice}") from None
-        model = _assemble(config, state, where)
-        model.tokenizer = _own_tokenizer(hints.get("tokenizer"), model, where)
-    if image_size and image_size != config.image_resolution:
-        resize_images(model, image_size)
-    return model
+    with reading(where, "give a file of CLIP weights"):
+        return _assemble(_infer_config(state, hints), state, hints.get("tokenizer"), where)
 
 
 def from_description(description, where="the checkpoint"):
@@ -824,20 +1106,61 @@ def from_description(description, where="the checkpoint"):
     where: the file, for errors: CheckpointError, where the description is damaged.
     """
     with reading(where, "write or fetch it again"):
-        stored = description["config"]
-        names = [field.name for field in fields(Config)]
-        absent = [name for name in names if name not in stored]
-        expect(not absent, where, f"its configuration lacks {', '.join(absent)}; write or fetch it again")
-        config = Config(**{name: stored[name] for name in names})
-        layers = config.vision_layers if config.vision_patch_size else sum(config.vision_layers)
+        stored = dict(description["config"])
+        unknown = stored.keys() - {field.name for field in fields(Config)}
+        if unknown:
+            warnings.warn(f"{where}: {', '.join(unknown)} in its configuration is of another version; ignored")
+        expect("quick_gelu" in stored, where, "its configuration lacks quick_gelu; write or fetch it again")
+        config = Config(**{name: value for name, value in stored.items() if name not in unknown})
         state = dict(description["state_dict"])
+        layers = config.vision_layers if config.vision_patch_size else sum(config.vision_layers)
         expect(layers + config.transformer_layers < len(state), where, "more layers than weights: damaged")
-        model = _assemble(config, state, where)
-        model.tokenizer = _own_tokenizer(description["merges"], model, where)
-    return model.eval()
+        return _assemble(config, state, _tokenizer_of(description), where).eval()
 
 
-def _assemble(config, state, where):
+def _infer_config(state, hints):
+    """The Config that shapes and hints tell. Raises a KeyError, a ValueError or the like if they do not."""
+    def count(prefix):
+        return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
+
+    def mlp(prefix, width):
+        hidden = state[f"{prefix}transformer.resblocks.0.mlp.c_fc.bias"].shape[0]
+        return None if hidden == 4 * width else hidden
+
+    vocab_size, text_width = state["token_embedding.weight"].shape
+    config = {"embed_dim": state["text_projection"].shape[1],
+              "context_length": state["positional_embedding"].shape[0],
+              "vocab_size": vocab_size,
+              "transformer_width": text_width,
+              "transformer_heads": text_width // 64,  # OpenAI's rule: 64 channels a head
+              "transformer_layers": count("transformer.resblocks."),
+              "transformer_mlp": mlp("", text_width)}
+    patch = None
+    if "visual.class_embedding" in state:
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        positions = state["visual.positional_embedding"].shape[0]
+        heads = 16 if width in (1280, 1408, 1664) else width // 64  # open_clip's largest have wider heads
+        config["vision_layers"] = count("visual.transformer.resblocks.")
+        config["vision_mlp"] = mlp("visual.", width)
+    else:  # a ResNet, whose attention pool works on 32 times the width of its stem
+        width = state["visual.layer1.0.conv1.weight"].shape[0]
+        positions = state["visual.attnpool.positional_embedding"].shape[0]
+        heads = 32 * width // 64
+        config["vision_layers"] = tuple(count(f"visual.layer{i}.") for i in (1, 2, 3, 4))
+    step = patch or 32
+    grid = math.isqrt(positions - 1)
+    config |= {"vision_width": width, "vision_patch_size": patch, "vision_heads": heads}
+    config |= {key: hints[key] for key in HINTS if key in hints}
+    if config.get("image_resolution", 0) // step != grid:  # not stated, or not of these weights
+        config["image_resolution"] = step * grid
+    if config.get("image_resize") == config["image_resolution"]:
+        config["image_resize"] = None
+    if (config.get("end_token") or vocab_size) >= vocab_size - 1:
+        config["end_token"] = None  # the largest id anyway
+    return Config(**config)
+
+
+def _assemble(config, state, tokenizer, where):
     """A CLIP of this configuration that holds a float32 copy of the tensors, which must be all of its own."""
     pooled_width = config.vision_width if config.vision_patch_size else 32 * config.vision_width
     text = config.transformer_width, config.transformer_heads
@@ -847,8 +1170,8 @@ def _assemble(config, state, where):
     with torch.device("meta"):
         model = CLIP(config)
     expected = model.state_dict()
-    counters = {key: torch.zeros(()) for key in expected if key.endswith("num_batches_tracked")}
-    state = counters | state  # older files lack these
+    counters = [key for key in expected if key.endswith("num_batches_tracked")]  # older files lack these
+    state = dict.fromkeys(counters, torch.zeros((), dtype=torch.int64, device="cpu")) | state
     if "logit_scale" in state and state["logit_scale"].numel() == 1:
         state["logit_scale"] = state["logit_scale"].reshape(())  # open_clip also writes shape (1,)
     both = [key for key in expected if key in state]
@@ -863,44 +1186,13 @@ def _assemble(config, state, where):
         held = 0 if value.is_meta else value.untyped_storage().nbytes()
         expect(value.numel() * value.element_size() <= held, where,
                f"{key!r} holds fewer numbers than its shape needs; the file is damaged")
-        state[key] = value.detach().to(expected[key].dtype, copy=True, memory_format=torch.contiguous_format)
+        dtype = torch.int64 if key in counters else torch.float32  # whatever the process's default is
+        state[key] = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     model.load_state_dict(state, assign=True)
+    fits = getattr(tokenizer, "vocab_size", 0) <= config.vocab_size
+    expect(fits, where, f"its tokenizer has more symbols than its model ({config.vocab_size}): damaged")
+    model.tokenizer = tokenizer
     return model
-
-
-def _own_tokenizer(merges, model, where):
-    """The tokenizer of these merges, None for None."""
-    if merges is None:
-        return None
-    tokenizer = Tokenizer(merges)
-    expect(tokenizer.vocab_size <= model.vocab_size, where,
-           f"its tokenizer has more symbols than its model ({model.vocab_size}); the file is damaged")
-    return tokenizer
-
-
-def _infer_config(state, hints, quick_gelu):
-    """The Config that shapes and hints tell. Raises a KeyError, a ValueError or the like if they do not."""
-    def count(prefix):
-        return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
-
-    text_width = state["ln_final.weight"].shape[0]
-    embed_dim = state["text_projection"].shape[1]
-    if "visual.proj" in state:
-        width, _, patch, _ = state["visual.conv1.weight"].shape
-        layers = count("visual.transformer.resblocks.")
-        positions = state["visual.positional_embedding"].shape[0]
-        heads = 16 if width == 1280 else width // 64  # 64 channels each, but for open_clip's ViT-H
-    else:  # a ResNet, whose attention pool works on 32 times the width of its stem
-        width = state["visual.layer1.0.conv1.weight"].shape[0]
-        patch = None
-        layers = tuple(count(f"visual.layer{i}.") for i in (1, 2, 3, 4))
-        positions = state["visual.attnpool.positional_embedding"].shape[0]
-        heads = 32 * width // 64
-    heads = hints.get("vision_heads", heads)
-    text_heads = hints.get("transformer_heads", text_width // 64)
-    return Config(embed_dim, (patch or 32) * math.isqrt(positions - 1), layers, width, patch,
-                  state["positional_embedding"].shape[0], state["token_embedding.weight"].shape[0],
-                  text_width, text_heads, count("transformer.resblocks."), heads, quick_gelu)
 
 
 # ---------------------------------------------------------------- file formats; nothing of a file is ever run
@@ -913,21 +1205,23 @@ DTYPES = {  # torch's dtype: its name in safetensors, the name of its storages i
 
 
 def _read_file(path):
-    """-> (dict of tensors and plain values, whether it is a TorchScript archive). Raises CheckpointError."""
+    """-> (dict of tensors and plain values, hints that the format gives). Raises CheckpointError."""
     expect(os.path.isfile(path), path, "no such file; give a file or folder of weights")
     with reading(path, "give a file of weights, or fetch it again; nothing of it was run"):
         with open(path, "rb") as f:
-            head = f.read(9)
+            head = f.read(64)
         expect(head, path, "is empty; fetch or write it again")
+        expect(not head.startswith(b"version https://git-lfs"), path,
+               "a pointer of Git LFS, not the file itself; fetch that (git lfs pull)")
         if head[:2] == b"PK":
             with zipfile.ZipFile(path) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                    return read_torchscript(archive, path), True
-        if head[8:] == b"{":
-            return read_safetensors(path), False
+                    return read_torchscript(archive, path)
+        if head[8:9] == b"{":
+            return read_safetensors(path), {}
         if path.endswith(".index.json"):
-            return _read_shards(path), False
-        return _read_pickle(path), False
+            return _read_shards(path), {}
+        return _read_pickle(path), {}
 
 
 def _read_shards(path):
@@ -942,11 +1236,15 @@ def _read_shards(path):
 
 def _read_pickle(path):
     """What torch.save wrote, if it is a dict of tensors and plain values."""
+    scalar = np.float64(0).__reduce__()[0]  # numbers of numpy's often lie beside weights
+    numbers = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
+    numbers += [type(np.dtype(kind)) for kind in ("?", "i4", "i8", "f2", "f4", "f8")]
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(numbers):
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:  # torch's own says in many lines how to run what is in the file
         asks = regex.search(r"GLOBAL (\S+)|(?:class|function|type) (\S+\.\S+)", str(e))
-        reason = f"asks for {asks[1] or asks[2]}, which weights do not need" if asks else "no weights in it"
+        reason = f"asks for {asks[1] or asks[2]}, which weights do not need" if asks else "no weight file"
         raise pickle.UnpicklingError(reason) from None
     expect(isinstance(weights, dict), path, f"holds a {type(weights).__name__}, not a dictionary of weights; "
                                             "save model.state_dict()")
@@ -1018,7 +1316,7 @@ class _Bag:
 
 
 def read_torchscript(archive, path):
-    """The state dict of a TorchScript archive (an open ZipFile), read without torch.jit and running no code.
+    """-> (state dict, hints) of a TorchScript archive, an open ZipFile, without torch.jit. No code of it runs.
 
     Its `data.pkl` is a pickle of modules; their tensors' bytes lie in `data/` or `constants/`. The reader
     knows tensors and plain lists; every class of the archive becomes a `_Bag`.
@@ -1069,8 +1367,11 @@ def read_torchscript(archive, path):
 
     little_endian = root + "byteorder" not in names or archive.read(root + "byteorder") == b"little"
     expect(little_endian, path, "written on a big-endian machine; save it again on a little-endian one")
+    code = b"".join(archive.read(name) for name in names if name.endswith(".py"))  # which is looked at as text
+    activations = [quick for name, quick in ((b"gelu(", False), (b"sigmoid(", True)) if name in code]
+    hints = {"quick_gelu": activations[0]} if activations else {}
     with archive.open(pickled) as f:
-        return dict(tensors(RestrictedUnpickler(f, admitted, storage_of).load()))
+        return dict(tensors(RestrictedUnpickler(f, admitted, storage_of).load())), hints
 
 
 # ---------------------------------------------------------------- writing weights and checkpoints
@@ -1095,23 +1396,34 @@ def identity(model):
 def save(model, path):
     """Write the weights as a plain state dict, which OpenAI's `clip.load` and open_clip read too.
 
-    What its shapes do not tell (the activation, the heads) goes into its metadata, where only `load` looks.
+    What its shapes do not tell (the activation, the heads, the tokenizer) is in its metadata. A CLIP within
+    DataParallel or the like, or compiled, is saved as itself. Raises CheckpointError.
     """
-    state = weights(model)
-    state._metadata[""].update({key: getattr(model.config, key) for key in HINTS})
-    write_file(path, partial(torch.save, state))
+    while not isinstance(model, CLIP):
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        expect(inner is not None, path, f"not written: a {type(model).__name__} is no CLIP; give the CLIP")
+        model = inner
+    write_file(path, partial(torch.save, weights(model)))
 
 
 def describe(model):
     """What a checkpoint holds of a CLIP: its configuration, weights, and the merges of its own tokenizer."""
-    return {"config": asdict(model.config), "state_dict": weights(model),
-            "merges": model.tokenizer.merges if model.tokenizer else None}
+    return {"config": asdict(model.config), "state_dict": weights(model), **_describe_tokenizer(model)}
 
 
-def from_description(description, where="the checkpoint"):
-    """The CLIP of `describe`, of the configuration that stands there, in evaluation mode. Raises CheckpointError."""
-    config = Config(**description["config"])
-    return from_state_dict(description["state_dict"], {key: getattr(config, key) for key in HINTS} | {"tokenizer": description["merges"]}, where=where).eval()
+def _describe_tokenizer(model):
+    """A CLIP's own tokenizer as plain values, of which `_tokenizer_of` makes it again."""
+    if model.tokenizer is None:
+        return {"merges": None}
+    own_ids = {"vocabulary": model.tokenizer.vocabulary} if model.tokenizer.vocabulary else {}
+    return {"merges": model.tokenizer.merges} | own_ids
+
+
+def _tokenizer_of(described):
+    merges = described["merges"]
+    if isinstance(merges, str):
+        return ForeignTokenizer(merges)
+    return None if merges is None else Tokenizer(merges, described.get("vocabulary"))
 
 
 def describe_heads(model):
@@ -1196,20 +1508,26 @@ class Tokenizer:
     """CLIP's byte-level BPE (Sennrich et al. 2016): text -> ids. Any text has some; the last id ends a text.
 
     merges: list of (left, right) symbol pairs in order of rank; None for OpenAI's 48,894, fetched once.
-    Vocabulary: 256 byte symbols, the same with `</w>` (end of a word), one symbol per merge, start, end.
+    vocabulary: the symbols in order of their ids; None for 256 byte symbols, the same with `</w>` (end of a
+    word), one symbol per merge, start, end. Raises ValueError where one of these is not in it.
     """
 
-    def __init__(self, merges=None):
+    def __init__(self, merges=None, vocabulary=None):
         self.merges = [tuple(pair) for pair in (_openai_merges() if merges is None else merges)]
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self.bytes = _byte_symbols()
         letters = list(self.bytes.values())
-        self.symbols = letters + [letter + "</w>" for letter in letters]
-        self.symbols += ["".join(pair) for pair in self.merges] + ["<|startoftext|>", "<|endoftext|>"]
+        symbols = letters + [letter + "</w>" for letter in letters]
+        symbols += ["".join(pair) for pair in self.merges] + ["<|startoftext|>", "<|endoftext|>"]
+        self.vocabulary = None if vocabulary == symbols else vocabulary
+        self.symbols = self.vocabulary or symbols
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
+        lacking = [symbol for symbol in symbols if symbol not in self.ids]
+        if lacking:
+            raise ValueError(f"its vocabulary lacks {lacking[0]!r}")
         self.vocab_size = len(self.symbols)
-        self.start = self.vocab_size - 2
-        self.end = self.vocab_size - 1
+        self.start = self.ids["<|startoftext|>"]
+        self.end = self.ids["<|endoftext|>"]
         self.cache = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}
 
     @classmethod
@@ -1279,15 +1597,20 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of ids: lower case, with a space after every word."""
-        symbols = "".join(self.symbols[int(i)] for i in ids if int(i) not in (self.start, self.end))
+        symbols = "".join(self.symbols[int(i)] or "" for i in ids if int(i) not in (self.start, self.end))
         to_byte = {symbol: byte for byte, symbol in self.bytes.items()}
         return bytes(to_byte.get(c, 32) for c in symbols.replace("</w>", " ")).decode("utf-8", "replace")
 
     def rows(self, texts, context_length):
-        """-> (int32 (len(texts), context_length): start, ids, end, zeros; how many texts were cut to fit)."""
+        """-> (int32 (len(texts), context_length): start, ids, end, zeros; how many texts were cut to fit).
+
+        Raises TypeError for what is no string, as a missing value of a table.
+        """
         out = np.zeros((len(texts), context_length), np.int32)
         cut = 0
         for row, text in zip(out, texts):
+            if not isinstance(text, str):
+                raise TypeError(f"texts are strings; one is {text!r}")
             ids = [self.start, *self.encode(text), self.end]
             if len(ids) > context_length:
                 ids = ids[:context_length - 1] + [self.end]
@@ -1307,6 +1630,19 @@ class Tokenizer:
             raise RuntimeError(f"Input {long[:100]!r} is too long for context length {context_length}; "
                                "truncate=True cuts it")
         return out
+
+
+class ForeignTokenizer:
+    """Stands for one that is no CLIP BPE: a model takes its ids, texts are refused with a CheckpointError."""
+    vocabulary = None
+
+    def __init__(self, problem):
+        self.merges = problem  # which a checkpoint keeps
+
+    def refuse(self, *_, **__):
+        raise CheckpointError(self.merges)
+
+    __call__ = encode = decode = rows = refuse
 
 
 def _join(symbols, pair):

@@ -9,6 +9,7 @@ is read with
     loader = data.Loader(instances, tokenizer, context_length=32, image_size=32, batch_size=64, train=True)
     for batch in loader.batches(0, 100): ...
 
+Each data set has a reader that yields `Row`s as its files state them; `finish` makes the instances of all.
 Knows nothing of models or losses.
 """
 import atexit
@@ -22,7 +23,6 @@ import math
 import mmap
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import shutil
@@ -33,7 +33,6 @@ import zlib
 from collections import Counter, OrderedDict, defaultdict
 from dataclasses import InitVar, dataclass, field, replace
 from functools import lru_cache, partial
-from operator import itemgetter
 
 import numpy as np
 import torch
@@ -47,6 +46,9 @@ class DataError(clip.OneLineError):
     """Input that cannot be used; the message is one line: what is wrong, where (file, row), what to do."""
 
 
+reading = partial(clip.reading, error=DataError)
+
+
 def expect(condition, where, problem):
     """Raise DataError unless the condition holds. where: file and row; problem: what is wrong, what to do."""
     if not condition:
@@ -58,7 +60,7 @@ class Instance:
     """One thing in the world."""
     id: str
     images: list  # at least one path, or callable (rendered view): image(size) -> PIL image of size x size
-    captions: list  # at least one string
+    captions: list  # at least one string; none in a folder of pictures
     labels: dict = field(default_factory=dict)  # task -> class index; absent or -1: unlabelled
     group: str = None  # what counts as the same thing in evaluation; the id unless a data set says otherwise
     query: bool = True  # False: in evaluation only a distractor, which is searched but not asked about
@@ -70,7 +72,7 @@ class Instance:
 def note(message):
     """A remark about the data, once per run, on stderr, by the first process of a group only."""
     if message not in _noted and os.environ.get("RANK", "0") == "0":
-        print(f"note: {message}", file=sys.stderr, flush=True)
+        print(f"note: {DataError(message)}", file=sys.stderr, flush=True)
     _noted.add(message)
 
 
@@ -81,7 +83,7 @@ def seed_everything(seed):
     """Seed every generator that a library might draw from. The project's own draws have their own."""
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2 ** 64)
 
 
 def seed_step(seed, step, rank=0):
@@ -92,56 +94,50 @@ def seed_step(seed, step, rank=0):
 
 # ---------------------------------------------------------------- loading by name
 
-def load(name_or_path, root=None, split="train", download=False):
+SPLITS = ("train", "val", "test")
+
+
+def load(name_or_path, root=None, split="train", download=False, classes=None):
     """-> (instances of the split, {task: [class names]}).
 
     name_or_path: a name in DATA_SETS (at the end of this file), or the path of a .jsonl or .csv file of your
-    own. root: the data set's folder (default data/<name>). split: train, val, test (primitives also has
-    unseen). download: call `fetch_missing` first. Raises DataError for anything missing or malformed.
+    own, or of a folder of pictures. root: the data set's folder (default data/<name>); of a file of your own
+    the folder of its pictures (default: the file's). split: train, val, test or all (primitives: also unseen,
+    not all). download: call `fetch_missing` first. classes: those that a model knows, in place of train's.
+    Raises DataError for anything missing or malformed.
     """
-    return load_splits(name_or_path, root, [split], download)[0]
+    return load_splits(name_or_path, root, [split], download, classes)[0]
 
 
-def load_splits(name_or_path, root=None, splits=("train", "val", "test"), download=False):
-    """[what `load` returns of each split]. One file of all splits is read once."""
-    collects = gc.isenabled()
-    gc.disable()  # looking for cycles among millions of new objects takes longer than reading them
-    try:
-        return _load_splits(os.fspath(name_or_path), root, splits, download)
-    finally:
-        if collects:
-            gc.enable()
+def load_splits(name_or_path, root=None, splits=SPLITS, download=False, classes=None):
+    """[what `load` returns of each split]. The files are read once."""
+    name = os.fspath(name_or_path)
+    if name.lower().endswith((".jsonl", ".csv")):
+        return finish(read_own(name, root or os.path.dirname(name)), name, splits, classes, own=True)
+    if name in DATA_SETS and name.startswith("primitives"):
+        return [primitives(split, name) for split in splits]
+    if name in DATA_SETS:
+        root = root or os.path.join("data", name)
+        if download:
+            fetch_missing(name, root)
+        expect(name == "text2shape" or os.path.isdir(root), root, f"no such folder, and {name} cannot be "
+               "fetched automatically; give --root its folder (README.md shows the layout)")
+        return finish(DATA_SETS[name](root), root, splits, classes, strict=name in KARPATHY)
+    expect(os.path.isdir(name), f"unknown data set {name!r}", f"known are {', '.join(DATA_SETS)}; or give the "
+           "path of a .jsonl or .csv file, or of a folder of pictures to search")
+    return [(read_gallery(name, split), {}) for split in splits]
 
 
-def _load_splits(name, root, splits, download):
-    if name.endswith(".jsonl"):
-        return read_jsonl(name, splits)
-    if name.endswith(".csv"):
-        return read_csv(name, splits)
-    if name not in DATA_SETS:
-        near = difflib.get_close_matches(name.lower(), DATA_SETS, n=1, cutoff=0.3)
-        question = f" did you mean {near[0]!r}?" if near else ""
-        raise DataError(f"unknown data set {name!r};{question} Known: {', '.join(DATA_SETS)}; "
-                        "or the path of a .jsonl or .csv file")
-    root = root or os.path.join("data", name)
-    if download:
-        fetch_missing(name, root)
-    if not name.startswith(("primitives", "text2shape")):
-        expect(os.path.isdir(root), root, f"no such folder, and {name} cannot be fetched automatically; "
-               "give --root its folder (README.md shows the layout)")
-    if DATA_SETS[name] is karpathy:
-        return karpathy(root, splits, name)
-    return [DATA_SETS[name](root, split) for split in splits]
-
+# ---------------------------------------------------------------- from rows to instances
 
 @dataclass(slots=True)
 class Row:
     """An instance as a data set's files state it: before its split is known and its classes are numbered."""
     id: str
     split: str  # None where the files state none
-    images: list
-    captions: list  # or the file that holds them
-    labels: dict = field(default_factory=dict)  # task -> name of the class
+    images: list  # files, which need not be there, or callables
+    captions: list  # or (file, function of the file -> captions)
+    labels: dict = field(default_factory=dict)  # task -> name of the class, or None where it has none
     group: str = None
     where: str = None  # file and line, for errors
 
@@ -151,26 +147,144 @@ TENTHS = ("train",) * 8 + ("val", "test")
 
 def hash_tenth(id):
     """0..9 by a hash of the id: a split that depends on nothing else and stays when rows are added."""
-    text = str(id).encode("utf-8", "surrogatepass")  # JSON may hold half of a surrogate pair
-    return int(hashlib.sha1(text).hexdigest()[:8], 16) % 10
+    return int(hashlib.sha1(str(id).encode()).hexdigest()[:8], 16) % 10
 
 
-def assign_splits(rows):
-    """Set the split of each row to the one it states. Where no row states any, it is 80/10/10 by a hash of
-    the id; where none says val, val is the last tenth of train. Returns the splits that are stated."""
-    stated = {row.split for row in rows} - {None}
+def finish(rows, where, splits, classes=None, own=False, strict=False):
+    """-> [(instances, {task: [class names]}) of each split] of what a reader yields; "all" is every row.
+
+    A row's split is the one it states. Where no row states any, it is 80/10/10 by a hash of the id; where none
+    says val, val is the last tenth of train. Empty captions go; a row without a caption or a picture is left
+    out, and a note counts them. own, strict: a picture that is not there is an error. classes: those of train,
+    unless they are given.
+    """
+    gc.disable()  # looking for cycles among millions of new objects takes longer than reading them
+    try:
+        rows = list(rows)
+        expect(rows, where, "no rows; it needs at least one for each of train, val and test")
+        stated = {row.split for row in rows} - {None}
+        for row in rows:
+            expect(row.split or not stated, row.where, "no split, while other rows state one; "
+                   "give every row a split, or none (then 80/10/10 by id)")
+            tenth = hash_tenth(row.id)
+            if not stated:
+                row.split = TENTHS[tenth]
+            elif "val" not in stated and row.split == "train" and tenth == 9:
+                row.split = "val"
+        if own and not stated:
+            note(f"{where}: no row states a split; it is 80/10/10 by a hash of the id")
+        _note_repeats(rows, where)
+        if classes is None:
+            classes = _classes(rows, where, own)
+        return [(_instances(rows, classes, where, split, own or strict), classes) for split in splits]
+    finally:
+        gc.enable()
+
+
+def _note_repeats(rows, where):
+    """A note on ids and pictures that stand in two splits, and on ids that stand twice in one."""
+    first = {}
+    twice = {}
     for row in rows:
-        tenth = hash_tenth(row.id)
-        if not stated:
-            row.split = TENTHS[tenth]
-        elif "val" not in stated and row.split == "train" and tenth == 9:
-            row.split = "val"
-    return stated
+        for thing in {row.id, *row.images}:
+            before = first.setdefault(thing, row)
+            if before is not row and (before.split != row.split or before.id == row.id):
+                twice[thing] = f"{thing} ({before.split} and {row.split})"
+    if twice:
+        note(f"{where}: {len(twice)} ids or pictures stand in two splits, or twice in one, "
+             f"such as {next(iter(twice.values()))}")
 
 
-def is_remark(distinct, rows):
-    """Whether so many distinct values in so many rows are ids or remarks, and no task to learn."""
-    return distinct > 20 and (distinct >= 1000 or 2 * distinct > rows)
+def _classes(rows, where, own):
+    """{task: [names]} that the training rows state (where there are none, all rows)."""
+    trained = any(row.split == "train" for row in rows)
+    named = {}  # in the order of the data
+    missing = 0
+    for row in rows:
+        for task, name in row.labels.items():
+            names = named.setdefault(task, Counter())
+            missing += name is None
+            if name is not None and (row.split == "train" or not trained):
+                names[name] += 1
+    if missing:
+        note(f"{where}: {missing} labels are missing (empty, NaN, None, NA or null)")
+    classes = {}
+    for task in sorted(named) if own else named:
+        names = named[task]
+        if own and is_remark(len(names), names.total()):
+            note(f"{where}: {task!r} has {len(names)} distinct values in {names.total()} training instances: "
+                 "taken as a remark, not as a task")
+        elif names:
+            classes[task] = sorted(names)
+        alike = Counter(" ".join(name.casefold().split()) for name in names).most_common(1)
+        if alike and alike[0][1] > 1:
+            note(f"{where}: classes of {task} differ in capitals or blanks only, such as {alike[0][0]!r}")
+    return classes
+
+
+def _instances(rows, classes, where, split, strict):
+    """The instances of a split; what has no picture or no text is left out, and said."""
+    chosen = [row for row in rows if split in (row.split, "all")]
+    present = ", ".join(sorted({row.split for row in rows}))
+    expect(chosen, where, f"no rows in split {split!r}; it has {present}; add some, or give every row a split")
+    instances = []
+    left_out = 0
+    empty = 0
+    reason = ""
+    for row in chosen:
+        captions = row.captions
+        lacks = next((x for x in row.images if isinstance(x, str) and not os.path.isfile(x)), None)
+        if lacks and strict:
+            raise DataError(f"{row.where or where}: picture {absence(lacks)} (backslashes, capitals and Unicode's "
+                            "normal form matter; what has an address, download it)")
+        if isinstance(captions, tuple):
+            file, read = captions
+            lacks = lacks or (None if os.path.isfile(file) else file)
+            captions = [] if lacks else read(file)
+        texts = [text.strip() for text in captions if text.strip() not in MISSING]
+        if lacks or not texts:
+            reason = reason or (absence(lacks) if lacks else f"{row.where or row.id} has no caption")
+            left_out += 1
+            continue
+        empty += len(captions) - len(texts)
+        labels = {task: name for task, name in row.labels.items() if name is not None}
+        instances.append(Instance(row.id, row.images, texts, labels, row.group))
+    if left_out or empty:
+        problem = (f"of split {split}, {left_out} of {len(chosen)} rows without a picture or a text and {empty} "
+                   f"empty captions were left out{reason and ': '}{reason}")
+        expect(instances, where, f"{problem}; README.md shows the layout")
+        note(f"{where}: {problem}")
+    number_labels(instances, classes, where, split)
+    return instances
+
+
+MISSING = frozenset(("", "NaN", "nan", "None", "NA", "N/A", "n/a", "<NA>", "null", "NULL", "#N/A"))
+WHOLE_NUMBER = re.compile(r"(-?[0-9]+)\.0+")
+
+
+def plain(value):
+    """The name that a cell or a JSON value states, without blanks around it and 1.0 as 1; None: missing."""
+    name = str(value).strip()
+    whole = WHOLE_NUMBER.fullmatch(name)
+    if whole:
+        name = whole[1]
+    infinite = isinstance(value, float) and math.isinf(value)
+    return None if name in MISSING or infinite else name
+
+
+def absence(path):
+    """What to say of a file that is not there: its path, and what stands there instead."""
+    folder, name = os.path.split(path)
+    while folder and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+    found = ", ".join(difflib.get_close_matches(name, list_folder(folder or "."), 3, 0)) or "nothing"
+    state = "is no file" if os.path.exists(path) else "No such file"
+    return f"{path}: {state}; {folder or '.'} holds {found}"
+
+
+def expect_file(path):
+    if not os.path.isfile(path):
+        raise DataError(absence(path))
 
 
 # ---------------------------------------------------------------- files of text, JSON, CSV and lists
@@ -182,13 +296,17 @@ def read_text(path):
 
 def read_lines(path):
     """Yield the lines of a UTF-8 text file. Only a line feed ends one: str.splitlines would split at U+2028
-    too."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="\n") as f:
-            yield from f
-    except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise DataError(f"{path}: cannot be read ({reason}); expected a UTF-8 text file") from None
+    and five other characters too."""
+    expect_file(path)
+    number = 0
+    with reading(path, "expected a text file"), open(path, "rb") as f:
+        for line in f:
+            number += 1
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as e:
+                raise DataError(f"{path} line {number}: cannot be read (byte 0x{line[e.start]:02x}); "
+                                "expected UTF-8 text, save it as that") from None
 
 
 def fits(value, shape):
@@ -207,6 +325,8 @@ def parse_json(text, where, shape, expected):
     """The value of a JSON text. It must be of the shape (see `fits`); `expected` says the same in words."""
     try:
         value = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as e:
         raise DataError(f"{where}: not JSON ({str(e)[:100]}); expected {expected}") from None
     expect(fits(value, shape), where, f"expected {expected}")
@@ -217,21 +337,35 @@ def read_json(path, shape, expected):
     return parse_json(read_text(path), path, shape, f"{expected}; get the published file again")
 
 
-def read_cells(path, strict=False):
-    """Yield ("file line n", cells) of the rows of a CSV file. strict: misplaced quotes are an error."""
-    reader = csv.reader(read_lines(path), strict=strict)
+def read_cells(path, separator=",", strict=False, by_line=False):
+    """Yield ("file line n", cells) of the rows of a CSV file, n where the row starts.
+
+    strict: misplaced quotes are an error. by_line: every line is a row; where its quotes do not pair they are
+    text, for they would swallow the rows that follow.
+    """
+    start = 1
     try:
+        if by_line:
+            for start, line in enumerate(read_lines(path), 1):
+                quoting = csv.QUOTE_NONE if line.count('"') % 2 else csv.QUOTE_MINIMAL
+                for cells in csv.reader([line], delimiter=separator, quoting=quoting):
+                    yield f"{path} line {start}", cells
+            return
+        reader = csv.reader(read_lines(path), delimiter=separator, strict=strict, skipinitialspace=strict)
         for cells in reader:
-            if cells:
-                yield f"{path} line {reader.line_num}", cells
+            if any(cell.strip() for cell in cells):
+                yield f"{path} line {start}", cells
+            start = reader.line_num + 1
     except csv.Error as e:  # an end inside quotes, text after a closing quote, 131,072 characters in a field
-        raise DataError(f"{path} line {reader.line_num}: not CSV ({e}); is a quote left open? "
-                        "write a quote inside a cell twice") from None
+        raise DataError(f"{path} line {start}: not CSV ({e}); is a quote left open, or a line end a carriage "
+                        "return alone? write a quote inside a cell twice") from None
 
 
-def read_table(path, columns, strict=False):
-    """-> (header, rows) of a CSV file whose first row must name these columns; rows is as of `read_cells`."""
-    rows = read_cells(path, strict)
+def read_table(path, columns, strict=False, by_line=False):
+    """-> (header, rows) of a CSV file whose first row must name these columns; rows is as of `read_cells`.
+    The separator is what the first row has most of."""
+    head = next(read_lines(path), "")
+    rows = read_cells(path, max(",;\t|", key=head.count), strict, by_line)
     header = [name.strip() for name in next(rows, ("", []))[1]]
     for name in columns:
         expect(name in header, f"{path} line 1", f"no column {name!r}; the first line must name "
@@ -239,18 +373,9 @@ def read_table(path, columns, strict=False):
     return header, rows
 
 
-UNPACKED = 1 << 30  # bytes that the content of any packed file may take
-
-
-def check_unpacked(path, size):
-    """Raise DataError for a file whose content is large, and would take over 100 times as much as itself."""
-    expect(size <= max(UNPACKED, 100 * os.path.getsize(path)), path,
-           f"its content takes {size >> 20} MiB, over 100 times as much as the file; get it again")
-
-
 def read_list(path, fields, separator="\t"):
     """Yield the fields of each line of a list file that is not blank."""
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             parts = [part.strip() for part in line.rsplit(separator, fields - 1)]
             expect(len(parts) == fields, f"{path} line {number}",
@@ -258,144 +383,106 @@ def read_list(path, fields, separator="\t"):
             yield parts
 
 
+PICTURES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+
+
 def list_folder(folder, endings=("",)):
-    """Names of the files with these endings in a folder, sorted; none where there is no such folder."""
+    """Names of the files with these endings in a folder, their numbers in order (2 before 10); none where
+    there is no such folder. What Macs and Windows leave there is not listed."""
     if not os.path.isdir(folder):
         return []
-    return sorted(name for name in os.listdir(folder) if name.lower().endswith(endings))
+    names = [name for name in sorted(os.listdir(folder)) if name.lower().endswith(endings)
+             and not name.startswith(".") and name.lower() not in ("thumbs.db", "desktop.ini")]
+    return sorted(names, key=_numbered)
 
 
-# ---------------------------------------------------------------- your own data: .jsonl and .csv
+def _numbered(name):
+    return re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name)
+
+
+# ---------------------------------------------------------------- your own data: .jsonl, .csv, a folder
 
 JSON_KEYS = ("id", "images", "captions", "labels", "split", "group")
 
 
-def read_jsonl(path, splits):
-    """One instance a line: {"id", "images": [...], "captions": [...], "labels": {task: name}, "split",
-    "group"}. Paths are relative to the file. All but images and captions is optional, and null is the same as
-    absent. The default id is the line's number."""
+def read_own(path, folder):
+    """The Rows of a file of your own. Paths of pictures are relative to the folder.
+
+    .jsonl: one instance a line, {"id", "images": [...], "captions": [...], "labels": {task: name}, "split",
+    "group"}; all but images and captions is optional, and the default id is the line's number.
+    .csv: one image-caption pair a row, with columns image, caption; optional id (default: the image) and
+    split; every further column is a task. Rows of one id are one instance.
+    """
+    entries = _csv_entries(path) if path.lower().endswith(".csv") else _json_entries(path)
     rows = {}
+    for where, entry in entries:
+        images = entry["images"]
+        expect(images and all(isinstance(image, str) and image for image in images), where,
+               "no picture, or one that is no path; an instance has at least one")
+        captions = [text for text in entry["captions"] if plain(text) is not None]
+        expect(all(isinstance(text, str) for text in captions), where, "a caption that is no text")
+        labels = entry.get("labels") or {}
+        expect(isinstance(labels, dict), where, '"labels" must be an object of task: class')
+        names = {key: entry.get(key) for key in ("id", "split", "group")}
+        for key, value in [*names.items(), *labels.items()]:
+            expect(value is None or isinstance(value, (str, int, float)), where,
+                   f"{key} = {str(value)[:50]} must be a string or a number")
+        id, split, group = map(plain, names.values())
+        expect(split in (None, *SPLITS), where, f"split {split!r}; it must be train, val or test")
+        labels = {task: plain(name) for task, name in labels.items()}
+        row = Row(id or entry["default"], split, [os.path.join(folder, x) for x in images], captions, labels,
+                  group, where)
+        first = rows.setdefault(row.id, row)
+        if first is not row:
+            expect((first.labels, first.split, first.group) == (labels, split, group), where,
+                   f"another label or split than at {first.where}, for the same id {row.id!r}")
+            first.images += [x for x in row.images if x not in first.images]
+            first.captions += [x for x in captions if x not in first.captions]
+    return rows.values()
+
+
+def _json_entries(path):
+    expected = 'an object with "images" and "captions", each a list'
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
-            row = _json_row(line.rstrip("\n"), number, f"{path} line {number}")
-            first = rows.setdefault(row.id, row)
-            expect(first is row, row.where,
-                   f"id {row.id!r} was already used at {first.where}; put all of an instance into one line")
-            _check_row(path, row)
-    return _own_instances(path, list(rows.values()), splits)
+            where = f"{path} line {number}"
+            entry = parse_json(line, where, {"images": list, "captions": list}, expected)
+            for key in entry:
+                expect(key in JSON_KEYS, where, f"unknown key {key!r}; known are {', '.join(JSON_KEYS)}")
+            yield where, entry | {"default": str(number)}
 
 
-def _json_row(line, number, where):
-    expected = 'an object with "images" and "captions", each a list'
-    content = parse_json(line, where, {"images": list, "captions": list}, expected)
-    for key in content:
-        expect(key in JSON_KEYS, where, f"unknown key {key!r}; known are {', '.join(JSON_KEYS)}")
-    row = {key: value for key, value in content.items() if value is not None}
-    labels = row.pop("labels", {})
-    expect(isinstance(labels, dict), where, '"labels" must be an object of task: class')
-    labels = {task: name for task, name in labels.items() if name not in (None, "")}
-    names = {key: row[key] for key in ("id", "split", "group") if key in row}
-    for key, value in [*names.items(), *labels.items()]:
-        expect(isinstance(value, (str, int, float)), where,
-               f"{key} = {str(value)[:50]} must be a string or a number")
-    id = str(row.get("id", number))
-    group = str(row["group"]) if "group" in row else None
-    labels = {task: str(name) for task, name in labels.items()}
-    return Row(id, row.get("split"), row["images"], row["captions"], labels, group, where)
-
-
-def read_csv(path, splits):
-    """One image-caption pair a row. Columns: image, caption; optional id (rows of one id are one instance;
-    default the image) and split; every further column is a task. An empty optional cell is none."""
-    header, lines = read_table(path, ("image", "caption"), strict=True)
+def _csv_entries(path):
+    header, rows = read_table(path, ("image", "caption"), strict=True)
     expect(len(set(header)) == len(header) and "" not in header, f"{path} line 1",
            f"a column has no name or that of another ({', '.join(header)[:200]}); name each, or remove it")
-    rows = {}
-    for where, cells in lines:
+    for where, cells in rows:
         expect(len(cells) == len(header), where,
                f"{len(cells)} cells under {len(header)} columns; quote a cell that holds a comma")
-        cell = dict(zip(header, cells))
-        image = cell.pop("image")
-        caption = cell.pop("caption")
-        id = cell.pop("id", "") or image
-        stated = cell.pop("split", "") or None
-        labels = {task: name for task, name in cell.items() if name}
-        row = Row(id, stated, [image], [caption], labels, where=where)
-        _check_row(path, row)
-        first = rows.setdefault(id, row)
-        expect(first.labels == labels and first.split == stated, where,
-               f"another label or split than at {first.where}, for the same id {id!r}")
-        if image not in first.images:
-            first.images.append(image)
-        if caption not in first.captions:
-            first.captions.append(caption)
-    return _own_instances(path, list(rows.values()), splits)
+        labels = {name: cell.strip() for name, cell in zip(header, cells)}
+        image = labels.pop("image")
+        entry = {"images": [image], "captions": [labels.pop("caption")], "labels": labels, "default": image}
+        yield where, entry | {key: labels.pop(key, None) for key in ("id", "split")}
 
 
-def _check_row(path, row):
-    expect(row.images and all(isinstance(image, str) and image for image in row.images), row.where,
-           "no picture, or one that is no path; an instance has at least one")
-    expect(row.captions and all(isinstance(text, str) and text.strip() for text in row.captions), row.where,
-           "an empty caption, or one that is no text; remove it or write one")
-    expect(row.split in (None, "train", "val", "test"), row.where,
-           f"split {row.split!r}; it must be train, val or test")
-    try:
-        "".join([row.id, *row.images, *row.captions]).encode()
-    except UnicodeEncodeError as e:  # half a surrogate pair, which JSON's escapes can spell
-        raise DataError(f"{row.where}: not valid text ({e.reason}); correct its \\u escapes") from None
-    for image in row.images:
-        file = os.path.join(os.path.dirname(path), image)
-        if not os.path.isfile(file):
-            problem = "is no file" if os.path.exists(file) else "does not exist"
-            raise DataError(f"{row.where}: picture {file} {problem} (paths are relative to the file)")
-
-
-def _own_instances(path, rows, splits):
-    """-> [(instances, classes) of each split] of checked rows."""
-    expect(rows, path, "no rows; it needs at least one for each of train, val and test")
-    stated = assign_splits(rows)
-    for row in rows:
-        expect(row.split, row.where, "no split, while other rows state one; "
-                                     "give every row a split, or none (then 80/10/10 by id)")
-    classes = {}
-    for task, names in sorted(train_names(rows).items()):
-        distinct = sorted(set(names))
-        if is_remark(len(distinct), len(names)):
-            note(f"{path}: {task!r} has {len(distinct)} distinct values in {len(names)} training instances: "
-                 "taken as a remark, not as a task")
-        else:
-            classes[task] = distinct
-    advice = "" if stated else ", or give every row a split"
-    present = ", ".join(sorted({row.split for row in rows}))
-    loaded = []
-    for split in splits:
-        chosen = [row for row in rows if row.split == split]
-        expect(chosen, path, f"no rows in split {split!r}; it has {present}; add some{advice}")
-        for task, names in classes.items():
-            labelled = [row for row in chosen if task in row.labels]
-            if labelled and not any(row.labels[task] in names for row in labelled):
-                raise DataError(f"{labelled[0].where}: {task} = {labelled[0].labels[task]!r} never occurs in "
-                                f"the train split, nor does any other {task} of split {split}; "
-                                f"add training examples, correct the labels{advice}")
-        instances = []
-        for row in chosen:
-            images = [os.path.join(os.path.dirname(path), image) for image in row.images]
-            instances.append(Instance(row.id, images, row.captions, row.labels, row.group))
-        number_labels(instances, classes, path, split)
-        loaded.append((instances, classes))
-    return loaded
+def read_gallery(folder, split):
+    """The pictures of a folder and its subfolders, as instances without captions: for searching."""
+    expect(split in ("test", "all"), folder, "a folder has no captions to learn from, and can only be searched "
+           "(eval.py --query); to train, list its pictures with captions in a .csv or .jsonl file")
+    instances = []
+    for place, _, _ in sorted(os.walk(folder)):
+        for name in list_folder(place, PICTURES):
+            path = os.path.join(place, name)
+            instances.append(Instance(os.path.relpath(path, folder), [path], []))
+    expect(instances, folder, f"no pictures in it ({', '.join(PICTURES)})")
+    return instances
 
 
 # ---------------------------------------------------------------- tasks and their classes
 
-def train_names(rows):
-    """{task: [the class names that its training rows state]}."""
-    names = defaultdict(list)
-    for row in rows:
-        if row.split == "train":
-            for task, name in row.labels.items():
-                names[task].append(name)
-    return names
+def is_remark(distinct, rows):
+    """Whether so many distinct values in so many rows are ids or remarks, and no task to learn."""
+    return distinct > 20 and (distinct >= 1000 or 2 * distinct > rows)
 
 
 def number_labels(instances, classes, where, split):
@@ -422,18 +509,6 @@ def choose_task(classes, task, where, instances):
     return task
 
 
-def check_classes(count, where, task):
-    """Raise DataError unless classes can be learned of which train has these numbers of instances (C,)."""
-    distinct = (count > 0).sum()
-    expect(distinct >= 2, where,
-           f"{task} has one class only in train; there is nothing to tell apart: it needs two or more")
-    expect(not is_remark(distinct, count.sum()), where,
-           f"{task} has {distinct:,} distinct values in {count.sum():,} training rows; "
-           "these look like ids or remarks, not classes: choose another column, or group the values")
-    if (count == 1).any():
-        note(f"{where}: {task}: {(count == 1).sum()} of {len(count)} classes have a single training instance")
-
-
 def choose_tasks(classes, asked, where, instances):
     """{task: names of its classes} to learn: what --tasks asked for, or all tasks of the training data.
 
@@ -454,8 +529,20 @@ def choose_tasks(classes, asked, where, instances):
     return chosen
 
 
+def check_classes(count, where, task):
+    """Raise DataError unless classes can be learned of which train has these numbers of instances (C,)."""
+    distinct = (count > 0).sum()
+    expect(distinct >= 2, where,
+           f"{task} has one class only in train; there is nothing to tell apart: it needs two or more")
+    expect(not is_remark(distinct, count.sum()), where,
+           f"{task} has {distinct:,} distinct values in {count.sum():,} training rows; "
+           "these look like ids or remarks, not classes: choose another column, or group the values")
+    if (count == 1).any():
+        note(f"{where}: {task}: {(count == 1).sum()} of {len(count)} classes have a single training instance")
+
+
 def pairs(instances, data_classes, classes):
-    """One instance for each caption, with one of the images: what is classified by image and text together.
+    """One instance for each caption, with one of the images: what is classified.
 
     A label is the number of a class; the data's numbers become those of the model's `classes`, by name: -1
     where there is no label or the model does not know its class.
@@ -476,7 +563,8 @@ def pairs(instances, data_classes, classes):
 def load_split(name, root, split, task, classes=None):
     """As `load`, for one task: -> (instances that have a label of it, names of its classes). What counts as
     the same thing, the group, becomes the class. classes: those that a model knows; others are left out."""
-    instances, tasks = load(name, root, split)
+    known = None if classes is None else {task: classes}
+    instances, tasks = load(name, root, split, classes=known)
     return by_class(instances, tasks, task, name, split, classes)
 
 
@@ -496,6 +584,18 @@ def by_class(instances, classes, task, name, split, known=None):
     return labelled, names
 
 
+def class_splits(loaded, task, name):
+    """Of what `load_splits` returns -> (task, train, val, names of its classes): the instances that have a
+    class of the task (None: the first), which becomes their group. That test has such is checked here, before
+    training."""
+    (train, tasks), val, test = loaded
+    task = choose_task(tasks, task, name, train)
+    train, classes = by_class(train, tasks, task, name, "train")
+    val, _ = by_class(*val, task, name, "val", classes)
+    by_class(*test, task, name, "test", classes)
+    return task, train, val, classes
+
+
 def class_layout(instances, classes):
     """What evaluation by class needs to know of `load_split`'s instances: the number of each one's class in
     `classes` (N,), how many captions it has (N,), and whether it is a query (N,)."""
@@ -506,47 +606,27 @@ def class_layout(instances, classes):
     return labels, captions, query
 
 
-# ---------------------------------------------------------------- published sets: pictures and captions
+# ---------------------------------------------------------------- published sets: each yields Rows
 
 KARPATHY = {"flickr30k": "flickr30k-images", "flickr8k": "Images", "coco": ""}  # the folder of the pictures
 
 
-def karpathy(root, splits, name):
+def karpathy(root, name):
     """Karpathy's dataset_<name>.json: images[] of filename, split, sentences[].raw and, for coco, filepath.
-    The split restval counts as train. -> [(instances, {}) of each split]."""
+    The split restval counts as train."""
+    image_shape = {"filename": str, "split": str, "sentences": [{"raw": str}]}
+    if name == "coco":
+        image_shape["filepath"] = str
     path = os.path.join(root, f"dataset_{name}.json")
-    rows = []
-    empty = 0
-    for number, image in enumerate(read_json(path, {"images": list}, "Karpathy's {images: [...]}")["images"]):
-        try:
-            file = os.path.join(image.get("filepath", KARPATHY[name]), image["filename"])
-            captions = [sentence["raw"].strip() for sentence in image["sentences"]]
-            part = {"restval": "train"}.get(image["split"], image["split"])
-        except (KeyError, TypeError, AttributeError) as e:
-            raise DataError(f"{path}: image {number} is not in Karpathy's format ({type(e).__name__}: {e}); "
-                            "get the published file again") from None
-        rows.append(Row(file, part, [os.path.join(root, file)], [caption for caption in captions if caption]))
-        empty += captions.count("")
-    if empty:
-        note(f"{path}: {empty} empty captions were left out")
-    stated = assign_splits(rows)
-    present = ", ".join(sorted(map(str, stated))) or "none"
-    loaded = []
-    for split in splits:
-        captioned = [row for row in rows if row.split == split and row.captions]
-        instances = [Instance(row.id, row.images, row.captions) for row in captioned]
-        expect(instances, path, f"no captioned images in split {split!r}; it has {present}")
-        missing = [x.images[0] for x in instances if not os.path.isfile(x.images[0])]
-        if missing:
-            raise DataError(f"{missing[0]}: no such picture ({len(missing)} of {len(instances)} in split "
-                            f"{split}); put the photos under {root}")
-        loaded.append((instances, {}))
-    return loaded
+    content = read_json(path, {"images": [image_shape]}, f"Karpathy's {{images: [{', '.join(image_shape)}]}}")
+    for image in content["images"]:
+        file = os.path.join(image["filepath"] if name == "coco" else KARPATHY[name], image["filename"])
+        part = "train" if image["split"] == "restval" else image["split"]
+        captions = [sentence["raw"] for sentence in image["sentences"]]
+        yield Row(file, part, [os.path.join(root, file)], captions)
 
 
-# ---------------------------------------------------------------- published sets: shapes
-
-def text2shape(root, split):
+def text2shape(root):
     """Chen et al. 2018, "Text2Shape", arXiv 1803.08495: chairs and tables of ShapeNet as coloured voxels,
     about five descriptions each. Relevance: the same shape. Labels: category.
 
@@ -560,116 +640,58 @@ def text2shape(root, split):
     header, lines = read_table(path, ("modelId", "description", "category"))
     captions = defaultdict(list)
     category = {}
-    empty = 0
     for _, cells in lines:
         cell = defaultdict(str, zip(header, cells))  # a short line lacks its last cells
-        if cell["modelId"] and cell["description"].strip():
-            captions[cell["modelId"]].append(cell["description"].strip())
-            category[cell["modelId"]] = cell["category"]
-        else:
-            empty += 1
-    if empty:
-        note(f"{path}: {empty} rows without a description or a model were left out")
-
+        captions[cell["modelId"]].append(cell["description"])
+        category[cell["modelId"]] = cell["category"]
     published = _published_split(root)
-    unstated = "none" if published else None
-    rows = [Row(model, published.get(model, unstated), [], captions[model]) for model in sorted(captions)]
-    assign_splits(rows)
-    categories = sorted(set(category.values()))
-    instances = []
-    missing = 0
-    for row in [row for row in rows if row.split == split]:
-        folder = os.path.join(root, "views", row.id)
-        voxels = os.path.join(root, VOXEL_FOLDER, row.id, row.id + ".nrrd")
+    for model in sorted(captions):
+        folder = os.path.join(root, "views", model)
         views = [os.path.join(folder, name) for name in list_folder(folder, (".png",))]
-        if not views and os.path.isfile(voxels):
-            views = [VoxelView(voxels, (k + 7) % VIEWS) for k in range(VIEWS)]  # the first from the front
-        if views:
-            labels = {"category": categories.index(category[row.id])}
-            instances.append(Instance(row.id, views, row.captions, labels))
-        else:
-            missing += 1
-    if missing:
-        note(f"{root}: {missing} shapes of split {split} have captions but no voxels under {VOXEL_FOLDER}; "
-             "they were left out")
-    expect(instances, root, f"no shapes in split {split!r} (of train, val, test; {missing} lack voxels); "
-           f"expected {VOXEL_FOLDER}/<modelId>/<modelId>.nrrd; {text2shape_by_hand(root)}")
-    return instances, {"category": categories}
+        voxels = os.path.join(root, VOXEL_FOLDER, model, model + ".nrrd")
+        if not views:
+            # view 7 is one from the front, which a gallery shows
+            seen = [VoxelView(voxels, (k + 7) % VIEWS) for k in range(VIEWS)]
+            views = seen if os.path.isfile(voxels) else [voxels]
+        part = published.get(model, "none") if published else None
+        yield Row(model, part, views, captions[model], {"category": plain(category[model])})
 
 
 def _published_split(root):
     """{modelId: split} from processed_captions_*.p, or {} where there are none."""
     published = {}
-    for split in ("train", "val", "test"):
-        path = os.path.join(root, f"processed_captions_{split}.p")
-        if os.path.isfile(path):
-            try:
-                for caption in read_pickle(path)["caption_tuples"]:  # (token ids, category, modelId)
-                    if not isinstance(caption[2], str):
-                        raise TypeError("a model's id is no string")
-                    published[caption[2]] = split
-            except (KeyError, IndexError, TypeError):
-                raise DataError(f"{path}: no 'caption_tuples' of (tokens, category, modelId); "
-                                "expected the published pickle of Text2Shape") from None
-    present = sorted(set(published.values()))
-    expect(len(present) in (0, 3), root,
-           f"processed_captions_*.p only for {', '.join(present)}; put all three there, or none")
+    files = [file for file in SPLIT_FILES if os.path.isfile(os.path.join(root, file))]
+    expect(len(files) in (0, 3), root, f"of the splits only {', '.join(files)}; put all three there, or none")
+    for split, file in zip(SPLITS, files):
+        path = os.path.join(root, file)
+        content = read_pickle(path)
+        with reading(path, "expected 'caption_tuples' of (tokens, category, modelId), as published"):
+            for _, _, model in content["caption_tuples"]:
+                published[model] = split
     return published
 
 
-# ---------------------------------------------------------------- published sets: labelled
-
-def _labelled(root, split, rows, tasks, read=None):
-    """-> (instances of the split, classes). read: reads captions from the file that stands in their place.
-    Rows without a picture or a text are left out and counted; a class that train lacks is unlabelled."""
-    stated = assign_splits(rows)
-    names = train_names(rows)
-    classes = {task: sorted(set(names[task])) for task in tasks}
-    instances = []
-    missing = 0
-    for row in [row for row in rows if row.split == split]:
-        captions = row.captions
-        if read:
-            captions = read(row.captions) if os.path.isfile(row.captions) else []
-        captions = [caption.strip() for caption in captions if caption.strip()]
-        if not captions or not all(callable(image) or os.path.isfile(image) for image in row.images):
-            missing += 1
-            continue
-        instances.append(Instance(row.id, row.images, captions, row.labels, row.group))
-    if missing:
-        note(f"{root}: {missing} rows of split {split} have no picture or no text; they were left out")
-    number_labels(instances, classes, root, split)
-    present = ", ".join(sorted(stated)) or "none"
-    expect(instances, root, f"nothing in split {split!r} ({missing} rows lack a picture or a text); "
-           f"it has {present}. README.md shows the layout")
-    return instances, classes
-
-
-def products(root, split):
+def products(root):
     """Kaggle's Fashion Product Images: styles.csv and images/<id>.jpg. A picture, a title and seven tasks;
     80/10/10 by a hash of the id. Commas in a title are not quoted: what is past the last column is title."""
     path = os.path.join(root, "styles.csv")
-    header, lines = read_table(path, ("id", "productDisplayName"))
+    header, lines = read_table(path, ("id", "productDisplayName"), by_line=True)
     expect(header[0] == "id" and header[-1] == "productDisplayName", f"{path} line 1",
            f"expected columns id, ..., productDisplayName, in this order; it has {', '.join(header)[:200]}")
     tasks = [column for column in header[1:-1] if column != "year"]
-    rows = []
     for where, cells in lines:
         expect(len(cells) >= len(header), where, f"{len(cells)} cells under {len(header)} columns")
         cell = dict(zip(header, cells))
         title = ",".join(cells[len(header) - 1:])
-        labels = {task: cell[task] for task in tasks if cell[task] not in ("", "NA")}
-        picture = os.path.join(root, "images", cell["id"] + ".jpg")
-        rows.append(Row(cell["id"], None, [picture], [title], labels))
-    return _labelled(root, split, rows, tasks)
+        labels = {task: plain(cell[task]) for task in tasks}
+        yield Row(cell["id"], None, [os.path.join(root, "images", cell["id"] + ".jpg")], [title], labels)
 
 
-def wikipedia(root, split):
+def wikipedia(root):
     """Rasiwasia et al. 2010: {train,test}set_txt_img_cat.list (text id, image id, category from 1),
     categories.list, images/<category>/<id>.jpg, texts/<id>.xml. 2,173 / 693, val out of train. Relevance: the
     category."""
     names = [name for (name,) in read_list(os.path.join(root, "categories.list"), 1)]
-    rows = []
     for part in ("train", "test"):
         for text, image, category in read_list(os.path.join(root, f"{part}set_txt_img_cat.list"), 3):
             valid = re.fullmatch("[0-9]{1,3}", category) and 1 <= int(category) <= len(names)
@@ -677,71 +699,58 @@ def wikipedia(root, split):
                    f"categories.list names {len(names)}, counted from 1")
             name = names[int(category) - 1]
             picture = os.path.join(root, "images", name, image + ".jpg")
-            captions = os.path.join(root, "texts", text + ".xml")
-            rows.append(Row(f"{image}-{text}", part, [picture], captions, {"category": name}, group=name))
-
-    def read(file):
-        xml = read_text(file)
-        texts = []
-        for part in xml.split("</text>")[:-1]:
-            start = part.find("<text")
-            end = part.find(">", start)
-            if 0 <= start < end:
-                texts.append(part[end + 1:])
-        return [" ".join(html.unescape(_without_tags(text)).split()) for text in texts or [xml]]
-
-    return _labelled(root, split, rows, ["category"], read)
+            captions = (os.path.join(root, "texts", text + ".xml"), _wikipedia_texts)
+            yield Row(f"{image}-{text}", part, [picture], captions, {"category": name}, group=name)
 
 
-def _without_tags(text):
-    end = text.rfind(">") + 1  # past it, every "<" would be followed to the end of the text in vain
-    return re.sub(r"<[^>]*>", " ", text[:end]) + text[end:]
+def _wikipedia_texts(file):
+    xml = read_text(file)
+    texts = re.findall("<text[^>]*>(.*?)</text>", xml, re.DOTALL) or [xml]
+    return [" ".join(html.unescape(re.sub("<[^>]*>", " ", text)).split()) for text in texts]
 
 
-def pascal_sentence(root, split):
-    """Rashtchian et al. 2010: dataset/<class>/<id>.jpg, sentence/<class>/<id>.txt (five lines). 20 classes of
-    50, by name 40 / 5 / 5 of each. Relevance: the class."""
-    rows = []
-    for name in list_folder(os.path.join(root, "dataset")):
-        files = list_folder(os.path.join(root, "dataset", name))
+def pascal_sentence(root):
+    """Rashtchian et al. 2010: dataset/<class>/<id>.jpg, sentence/<class>/<id>.txt (five lines), or <id>txt as
+    its published script writes. 20 classes of 50, by name 40 / 5 / 5 of each. Relevance: the class."""
+    classes = list_folder(os.path.join(root, "dataset"))
+    expect(classes, root, f"no pictures; {absence(os.path.join(root, 'dataset', '<class>', '<id>.jpg'))}")
+    for name in classes:
+        files = list_folder(os.path.join(root, "dataset", name), PICTURES)
         for i, file in enumerate(files):
             part = TENTHS[10 * i // len(files)]
+            stem = os.path.join(root, "sentence", name, os.path.splitext(file)[0])
+            text = stem + "txt" if os.path.isfile(stem + "txt") else stem + ".txt"
             picture = os.path.join(root, "dataset", name, file)
-            captions = os.path.join(root, "sentence", name, os.path.splitext(file)[0] + ".txt")
-            rows.append(Row(f"{name}/{file}", part, [picture], captions, {"class": name}, group=name))
-    return _labelled(root, split, rows, ["class"], lambda file: read_text(file).splitlines())
+            captions = (text, lambda file: list(read_lines(file)))
+            yield Row(f"{name}/{file}", part, [picture], captions, {"class": name}, group=name)
 
 
-def id_label_lists(root, split):
+def id_label_lists(root):
     """NUS-WIDE and XMediaNet as CLIP4CMR's authors lay them out: split/{train,valid,test}.txt (id:label),
     images/<id>.jpg, text/<id>.json (a string). Relevance: the label."""
-    rows = []
+    def read_string(file):
+        return [parse_json(read_text(file), file, str, "a JSON string: the text of one image")]
+
     for part, file in (("train", "train.txt"), ("val", "valid.txt"), ("test", "test.txt")):
         for id, label in read_list(os.path.join(root, "split", file), 2, ":"):
             picture = os.path.join(root, "images", id + ".jpg")
-            captions = os.path.join(root, "text", id + ".json")
-            rows.append(Row(id, part, [picture], captions, {"label": label}, group=label))
-
-    def read(file):
-        return [parse_json(read_text(file), file, str, "a JSON string: the text of one image")]
-
-    return _labelled(root, split, rows, ["label"], read)
+            captions = (os.path.join(root, "text", id + ".json"), read_string)
+            yield Row(id, part, [picture], captions, {"label": label}, group=label)
 
 
-def food101(root, split):
+def food101(root):
     """UPMC-Food101 (Wang et al. 2015): images/{train,test}/<class>/<file>, texts/{train,test}_titles.csv
     (file, title, class; no header). 101 classes, val out of train. Relevance: the class."""
-    rows = []
     for part in ("train", "test"):
-        for where, cells in read_cells(os.path.join(root, "texts", part + "_titles.csv")):
+        path = os.path.join(root, "texts", part + "_titles.csv")
+        for where, cells in read_cells(path, by_line=True):
             expect(len(cells) >= 3, where, f"{len(cells)} cells, expected file, title, class")
             file, *title, name = cells  # a title's own commas may be unquoted
             picture = os.path.join(root, "images", part, name, file)
-            rows.append(Row(file, part, [picture], [",".join(title)], {"class": name}, group=name))
-    return _labelled(root, split, rows, ["class"])
+            yield Row(file, part, [picture], [",".join(title)], {"class": name}, group=name)
 
 
-def fashiongen(root, split):
+def fashiongen(root):
     """Fashion-Gen (Rostamzadeh et al. 2018, arXiv 1806.08317): fashiongen_256_256_{train,validation}.h5, read
     with h5py. The views of one product are one instance, its name and description the caption; val out of
     train, test is the validation file. Relevance: the category."""
@@ -749,41 +758,19 @@ def fashiongen(root, split):
         import h5py
     except ImportError:
         raise DataError("fashiongen is read with h5py, which is not installed; pip install h5py") from None
-    files = {"train": "fashiongen_256_256_train.h5"}
-    if split == "test":
-        files["test"] = "fashiongen_256_256_validation.h5"
-    rows = []
-    for part, file in files.items():
-        path = os.path.join(root, file)
-        try:
-            with h5py.File(path, "r") as f:
-                columns = ("productID", "name", "description", "category")
-                check_unpacked(path, sum(f[f"input_{key}"].nbytes for key in columns))
-                ids = f["input_productID"][:].ravel().tolist()
-                texts = {}
-                for key in columns[1:]:
-                    texts[key] = [text.decode("latin1") for text in f[f"input_{key}"][:].ravel()]
-                pictures, *shape = f["input_image"].shape
-                kind = f["input_image"].dtype
-        except DataError:
-            raise
-        except Exception as e:  # a damaged file raises nearly any kind
-            raise DataError(f"{path}: cannot be read as Fashion-Gen ({str(e)[:100]}); "
-                            "put the published file there") from None
-        for key, several in texts.items():
-            expect(len(several) == len(ids), path,
-                   f"{len(several)} entries of input_{key} for {len(ids)} products; get it again")
-        expect(pictures == len(ids), path, f"{pictures} pictures of {len(ids)} products; get it again")
-        expect(len(shape) == 3 and shape[2] == 3 and max(shape) <= 4096 and kind == np.uint8, path,
-               f"pictures of {kind} of shape {shape}; expected uint8 of (height, width, 3)")
+    for part, name in (("train", "train"), ("test", "validation")):
+        path = os.path.join(root, f"fashiongen_256_256_{name}.h5")
         products = {}
-        for k, id in enumerate(ids):
-            category = texts["category"][k]
-            caption = f"{texts['name'][k]}. {texts['description'][k]}"
-            row = Row(str(id), part, [], [caption], {"category": category}, group=category)
-            products.setdefault(id, row).images.append(H5View(path, k))
-        rows += products.values()
-    return _labelled(root, split, rows, ["category"])
+        with reading(path, "expected the published file of Fashion-Gen"), h5py.File(path, "r") as f:
+            shape = f["input_image"].shape
+            expect(shape[1:] == (256, 256, 3) and f["input_image"].dtype == np.uint8, path,
+                   f"pictures of shape {shape}; expected uint8 (pictures, 256, 256, 3)")
+            columns = [f["input_" + key][:].ravel() for key in ("productID", "name", "description", "category")]
+            for k, (id, *texts) in enumerate(zip(*columns, range(shape[0]), strict=True)):
+                title, description, category = [text.decode("latin1") for text in texts[:3]]
+                row = Row(str(id), part, [], [f"{title}. {description}"], {"category": category}, category)
+                products.setdefault(id, row).images.append(H5View(path, k))
+        yield from products.values()
 
 
 @lru_cache(maxsize=4)
@@ -799,117 +786,99 @@ class H5View:
     row: int
 
     def __call__(self, size):
-        try:
+        with reading(self.file, f"picture {self.row}; what is damaged may only show here"):
             image = _h5_images(self.file, os.getpid())[self.row]
-        except Exception as e:  # what is damaged may only show here
-            raise DataError(f"{self.file}: picture {self.row} cannot be read ({str(e)[:100]})") from None
         return Image.fromarray(square(Image.fromarray(image), size))
 
 
-# ---------------------------------------------------------------- published sets: videos
-
-def _videos(root, split, rows, paragraph=False):
-    """-> (instances of the split, {}). A video's images are frames/<video>/*.jpg (or .png) in name order;
-    paragraph: its captions become one. Videos without frames or captions are left out, counted and named."""
-    assign_splits(rows)
-    instances = []
-    missing = []
-    for row in [row for row in rows if row.split == split]:
-        folder = os.path.join(root, "frames", row.id)
-        frames = [os.path.join(folder, name) for name in list_folder(folder, (".jpg", ".jpeg", ".png"))]
-        captions = [" ".join(caption.split()) for caption in row.captions if caption.strip()]
-        if not frames or not captions:
-            missing.append(row.id)
-            continue
-        instances.append(Instance(row.id, frames, [" ".join(captions)] if paragraph else captions))
-    if missing:
-        more = ", ..." if len(missing) > 10 else ""
-        note(f"{root}: {len(missing)} videos of split {split} have no frames under frames/<video>/ or no "
-             f"caption, and were left out: {', '.join(missing[:10])}{more}")
-    expect(instances, root, f"no video of split {split!r} has frames ({len(missing)} lack them); "
-           "make them with ffmpeg, as README.md shows")
-    return instances, {}
+def _video_rows(root, videos, paragraph=False):
+    """Yield the Row of each of `videos`: (id, split, names that the video may have, captions). Its images are
+    frames/<name>/*.jpg (or .png), of a folder with or without a file's ending; paragraph: its captions become
+    one."""
+    frames = os.path.join(root, "frames")
+    folders = list_folder(frames)
+    folder_of = {os.path.splitext(name)[0]: name for name in folders} | {name: name for name in folders}
+    for id, part, names, captions in videos:
+        name = next((folder_of[name] for name in names if name in folder_of), names[0])
+        folder = os.path.join(frames, name)
+        files = list_folder(folder, (".jpg", ".jpeg", ".png")) or ["*.jpg"]
+        captions = [" ".join(caption.split()) for caption in captions]
+        if paragraph:
+            captions = [" ".join(" ".join(captions).split())]
+        yield Row(id, part, [os.path.join(folder, file) for file in files], captions)
 
 
-def msrvtt(root, split):
+def msrvtt(root):
     """MSR-VTT (Xu et al. 2016), the 1k-A split: MSRVTT_data.json (sentences[]: video_id, caption),
     MSRVTT_train.9k.csv, MSRVTT_JSFUSION_test.csv (video_id, sentence). 9,000 training videos of 20 captions,
     val out of them; 1,000 test videos of one sentence each."""
     path = os.path.join(root, "MSRVTT_data.json")
     shape = {"sentences": [{"video_id": str, "caption": str}]}
-    content = read_json(path, shape, "MSR-VTT's {sentences: [{video_id, caption}]}")
     captions = defaultdict(list)
-    for sentence in content["sentences"]:
+    for sentence in read_json(path, shape, "MSR-VTT's {sentences: [{video_id, caption}]}")["sentences"]:
         captions[sentence["video_id"]].append(sentence["caption"])
-    rows = []
+    videos = []
     for part, file, columns in (("train", "MSRVTT_train.9k.csv", ["video_id"]),
                                 ("test", "MSRVTT_JSFUSION_test.csv", ["video_id", "sentence"])):
-        header, lines = read_table(os.path.join(root, file), columns)
+        header, lines = read_table(os.path.join(root, file), columns, by_line=True)
         for where, cells in lines:
             expect(len(cells) >= len(header), where, f"{len(cells)} cells under {len(header)} columns")
             cell = dict(zip(header, cells))
-            video = cell["video_id"]
-            rows.append(Row(video, part, [], [cell["sentence"]] if part == "test" else captions[video]))
-    return _videos(root, split, rows)
+            video = cell["video_id"].strip()
+            texts = [cell["sentence"]] if part == "test" else captions[video]
+            videos.append((video, part, [video], texts))
+    return _video_rows(root, videos)
 
 
-def msvd(root, split):
+def msvd(root):
     """MSVD (Chen and Dolan 2011): {train,val,test}_list.txt, raw-captions.pkl ({video: [[word, ...], ...]}),
     about 40 captions to a video."""
     path = os.path.join(root, "raw-captions.pkl")
     captions = read_pickle(path)
-    expect(fits(captions, {str: (list, tuple)}), path, "not a dict of lists of captions; get it again")
-    size = os.path.getsize(path)  # a pickle can hold a list of words many times over, for a byte or two each
-    fitting = sum(map(len, captions.values())) <= size
-    if fitting:
-        every = [x for video in captions.values() for x in video]
-        fitting = sum(len(x) for x in every if isinstance(x, (list, tuple))) <= size
-    expect(fitting, path, "it repeats its captions too often; get it again")
-
-    def sentence(caption):
-        words = caption if isinstance(caption, (list, tuple)) else [caption]
-        expect(all(isinstance(word, (str, int, float)) for word in words), path,
-               "a caption that is no list of words; get it again")
-        return " ".join(map(str, words))
-
-    rows = []
-    for part in ("train", "val", "test"):
+    expect(fits(captions, {str: [list]}) and fits([*captions.values()], [[[str]]]), path,
+           "not a dict of lists of captions, each a list of words; get it again")
+    videos = []
+    for part in SPLITS:
         for (video,) in read_list(os.path.join(root, part + "_list.txt"), 1):
-            rows.append(Row(video, part, [], [sentence(caption) for caption in captions.get(video, ())]))
-    return _videos(root, split, rows)
+            sentences = [" ".join(words) for words in captions.get(video, ())]
+            videos.append((video, part, [video], sentences))
+    return _video_rows(root, videos)
 
 
-def didemo(root, split):
-    """DiDeMo (Hendricks et al. 2017): {train,val,test}_data.json ([{video, description}]), {..}_list.txt. A
-    video's descriptions are one paragraph."""
-    rows = []
-    for part in ("train", "val", "test"):
+def didemo(root):
+    """DiDeMo (Hendricks et al. 2017): {train,val,test}_data.json ([{video, description}]), {..}_list.txt. The
+    descriptions of exactly the listed name are one paragraph: some videos have a second name with the same
+    stem. The stem is taken where the name itself is absent."""
+    videos = []
+    for part in SPLITS:
         path = os.path.join(root, part + "_data.json")
-        content = read_json(path, [{"video": str, "description": str}], "DiDeMo's [{video, description}]")
-        captions = defaultdict(list)
-        for moment in content:
-            captions[os.path.splitext(moment["video"])[0]].append(moment["description"])
-        for (file,) in read_list(os.path.join(root, part + "_list.txt"), 1):
-            video = os.path.splitext(file)[0]
-            rows.append(Row(video, part, [], captions[video]))
-    return _videos(root, split, rows, paragraph=True)
+        by_name = defaultdict(list)
+        by_stem = defaultdict(list)
+        for moment in read_json(path, [{"video": str, "description": str}], "DiDeMo's [{video, description}]"):
+            by_name[moment["video"]].append(moment["description"])
+            by_stem[os.path.splitext(moment["video"])[0]].append(moment["description"])
+        for (name,) in read_list(os.path.join(root, part + "_list.txt"), 1):
+            stem = name if name in by_stem else os.path.splitext(name)[0]  # a name may be listed without ending
+            captions = by_name.get(name) or by_stem.get(stem) or by_name.get(stem, [])
+            videos.append((stem, part, [name, stem], captions))
+    return _video_rows(root, videos, paragraph=True)
 
 
-def activitynet(root, split):
+def activitynet(root):
     """ActivityNet Captions (Krishna et al. 2017): train.json, val_1.json ({id: {sentences, timestamps}}),
     train_ids.json, val_ids.json. Test is val_1, val is out of train. A video's sentences are one paragraph.
     Ids carry the prefix v_, with or without which captions and frames are looked for."""
-    rows = []
+    videos = []
     files = (("train", "train.json", "train_ids.json"), ("test", "val_1.json", "val_ids.json"))
     for part, file, ids in files:
         path = os.path.join(root, file)
         content = read_json(path, {str: {"sentences": [str]}}, "ActivityNet's {id: {sentences: [...]}}")
         for id in read_json(os.path.join(root, ids), [str], "a list of ids"):
-            names = (id, "v_" + id.removeprefix("v_"), id.removeprefix("v_"))
+            bare = id.removeprefix("v_")
+            names = ["v_" + bare, bare]  # the first is the official id, whose hash makes val
             captions = next((content[name]["sentences"] for name in names if name in content), [])
-            video = next((name for name in names if os.path.isdir(os.path.join(root, "frames", name))), id)
-            rows.append(Row(video, part, [], captions))
-    return _videos(root, split, rows, paragraph=True)
+            videos.append((names[0], part, names, captions))
+    return _video_rows(root, videos, paragraph=True)
 
 
 # ---------------------------------------------------------------- pickles
@@ -920,15 +889,12 @@ def _bytes(content):
 
 class _Array(np.ndarray):
     """An array while it is read. numpy's own would trust the pickle's type, whose flags can pass bytes off as
-    pointers to objects."""
+    pointers to objects, and read past the end of a list that is too short."""
 
     def __setstate__(self, state):
         _, shape, kind, fortran, content = state
-        if kind.code[0] == "O":
-            right = isinstance(content, list) and len(content) == math.prod(shape)
-        else:
-            right = not isinstance(content, list)  # numpy compares the length of bytes
-        if not right:
+        objects = kind.dtype.hasobject
+        if objects != isinstance(content, list) or objects and len(content) != math.prod(shape):
             raise ValueError("an array whose content is not of its type or size")
         super().__setstate__((1, shape, kind.dtype, bool(fortran), _bytes(content)))
 
@@ -936,47 +902,35 @@ class _Array(np.ndarray):
 class _Type:
     """A type while it is read: its code and byte order are taken from the pickle, its flags are not."""
 
-    def __init__(self, code):
+    def __init__(self, code, *flags):
         if not re.fullmatch(r"[?biufcSU]\d{0,6}|O8?", code) or not np.dtype(code).itemsize:
             raise ValueError(f"an array of type {code[:20]!r}")
-        self.code = code
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state):
-        self.dtype = np.dtype(self.code).newbyteorder(state[1])
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
-def _admitted():
-    """What stands for the names in pickles of numpy arrays and plain containers; it can only build a value."""
+def read_pickle(path):
+    """A pickle of numpy arrays and plain containers (Python 2's too). Anything else is refused, not run."""
     def frombuffer(content, kind, shape, order):
         return np.frombuffer(content, kind.dtype).reshape(shape, order=order)
 
-    plain = {
-        "bytes": lambda: b"",  # protocol 2 has no bytes
-        "set": lambda items=(): set(items),
-        "list": lambda: [],  # what a defaultdict holds where it has nothing
-        "dict": lambda: {},
-        "int": lambda: 0,
-        "float": lambda: 0.0}
     admitted = {
         ("numpy", "ndarray"): None,
-        ("numpy", "dtype"): lambda code, *flags: _Type(code),
+        ("numpy", "dtype"): lambda *code: _Type(*code),
         ("numpy", "_reconstruct"): lambda *empty: _Array(0, np.int8),  # what it is follows as its state
         ("numpy", "_frombuffer"): frombuffer,
         ("numpy", "scalar"): lambda kind, content: np.frombuffer(_bytes(content), kind.dtype)[0],
         ("_codecs", "encode"): lambda text, encoding: _bytes(text),
         ("collections", "OrderedDict"): OrderedDict,
-        ("collections", "defaultdict"): lambda factory=None: defaultdict(factory)}
-    for module in ("builtins", "__builtin__"):  # Python 3's name and Python 2's
-        admitted |= {(module, name): value for name, value in plain.items()}
-    return admitted
-
-
-def read_pickle(path):
-    """A pickle of numpy arrays and plain containers (Python 2's too). Anything else is refused, not run."""
-    advice = "give a pickle of arrays and plain containers; nothing of it was run"
-    with clip.reading(path, advice, DataError), open(path, "rb") as f:
-        return clip.RestrictedUnpickler(f, _admitted(), encoding="latin1").load()
+        ("collections", "defaultdict"): defaultdict,
+    }
+    for kind in (bytes, set, list, dict, int, float):  # of Python 3 and of Python 2
+        admitted["builtins", kind.__name__] = admitted["__builtin__", kind.__name__] = kind
+    advice = "expected a pickle of arrays and plain containers; nothing of it was run"
+    with reading(path, advice), open(path, "rb") as f:
+        return clip.RestrictedUnpickler(f, admitted, encoding="latin1").load()
 
 
 # ---------------------------------------------------------------- downloads
@@ -984,17 +938,17 @@ def read_pickle(path):
 TEXT2SHAPE_URL = "http://text2shape.stanford.edu/dataset"
 CAPTION_FILE = "captions.tablechair.csv"
 VOXEL_FOLDER = "nrrd_256_filter_div_32_solid"
-SPLIT_FILES = [f"processed_captions_{split}.p" for split in ("train", "val", "test")]
-TEXT2SHAPE_FILES = [  # (path below the URL, what it leaves in the folder, what its beginning holds)
-    (f"shapenet/{VOXEL_FOLDER}.zip", VOXEL_FOLDER, b"PK"),
-    ("text2shape-data.zip", SPLIT_FILES[-1], b"PK"),
-    (CAPTION_FILE, CAPTION_FILE, b"modelId"),  # the last: where it is, nothing before it is missing
-]
+SPLIT_FILES = [f"processed_captions_{split}.p" for split in SPLITS]
+TEXT2SHAPE_FILES = {  # path below the URL: what it leaves in the folder
+    f"shapenet/{VOXEL_FOLDER}.zip": VOXEL_FOLDER,
+    "text2shape-data.zip": SPLIT_FILES[-1],
+    CAPTION_FILE: CAPTION_FILE,  # the last: where it is, nothing before it is missing
+}
 
 
 def text2shape_by_hand(root):
     """What to do where Text2Shape cannot be fetched."""
-    voxels, splits, captions = [os.path.basename(path) for path, _, _ in TEXT2SHAPE_FILES]
+    voxels, splits, captions = map(os.path.basename, TEXT2SHAPE_FILES)
     return (f"put {voxels} (of {TEXT2SHAPE_URL}/shapenet), {splits} and {captions} (of {TEXT2SHAPE_URL}) "
             f"into {root} by hand and run without --no-download, which unpacks them")
 
@@ -1006,62 +960,44 @@ def fetch_missing(name, root=None):
     if name != "text2shape":
         return
     root = root or os.path.join("data", name)
-    names = {*list_folder(root)}
-    archives = [os.path.basename(path) for path, _, _ in TEXT2SHAPE_FILES if path.endswith(".zip")]
-    if CAPTION_FILE in names and names & {VOXEL_FOLDER, "views"} and not names.intersection(archives):
+    there = set(list_folder(root))
+    archives = {os.path.basename(path) for path in TEXT2SHAPE_FILES if path.endswith(".zip")}
+    if CAPTION_FILE in there and there & {VOXEL_FOLDER, "views"} and not there & archives:
         return
     note(f"{root}: Text2Shape is not there, or not all of it; fetching it from {TEXT2SHAPE_URL}: the voxels "
          "of 15,000 chairs and tables (at most 2 GB when unpacked), 75,000 descriptions and the published "
          "split (--no-download refuses)")
-    for path, result, mark in TEXT2SHAPE_FILES:
+    for path, result in TEXT2SHAPE_FILES.items():
         file = os.path.join(root, os.path.basename(path))
-        if not os.path.exists(file) and os.path.exists(os.path.join(root, result)):
-            continue
-        if not os.path.exists(file):
+        if not os.path.exists(file) and not os.path.exists(os.path.join(root, result)):
             try:
                 clip.fetch(f"{TEXT2SHAPE_URL}/{path}", file)
             except clip.DownloadError as e:
                 raise DataError(f"{e}; {text2shape_by_hand(root)}") from None
-            with open(file, "rb") as f:
-                start = f.read(4096)
-            if mark not in start:  # some error page
-                os.unlink(file)
-                raise DataError(f"{TEXT2SHAPE_URL}/{path}: the server sent something else; "
-                                f"{text2shape_by_hand(root)}")
-        if file.endswith(".zip"):  # removed when all is unpacked, so one that is there still has to be
+        if file.endswith(".zip") and os.path.exists(file):
             unpack(file, root)
-            os.unlink(file)
+            os.unlink(file)  # when all is unpacked, so one that is there still has to be
 
 
 def unpack(archive, root):
     """Unpack voxels and splits of a zip: only names of the published layout, never outside `root`."""
-    targets = {}
-    try:
+    with reading(archive, f"delete it and run the command again; or {text2shape_by_hand(root)}"):
         with zipfile.ZipFile(archive) as z:
+            expect(z.testzip() is None, archive, "damaged; delete it and run the command again")
             for info in z.infolist():
                 parts = info.filename.split("/")
                 if len(parts) >= 3 and parts[-3] == VOXEL_FOLDER and parts[-1] == parts[-2] + ".nrrd":
-                    targets[info] = os.path.join(root, *parts[-3:])
+                    target = os.path.join(root, *parts[-3:])
                 elif parts[-1] in SPLIT_FILES and parts[-2:-1] != ["primitives"]:
-                    targets[info] = os.path.join(root, parts[-1])
-                if info in targets and (".." in parts or "\\" in info.filename or info.file_size > 1 << 28):
-                    raise DataError(f"{archive}: {info.filename!r} is no name or size of the published "
-                                    "archive; nothing was unpacked, delete it")
-            if not targets:
-                raise zipfile.BadZipFile("it holds no voxels and no splits")
-            damaged = z.testzip()  # all is verified before anything is written, so what is there is right
-            if damaged:
-                raise zipfile.BadZipFile(f"bad checksum of {damaged}")
-            for info, target in targets.items():
+                    target = os.path.join(root, parts[-1])
+                else:
+                    continue
+                expect(".." not in parts and "\\" not in info.filename, archive,
+                       f"{info.filename!r} is no name of the published archive; delete it")
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 with z.open(info) as source, open(target + ".part", "wb") as f:
                     shutil.copyfileobj(source, f)
                 os.replace(target + ".part", target)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # RuntimeError: encrypted
-        os.unlink(archive)
-        raise DataError(f"{archive}: damaged ({e}); it was removed, run the command again") from None
-    except OSError as e:
-        raise DataError(f"{archive}: could not be unpacked ({e.strerror or e})") from None
 
 
 # ---------------------------------------------------------------- voxels and their views
@@ -1430,7 +1366,7 @@ class SharedTerms:
         score of caption c and instance j = sum of idf(w) over the terms of c that j has / sum over all of c's
         idf(w) = log((instances + 1) / instances that have w)
 
-    of_captions, of_instances: lists of lists of terms, as of word_terms.
+    of_captions, of_instances: lists of lists of terms, as of `word_terms`.
     """
 
     def __init__(self, of_captions, of_instances, device):
@@ -1491,14 +1427,11 @@ def changed_words(tokens, tokenizer):
 
 # ---------------------------------------------------------------- features in place of pictures and texts
 
-FEATURE_KEYS = ("label", "image", "text", "ids")  # the label first: the others must have as many rows
-
-
 @dataclass
 class Features:
     """What frozen encoders make of a split."""
-    images: np.ndarray  # float32 (A, Di): all views of all instances, in order; or MappedRows
-    texts: np.ndarray  # float32 (C, Dt): all captions of all instances; or MappedRows
+    images: np.ndarray  # float32 (A, Di): all views of all instances, in order
+    texts: np.ndarray  # float32 (C, Dt): all captions of all instances
     views: np.ndarray  # (N,): how many rows of images each instance has
     captions: np.ndarray  # (N,)
     labels: np.ndarray  # int64 (N,)
@@ -1510,104 +1443,52 @@ class Features:
         return self.labels, self.captions, self.query
 
 
-class MappedRows:
-    """Some rows of a memory-mapped array (N, D): those of the numbers `rows`. They are read from disk when
-    they are asked for."""
-
-    def __init__(self, array, rows):
-        self.array = array
-        self.rows = rows
-        self.shape = (len(rows), array.shape[1])
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.array[self.rows[index]]
+def _npz(path):
+    with np.load(path, allow_pickle=False) as content:
+        return dict(content)
 
 
 def read_features(path):
     """Features in place of pictures and texts: a .npz, or a pickle as CLIP4CMR's, of a dict with image (N,
-    Di), text (N, Dt), label (N,) and optional ids (N,; default: row numbers); or a folder of image.npy,
-    text.npy, ..., which are memory-mapped. -> the same dict, features float32. Raises DataError where they do
-    not fit together."""
-    try:
-        if path.endswith((".pkl", ".p", ".pickle")):
-            content = read_pickle(path)
-            size = os.path.getsize(path)
-            arrays = {key: _array(content[key], size) for key in FEATURE_KEYS if key in content}
-        elif os.path.isdir(path) and not path.endswith(".npz"):
-            files = {key: os.path.join(path, key + ".npy") for key in FEATURE_KEYS}
-            files = {key: file for key, file in files.items() if os.path.exists(file)}
-            arrays = {key: np.load(file, mmap_mode="r", allow_pickle=False) for key, file in files.items()}
+    Di), text (N, Dt), label (N,) and optional ids (N,; default: row numbers). -> the same dict, features
+    float32. Raises DataError where they do not fit together."""
+    with reading(path, "expected a .npz or .pkl with image (N, Di), text (N, Dt), label (N,) and ids (N,)"):
+        pickled = path.endswith((".pkl", ".p", ".pickle"))
+        content = read_pickle(path) if pickled else _npz(path)
+        absent = [key for key in ("image", "text", "label") if key not in content]
+        expect(not absent, path, f"no {', '.join(absent)} in it; features need image, text and label")
+        arrays = {key: np.asarray(content[key]) for key in ("image", "text", "label")}
+        arrays["ids"] = np.asarray(content.get("ids", np.arange(arrays["label"].size)))
+    for key in ("label", "image", "text", "ids"):  # the label first: the others must have as many rows
+        array = arrays[key]
+        if key in ("image", "text"):
+            expect(array.ndim == 2 and array.dtype.kind in "fiu" and array.size, path,
+                   f"{key} is {array.dtype} of shape {array.shape}; expected numbers (N, width)")
+            with np.errstate(over="ignore"):  # what is too large becomes infinite
+                arrays[key] = array = array.astype(np.float32, copy=False)
+            bad = ~np.isfinite(array).all(1)
+            expect(not bad.any(), path, f"{key} row {bad.argmax()} holds a NaN or an infinite number "
+                   f"({bad.sum()} such rows); remove them")
         else:
-            with np.load(path, allow_pickle=False) as content:
-                check_unpacked(path, sum(info.file_size for info in content.zip.infolist()))
-                arrays = {key: np.asarray(content[key]) for key in FEATURE_KEYS if key in content.files}
-    except DataError:
-        raise
-    except OSError as e:
-        reason = e.strerror or e
-        raise DataError(f"{path}: cannot be read ({reason}); --features names files under --root") from None
-    except Exception as e:  # a damaged file raises nearly any kind
-        raise DataError(f"{path}: no features ({str(e)[:100]}); "
-                        "expected a .npz or .pkl with image, text, label and ids") from None
-    absent = ", ".join(key for key in ("image", "text", "label") if key not in arrays)
-    expect(not absent, path, f"no {absent} in it; "
-           "features need image (N, Di), text (N, Dt), label (N,) and optionally ids (N,)")
-    arrays.setdefault("ids", np.arange(arrays["label"].size))
-    for key in FEATURE_KEYS:
-        convert = _numbers if key in ("image", "text") else _names
-        arrays[key] = convert(path, key, arrays[key])
-        rows = len(arrays[key])
-        labels = len(arrays["label"])
-        expect(rows == labels, path, f"{rows} rows of {key}, but {labels} labels; a row needs all of them")
+            arrays[key] = array = _names(path, key, array)
+        expect(len(array) == len(arrays["label"]), path,
+               f"{len(array)} rows of {key}, but {len(arrays['label'])} labels; a row needs all of them")
     return arrays
 
 
-CONTAINERS = (list, tuple, dict, set, frozenset, np.ndarray)
-
-
-def _array(value, size):
-    """np.asarray of what stands in a pickle of `size` bytes: an array, a list, or a list of rows.
-
-    A list can hold the same row, or the same text, many times over, for a byte or two each. Raises ValueError
-    for more values than bytes, and for more than rows of values.
-    """
-    if not isinstance(value, (list, tuple)):
-        return np.asarray(value)
-    rows = [row if isinstance(row, CONTAINERS) else [row] for row in value]
-    if sum(row.size if isinstance(row, np.ndarray) else len(row) for row in rows) > size:
-        raise ValueError("more values than bytes")
-    values = [x for row in rows if not isinstance(row, np.ndarray) for x in row]
-    if any(isinstance(x, CONTAINERS) for x in values):
-        raise ValueError("lists in lists of lists")
-    texts = any(isinstance(x, (str, bytes)) for x in values)
-    return np.array(value, object) if texts else np.asarray(value)
-
-
-def _numbers(path, key, array):
-    expect(array.ndim == 2 and array.dtype.kind in "fiu" and array.size, path,
-           f"{key} is {array.dtype} of shape {array.shape}; expected numbers (N, width)")
-    with np.errstate(over="ignore"):  # what is too large becomes infinite
-        array = array.astype(np.float32, copy=False)
-    blocks = np.array_split(array, range(1 << 16, len(array), 1 << 16))  # few rows of a large file at a time
-    bad = np.concatenate([~np.isfinite(block).all(1) for block in blocks])
-    expect(not bad.any(), path,
-           f"{key} row {bad.argmax()} holds a NaN or an infinite number ({bad.sum()} such rows); remove them")
-    return array
-
-
 def _names(path, key, array):
-    expect(array.ndim == 1 and array.dtype.kind in "iuUSO" and array.nbytes, path,
-           f"{key} is {array.dtype} of shape {array.shape}; expected one class or id a row (N,)")
+    """Labels or ids (N,) as integers or strings; a column (N, 1) and whole numbers of other types are read."""
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.dtype.kind in "fb" and (array == array.astype(np.int64)).all():
+        array = array.astype(np.int64)
     if array.dtype.kind in "SO":  # Python 2's strings are bytes
-        values = array.tolist()
-        expect(not any(isinstance(x, CONTAINERS) for x in values), path, f"{key} holds lists, not names")
-        names = [str(x, "utf-8", "replace") if isinstance(x, bytes) else str(x) for x in values]
-        longest = max(map(len, names))  # all take as much room as the longest
-        expect(longest <= 1000, path, f"{key} holds a name of {longest} characters; expected up to 1,000")
-        array = np.array(names)
+        names = [str(x, "utf-8", "replace") if isinstance(x, bytes) else x for x in array.tolist()]
+        expect(array.ndim == 1 and all(isinstance(x, (str, int, float, type(None))) for x in names), path,
+               f"{key} holds lists or other things, not names")
+        array = np.array([str(x) for x in names])
+    expect(array.ndim == 1 and array.dtype.kind in "iuU" and array.size, path,
+           f"{key} is {array.dtype} of shape {array.shape}; expected one class or id a row (N,)")
     return array
 
 
@@ -1637,11 +1518,7 @@ def feature_splits(paths, root):
         expect(known.any(), path, f"no row of split {split!r} has a label that train has")
         ones = np.ones(known.sum(), dtype=np.int64)
         labels = np.searchsorted(names, arrays["label"][known])
-        features = []
-        for array in (arrays["image"], arrays["text"]):
-            mapped = isinstance(array, np.memmap)
-            features.append(MappedRows(array, known.nonzero()[0]) if mapped else array[known])
-        splits[split] = Features(*features, ones, ones, labels, ones > 0)
+        splits[split] = Features(arrays["image"][known], arrays["text"][known], ones, ones, labels, ones > 0)
     return splits, [str(name) for name in names]
 
 
@@ -1691,38 +1568,32 @@ class FeatureLoader:
             yield self.make(step)
 
 
+# ---------------------------------------------------------------- region features
+
 @dataclass(frozen=True)
 class RegionView:
-    """Row `row` of a file of region features: float32 (regions, width), such as 36 x 2,048 of a detector.
-
-    The same image as CLIP sees it is its picture, or a row of a file of CLIP's embeddings, or unknown.
-    """
+    """Row `row` of a file of region features: float32 (regions, width), such as 36 x 2,048 of a detector."""
     path: str
     row: int
-    picture: str = None
-    embedding: tuple = None  # (file, row)
+    embedding: tuple = None  # (file, row) of CLIP's embedding of the same image, where there is one
 
     def features(self):
-        return np.array(_regions(self.path)[self.row], dtype=np.float32)
-
-    def clip_input(self, size):
-        """Pixels uint8 (3, size, size), or CLIP's embedding float32 (D,)."""
-        if self.picture:
-            return pixels(self.picture, size).transpose(2, 0, 1)
-        path, row = self.embedding
-        return np.array(_regions(path, "CLIP's embeddings", ("images", "D"))[row], dtype=np.float32)
+        return np.array(_rows_of(self.path, "regions width")[self.row], dtype=np.float32)
 
     def has_clip_input(self):
-        return bool(self.picture or self.embedding)
+        return self.embedding is not None
+
+    def clip_input(self, size=None):
+        """CLIP's embedding of the image, float32 (D,)."""
+        path, row = self.embedding
+        return np.array(_rows_of(path, "D")[row], dtype=np.float32)
 
     def __call__(self, size):
-        expect(self.picture, self.path, "region features have no picture to show")
-        return Image.fromarray(pixels(self.picture, size))
+        raise DataError(f"{self.path}: region features have no picture to show")
 
 
 class Regions:
-    """Region features (..., regions, width) with what CLIP's embedding of the same images comes from:
-    pictures (..., 3, S, S), or the embedding itself (..., D)."""
+    """Region features (..., regions, width) with CLIP's embedding of the same images, clip_input (..., D)."""
 
     def __init__(self, features, clip_input):
         self.features = features
@@ -1733,107 +1604,85 @@ class Regions:
 
 
 @lru_cache(maxsize=8)
-def _regions(path, content="region features", axes=("images", "regions", "width")):
-    shape = ", ".join(axes)
-    try:
+def _rows_of(path, axes):
+    """A memory-mapped .npy file of floats (images, *axes)."""
+    axes = ["images", *axes.split()]
+    with reading(path, f"expected a .npy file ({', '.join(axes)})"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as e:  # a damaged header raises nearly any kind
-        raise DataError(f"{path}: no {content} ({str(e)[:100]}); expected a .npy file ({shape})") from None
-    expect(array.ndim == len(axes) and array.dtype.kind == "f" and array.size, path,
-           f"{array.dtype} of shape {array.shape}; {content} are floats ({shape})")
-    return array
-
-
-def _letters(caption):
-    return "".join(c for c in caption.lower() if c.isalnum())
-
-
-def _pictures(name, root, split, captions):
-    """The picture of each image that a list of captions describes, or None unless all of them are there.
-
-    Files of region features do not name their images. Their captions are the data set's own, with other
-    spaces, capitals and punctuation, so an image is the one that has most of them, at least three of five.
-    """
-    try:
-        published, _ = load(name, root, split)
-    except DataError:
-        return None
-    owners = defaultdict(set)
-    for instance in published:
-        for caption in instance.captions:
-            owners[_letters(caption)].add(instance.images[0])
-    pictures = []
-    for five in captions:
-        votes = Counter()
-        for caption in five:
-            votes.update(owners[_letters(caption)])
-        picture, count = max(sorted(votes.items()), key=itemgetter(1), default=(None, 0))
-        if count < 3:
-            return None
-        pictures.append(picture)
-    return pictures
+        expect(array.ndim == len(axes) and array.dtype.kind == "f" and array.size, path,
+               f"{array.dtype} of shape {array.shape}; expected floats ({', '.join(axes)})")
+        return array
 
 
 def load_regions(name, root, split, clip_input=True):
     """As `load`, of region features in place of pictures: <root>/precomp/{train,dev,test}_ims.npy (images,
-    36, 2048), memory-mapped, and _caps.txt, five captions to an image, in order (SCAN's files; with one row
-    of features per caption each fifth is read). The views also know the images' pictures, where those are in
-    the data set's own layout under root, or else their rows in _clip.npy (images, D), where there is one;
-    clip_input False: neither."""
+    36, 2048), memory-mapped, and _caps.txt, five captions to an image, in order (SCAN's files; where each row
+    of features stands five times, each fifth is read). COCO's test is `testall` where that is there.
+    clip_input: CLIP's embeddings of the images are read too, from _clip.npy (images, D), where it is there."""
     files = {"train": "train", "val": "dev", "test": "test"}
     expect(split in files, "--regions", f"no split {split!r}; it has {', '.join(files)}")
     base = os.path.join(root or os.path.join("data", name), "precomp", files[split])
-    captions = [caption for (caption,) in read_list(base + "_caps.txt", 1)]
-    rows = len(_regions(base + "_ims.npy"))
-    expect(len(captions) in (rows, 5 * rows) and len(captions) % 5 == 0, base + "_ims.npy",
-           f"{rows} rows, but {base}_caps.txt has {len(captions)}; expected five captions to a row, or one")
-    rows_per_image = 5 * rows // len(captions)
-    captions = [captions[i:i + 5] for i in range(0, len(captions), 5)]
-    pictures = _pictures(name, root, split, captions) if clip_input else None
-    embeddings = None
-    if clip_input and not pictures and os.path.exists(base + "_clip.npy"):
-        embeddings = base + "_clip.npy"
-        count = len(_regions(embeddings, "CLIP's embeddings", ("images", "D")))
-        expect(count == len(captions), embeddings, f"{count} rows; expected one for each of the "
-               f"{len(captions)} images of {base}_caps.txt")
+    if name == "coco" and split == "test":
+        if os.path.exists(base + "all_ims.npy"):
+            base += "all"
+        else:
+            note(f"{base}all_ims.npy is not there: the 1,000 images of {base}_ims.npy are tested, not 5,000")
+    _rows_of.cache_clear()
+    features = _rows_of(base + "_ims.npy", "regions width")
+    captions = [line.strip() for line in read_lines(base + "_caps.txt")]
+    images = len(captions) // 5
+    step = len(features) // images if images else 0
+    expect(step in (1, 5) and step * images == len(features) and 5 * images == len(captions),
+           base + "_ims.npy", f"{len(features)} rows, but {len(captions)} lines in {base}_caps.txt (the first: "
+           f"{''.join(captions[:1])[:40]!r}); expected five captions to a row")
+    for i in range(0, len(features), max(5, len(features) // 10 // 5 * 5)) if step == 5 else []:
+        expect((features[i:i + 5] == features[i]).all(), base + "_ims.npy", f"as many rows as captions, but "
+               f"rows {i} to {i + 4} differ: one caption to an image is not supported, five are expected")
+    embeddings = base + "_clip.npy" if clip_input and os.path.exists(base + "_clip.npy") else None
+    if embeddings:
+        count = len(_rows_of(embeddings, "D"))
+        expect(count == images, embeddings, f"{count} rows; expected one for each of the {images} images of "
+               f"{base}_caps.txt")
     instances = []
-    for i, five in enumerate(captions):
-        view = RegionView(base + "_ims.npy", i * rows_per_image, pictures and pictures[i],
-                          embeddings and (embeddings, i))
-        instances.append(Instance(f"{files[split]}-{i}", [view], five))
+    for i in range(images):
+        texts = [caption for caption in captions[5 * i:5 * i + 5] if caption]
+        expect(texts, f"{base}_caps.txt line {5 * i + 1}", "five empty captions; an image needs one")
+        view = RegionView(base + "_ims.npy", i * step, embeddings and (embeddings, i))
+        instances.append(Instance(f"{files[split]}-{i}", [view], texts))
     return instances, {}
 
 
 # ---------------------------------------------------------------- pictures
 
-LARGE_PICTURE = 1 << 25  # pixels
-
-
 def open_image(path):
-    """A picture as RGB: EXIF rotation applied, 16-bit scaled to 8, transparency on white, one frame."""
-    try:
-        with Image.open(path) as image:
-            pixels_per_byte = image.width * image.height / max(1, os.path.getsize(path))
-            expect(image.width * image.height <= LARGE_PICTURE or pixels_per_byte <= 200, path,
-                   f"{image.width} x {image.height} pixels in a file too small to show anything; replace it")
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":  # 16 or 32 bits of grey: convert("RGB") alone would clip them to white
-                levels = np.asarray(image).astype(np.float32)
-                top = 65535 if image.mode[:2] == "I;" or levels.max() > 255 else 255
-                image = Image.fromarray((levels * (255 / top)).clip(0, 255).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such picture") from None
-    except DataError:
-        raise
-    except Exception as e:  # Pillow raises many kinds on damaged files, DecompressionBombError on huge ones
-        problem = f"is damaged or no picture ({type(e).__name__}: {str(e)[:100]})"
-        if os.path.isfile(path) and os.path.getsize(path) == 0:
-            problem = "is empty"
-        raise DataError(f"{path}: {problem}; replace it or remove its row") from None
+    """A picture as RGB: EXIF rotation applied, more than 8 bits of grey scaled by their range, transparency on
+    white, one frame."""
+    expect_file(path)
+    with reading(path, "replace it or remove its row"):
+        try:
+            with Image.open(path) as image:
+                return _rgb(ImageOps.exif_transpose(image), image.format == "TIFF")
+        except Image.DecompressionBombError:
+            raise
+        except Exception as error:  # where only metadata are broken, torchvision reads the pixels
+            from torchvision.io import decode_image
+            try:
+                return _rgb(Image.fromarray(decode_image(path).permute(1, 2, 0).squeeze(-1).numpy()))
+            except Exception:
+                raise error from None
+
+
+def _rgb(image, tiff=False):
+    if image.mode[0] in "IF":  # convert("RGB") alone would clip them to white
+        levels = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
+        top = min(top for top in (1, 255, 4095, 65535, levels.max()) if top >= levels.max())
+        if tiff and image.mode[:2] == "I;":  # shown as it is stored; other 16-bit files hold what a camera gave
+            top = 65535
+        image = Image.fromarray((levels * (255 / top)).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def square(image, size):
@@ -1936,7 +1785,7 @@ class Loader:
       caption       int64 (B, L): the number of each among all captions of `instances`
       labels        {task: int64 (B,)}
       index         int64 (B,): the number of each instance
-      clip_input    of `load_regions` alone, where it is known: see RegionView
+      clip_input    of `load_regions` alone, where it is known: float32 (B, 1, D)
     """
     instances: list  # of Instance
     tokenizer: InitVar[clip.Tokenizer]
@@ -1957,37 +1806,30 @@ class Loader:
 
     def __post_init__(self, tokenizer):
         n = len(self.instances)
-        self.caption_owner = np.repeat(np.arange(n), [len(x.captions) for x in self.instances])
-        samples = len(self.caption_owner) if self.pairs else n  # that an epoch shows
-        if self.batch_size % self.world:
-            raise DataError(f"--batch-size {self.batch_size} is no multiple of the {self.world} processes; "
-                            "choose one that is")
-        if self.train and self.batch_size > samples:
-            kind = "pairs" if self.pairs else "instances"
-            raise DataError(f"--batch-size {self.batch_size} is larger than the data set: {samples} training "
-                            f"{kind}; choose {samples} or less")
+        images = [len(x.images) for x in self.instances]
+        captions = [len(x.captions) for x in self.instances]
+        self.first_image = np.cumsum([0] + images)
+        self.first_caption = np.cumsum([0] + captions)
+        self.caption_owner = np.repeat(np.arange(n), captions)
+        self.samples = len(self.caption_owner) if self.pairs else n  # that an epoch shows
+        expect(self.batch_size % self.world == 0, f"--batch-size {self.batch_size}",
+               f"no multiple of the {self.world} processes; choose one that is")
+        expect(not self.train or self.batch_size <= self.samples, f"--batch-size {self.batch_size}",
+               f"larger than the data set, of {self.samples} training {'pairs' if self.pairs else 'instances'}; "
+               f"choose {self.samples} or less")
         texts = [caption for x in self.instances for caption in x.captions]
         self.tokens, cut = tokenizer.rows(texts, self.context_length)
         if cut:
             note(f"{cut} of {len(texts)} captions are longer than {self.context_length} tokens and were cut "
                  "(--context says how many tokens of a text are read)")
-        images = [len(x.images) for x in self.instances]
-        captions = [len(x.captions) for x in self.instances]
         for kind, asked, counts in (("views", self.views, images), ("captions", self.captions, captions)):
             few = sum(count < asked for count in counts) if self.train and asked else 0
             if few:
                 note(f"{few} of {n} instances have fewer than {asked} {kind}; all they have is used")
-        self.first_image = np.cumsum([0] + images)
-        self.first_caption = np.cumsum([0] + captions)
         self.labels = {}  # task -> int64 (N,)
         for task in sorted({task for x in self.instances for task in x.labels}):
             self.labels[task] = torch.tensor([x.labels.get(task, -1) for x in self.instances])
         self.regions = n > 0 and isinstance(self.instances[0].images[0], RegionView)  # floats, not pixels
-        self.paths = None  # of all images, end to end: of Python's strings every worker would make copies
-        if all(isinstance(image, str) for x in self.instances for image in x.images):
-            paths = [os.fsencode(image) for x in self.instances for image in x.images]
-            self.first_letter = np.cumsum([0] + [len(path) for path in paths])
-            self.paths = b"".join(paths)
         self.crop = self.crop if self.train and self.crop and self.crop < 1 else None
         expect(not self.regions or not self.crop, "--crop", "region features have no pictures to crop")
         self.area = self.image_size ** 2  # pixels that are kept of a picture
@@ -2017,8 +1859,7 @@ class Loader:
 
     def __len__(self):
         """Batches per epoch."""
-        n = len(self.caption_owner) if self.pairs else len(self.instances)
-        return n // self.batch_size if self.train else -(-n // self.batch_size)
+        return self.samples // self.batch_size if self.train else -(-self.samples // self.batch_size)
 
     def _decoded(self, i, k):
         """Image k of instance i: uint8 (size, size, 3), or where crops are taken from it (h, w, 3)."""
@@ -2028,10 +1869,7 @@ class Loader:
         if self.cached and self.filled[at]:
             h, w = self.sides[at]
             return self.cache[at, :h * w * 3].reshape(h, w, 3)
-        if self.paths is None:
-            image = self.instances[i].images[k]
-        else:
-            image = os.fsdecode(self.paths[self.first_letter[at]:self.first_letter[at + 1]])
+        image = self.instances[i].images[k]
         picture = crop_source(image, self.area) if self.crop else pixels(image, self.image_size)
         if self.cached:
             self.cache[at, :picture.size] = picture.ravel()
@@ -2050,14 +1888,6 @@ class Loader:
             picture = random_crop(picture, self.image_size, self.crop, rng, self.mirror[i])
         return picture
 
-    def _samples(self, epoch, at):
-        """The instances in batch `at` of an epoch (with `pairs`: the captions), this process's part."""
-        n = len(self.caption_owner) if self.pairs else len(self.instances)
-        order = _shuffled(n, self.seed, epoch) if self.train else np.arange(n)
-        part = self.batch_size // self.world
-        begin = at * self.batch_size + self.rank * part
-        return order[begin:min(begin + part, (at + 1) * self.batch_size)]
-
     def _draw(self, epoch, sample):
         """-> (instance, numbers of its images, numbers of its captions) that an epoch shows of a sample."""
         rng = np.random.default_rng([self.seed, epoch, sample])
@@ -2065,7 +1895,7 @@ class Loader:
         images = np.arange(self.first_image[i + 1] - self.first_image[i])
         captions = np.arange(self.first_caption[i + 1] - self.first_caption[i])
         if self.frames:
-            images = np.linspace(0, len(images) - 1, min(self.frames, len(images))).round().astype(int)
+            images = np.linspace(0, len(images) - 1, min(self.frames, len(images))).astype(int)
         elif self.views:
             images = rng.permutation(len(images))[:self.views]
         if self.pairs:
@@ -2077,9 +1907,12 @@ class Loader:
     def make(self, step):
         """The batch of global step `step` (epoch = step // len(self)), this process's part."""
         epoch, at = divmod(step, len(self))
-        samples = self._samples(epoch, at)
+        order = _shuffled(self.samples, self.seed, epoch) if self.train else np.arange(self.samples)
+        part = self.batch_size // self.world
+        begin = at * self.batch_size + self.rank * part
+        samples = order[begin:min(begin + part, (at + 1) * self.batch_size)]
         drawn = [self._draw(epoch, sample) for sample in samples]
-        index = [i for i, _, _ in drawn]
+        index = np.array([i for i, _, _ in drawn], np.int64)
         B = len(index)
         V = self.views or max((len(views) for _, views, _ in drawn), default=1)
         L = self.captions or max((len(captions) for _, _, captions in drawn), default=1)
@@ -2095,18 +1928,20 @@ class Loader:
             image_mask[b, :len(views)] = True
             caption[b, :len(captions)] = self.first_caption[i] + captions
         caption = torch.from_numpy(caption)
-        caption_mask = caption >= 0
         tokens = torch.zeros(B, L, self.tokens.shape[1], dtype=torch.int32)
-        tokens[caption_mask] = self.tokens[caption[caption_mask]]
+        tokens[caption >= 0] = self.tokens[caption[caption >= 0]]
         images = torch.from_numpy(images)
-        if not self.regions:
-            images = images.permute(0, 1, 4, 2, 3)
-        index = torch.from_numpy(np.asarray(index, dtype=np.int64))
-        labels = {task: classes[index] for task, classes in self.labels.items()}
-        batch = {"images": images, "image_mask": torch.from_numpy(image_mask), "tokens": tokens,
-                 "caption_mask": caption_mask, "caption": caption, "labels": labels, "index": index}
+        batch = {
+            "images": images if self.regions else images.permute(0, 1, 4, 2, 3),
+            "image_mask": torch.from_numpy(image_mask),
+            "tokens": tokens,
+            "caption_mask": caption >= 0,
+            "caption": caption,
+            "labels": {task: classes[index] for task, classes in self.labels.items()},
+            "index": torch.from_numpy(index),
+        }
         if self.regions and self.instances[0].images[0].has_clip_input():  # regions are one view of an image
-            rows = [self.instances[i].images[0].clip_input(self.image_size) for i in index]
+            rows = [self.instances[i].images[0].clip_input() for i in index]
             batch["clip_input"] = torch.from_numpy(np.stack(rows)[:, None])
         return batch
 
@@ -2117,15 +1952,15 @@ class Loader:
         """
         steps = range(start, len(self) if stop is None else stop, every)
         forked = self.workers and steps and sys.platform == "linux"  # forked workers share the cache
-        others = multiprocessing.active_children()
         batches = iter(torch.utils.data.DataLoader(
-            _Batches(self), sampler=steps, batch_size=None, num_workers=min(self.workers, len(steps)),
-            multiprocessing_context="fork" if forked else None, worker_init_fn=_ignore_signals,
+            _Batches(self),
+            sampler=steps,
+            batch_size=None,
+            num_workers=min(self.workers, len(steps)),
+            multiprocessing_context="fork" if forked else None,
+            worker_init_fn=_ignore_signals,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator()))  # leaves torch's global generator alone
-        workers = [process for process in multiprocessing.active_children() if process not in others]
-        kill = partial(_kill, workers)
-        atexit.register(kill)  # a traceback can hold this loop until then
         try:
             for batch in batches:
                 if isinstance(batch, DataError):
@@ -2133,7 +1968,6 @@ class Loader:
                 yield batch
         finally:
             del batches  # ends the workers now, though a traceback may hold this frame
-            atexit.unregister(kill)
 
 
 class _Batches(torch.utils.data.Dataset):
@@ -2157,8 +1991,10 @@ def _ignore_signals(worker):
     gc.freeze()  # looking for cycles would write to every object that a forked worker shares, and so copy it
 
 
-def _kill(workers):
-    """End workers at exit. Python would send them SIGTERM, which they ignore, and wait for ever."""
+@atexit.register  # a traceback can hold a loop over batches until then
+def _end_workers():
+    """Python would send them SIGTERM at exit, which they ignore, and wait for ever."""
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
     if workers and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an accident
     for process in workers:
@@ -2169,17 +2005,16 @@ def to_device(batch, device):
     """The batch on a device, pixels as normalised float32: bytes travel, a quarter of the size.
 
     Tokens and their mask stay on the CPU, where `encode_text` finds out what to compute. Regions with
-    pictures or with CLIP's embeddings become one `Regions`, as "images".
+    CLIP's embeddings become one `Regions`, as "images".
     """
     moved = dict(batch)
     for key in batch.keys() - {"tokens", "caption_mask", "labels"}:
         moved[key] = batch[key].to(device, non_blocking=True)
     moved["labels"] = {task: labels.to(device, non_blocking=True) for task, labels in batch["labels"].items()}
-    for key in ("images", "clip_input"):
-        if key in moved and moved[key].dtype == torch.uint8:
-            mean = torch.tensor(clip.IMAGE_MEAN, device=device).view(3, 1, 1) * 255
-            std = torch.tensor(clip.IMAGE_STD, device=device).view(3, 1, 1) * 255
-            moved[key] = (moved[key].float() - mean) / std
+    if moved["images"].dtype == torch.uint8:
+        mean = torch.tensor(clip.IMAGE_MEAN, device=device).view(3, 1, 1) * 255
+        std = torch.tensor(clip.IMAGE_STD, device=device).view(3, 1, 1) * 255
+        moved["images"] = (moved["images"].float() - mean) / std
     if "clip_input" in moved:
         moved["images"] = Regions(moved["images"], moved.pop("clip_input"))
     return moved
@@ -2189,14 +2024,12 @@ def to_device(batch, device):
 
 SHAPES_AND_VIDEOS = ("text2shape", "msrvtt", "msvd", "didemo", "activitynet")  # whose files are no photos
 
-DATA_SETS = {  # each a function of (root, split); karpathy of (root, splits, name): one file holds all splits
-    "primitives": lambda root, split: primitives(split),
-    "primitives-source": lambda root, split: primitives(split, "primitives-source"),
-    "primitives-target": lambda root, split: primitives(split, "primitives-target"),
+DATA_SETS = {  # each a function of the root that yields Rows; the built-in shapes are made by `primitives`
+    "primitives": primitives,
+    "primitives-source": primitives,
+    "primitives-target": primitives,
     "text2shape": text2shape,
-    "flickr30k": karpathy,
-    "flickr8k": karpathy,
-    "coco": karpathy,
+    **{name: partial(karpathy, name=name) for name in KARPATHY},
     "products": products,
     "wikipedia": wikipedia,
     "pascal-sentence": pascal_sentence,

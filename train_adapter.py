@@ -164,7 +164,7 @@ class Adapters(nn.Module):
         """Insert the adapters into a CLIP."""
         for key, module, _ in branches(clip_model):
             def adapt(module, inputs, h, key=key):
-                return self(key, h)
+                return self(key, h.transpose(0, -2)).transpose(0, -2)  # as it lies in memory
             module.register_forward_hook(adapt)
 
 
@@ -228,6 +228,7 @@ class Tuned(nn.Module):
                 else:
                     self.extra = Adapters(clip_model, rank, shared_dim, tune == "adapter", dropout)
             self.extra.attach(clip_model)
+            clip_model.pack_texts = True  # what is added works on single rows
         self.clip = clip_model
 
     def train(self, mode=True):

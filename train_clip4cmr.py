@@ -126,7 +126,7 @@ def settings(argv=None):
         return settings([*argv, "--data", "features"])
     if args.features and args.task:
         p.error("--features: the files have one label for each row; leave --task out")
-    if args.clip in clip.SCRATCH:
+    if args.clip in clip.SCRATCH and not args.features:
         p.error(f"--clip {args.clip} has random weights, and it stays frozen: its features say nothing; "
                 "give a trained CLIP")
     args.constants = constants(terms(args.loss), args.margin, args.temperature)

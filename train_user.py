@@ -63,23 +63,18 @@ def settings(argv=None):
     p.add_argument("--enhance", choices=("none", "sge", "cge", "both"), default="both",
                    help="what enhances the local features of images")
     p.add_argument("--unit-norm", action="store_true",
-                   help="give local features of images unit norm before they are enhanced, so that g, which "
-                        "has it, is as long as they are; the authors' code leaves them as they are")
+                   help="give local features of images unit norm first, as g has it; not in the authors' code")
     p.add_argument("--loss", choices=("uto", "infonce", "triplet"), default="uto",
                    help="of the batch and of the queues; infonce and triplet are baselines")
     p.add_argument("--mu", type=eval.positive,
                    help="of UTO: the larger, the more the hardest negative counts (default: 90, the paper's)")
-    p.add_argument("--queue", type=eval.non_negative_int,
-                   help="keys per queue; 0: no queues, no momentum encoders")
+    p.add_argument("--queue", type=eval.non_negative_int, help="keys per queue; 0: no queues")
     p.add_argument("--momentum", type=eval.fraction, default=0.999, help="m of the momentum encoders")
     p.add_argument("--batch-weight", type=eval.non_negative, help="lambda_b: weight of the batch's loss")
-    p.add_argument("--dim", type=eval.number(int, lambda v: v >= 2, "2 or more"),
-                   help="dimensions of the common space")
+    p.add_argument("--dim", type=eval.positive_int, help="dimensions of the common space")
     p.add_argument("--clip-lr", type=eval.non_negative,
-                   help="learning rate of CLIP's own weights; 0: they stay as they are (default: that of "
-                        "--lr; of a pretrained CLIP a tenth of it)")
-    p.add_argument("--lr-drop", type=eval.fraction,
-                   help="share of the steps after which learning rates are a tenth")
+                   help="of CLIP's own weights; 0: frozen (default: --lr; of a pretrained CLIP a tenth of it)")
+    p.add_argument("--lr-drop", type=eval.fraction, help="share of the steps after which rates are a tenth")
     p.add_argument("--regions", action="store_true",
                    help="read region features from <root>/precomp in place of pictures; CGE takes CLIP's "
                         "embeddings of the pictures from precomp/{train,dev,test}_clip.npy (images, D)")
@@ -87,14 +82,11 @@ def settings(argv=None):
     if args.clip_lr is None:
         args.clip_lr = args.lr if args.clip in clip.SCRATCH else args.lr / 10
     if 0 < args.queue < args.batch_size:
-        p.error(f"--batch-size {args.batch_size} is larger than --queue {args.queue}: the queue must hold a "
-                f"batch of keys; give --queue {args.batch_size} or more, or 0")
-    if args.batch_size < 2:
-        p.error("--batch-size 1: batch norm and the losses compare what is in a batch; give it 2 or more")
+        p.error(f"--queue {args.queue} cannot hold a batch of keys; give {args.batch_size} or more, or 0")
+    if min(args.batch_size, args.dim) < 2:
+        p.error("--batch-size, --dim: batch norm and the losses compare numbers; give both 2 or more")
     if args.mu and args.loss != "uto":
         p.error(f"--mu: --loss {args.loss} has none, only uto has")
-    if args.regions and args.data.startswith("primitives"):
-        p.error("--regions: the built-in shapes have none; add --data flickr30k or --data coco")
     return args
 
 
@@ -271,10 +263,8 @@ class USER(nn.Module):
 
 @torch.no_grad()
 def momentum_update(momentum_model, model, m):
-    """momentum_model <- m momentum_model + (1 - m) model, weight by weight (He et al. 2020, equation 2).
-
-    Buffers (batch norm's running statistics) are copied. Weights that are not trained stay as they are.
-    """
+    """momentum_model <- m momentum_model + (1 - m) model (He et al. 2020, equation 2), of the trained weights.
+    Buffers, such as batch norm's running statistics, are copied."""
     for average, weight in zip(momentum_model.parameters(), model.parameters()):
         if weight.requires_grad:
             average.mul_(m).add_(weight.detach(), alpha=1 - m)
@@ -360,20 +350,14 @@ def total_loss(args, images, texts, group, keys, queue):
 
 def check_regions(model, *splits):
     """Raise DataError, before training, where the region files of a split are not what the model takes."""
-    width = model.image_fc.in_features
-    embed_dim = model.config.embed_dim
-    for instances in splits:
-        view = instances[0].images[0]
-        found = view.features().shape[1]
-        data.expect(found == width, view.path,
-                    f"features of width {found}; those of the training split have {width}")
-        if model.cge:
-            file = view.path.replace("_ims.npy", "_clip.npy")
-            data.expect(view.has_clip_input(), file, f"does not exist; CGE needs CLIP's embeddings there, "
-                        f"float32 (images, {embed_dim}): write them, or give --enhance sge")
-            found = len(view.clip_input(None))
-            data.expect(found == embed_dim, file,
-                        f"embeddings of width {found}; those of --clip have {embed_dim}")
+    for view in (instances[0].images[0] for instances in splits):
+        width = model.image_fc.in_features
+        data.expect(view.features().shape[1] == width, view.path,
+                    f"features of another width than the training split's, which is {width}")
+        width = model.config.embed_dim
+        data.expect(not model.cge or view.has_clip_input() and len(view.clip_input()) == width,
+                    view.path.replace("_ims.npy", "_clip.npy"),
+                    f"CGE needs CLIP's embeddings there, float32 (images, {width}); or give --enhance sge")
 
 
 def main(argv=None):

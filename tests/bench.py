@@ -4,15 +4,13 @@
     python tests/bench.py --quick              # fewer repetitions, models and items
     python tests/bench.py --only encoding losses
     python tests/bench.py --gpu                # on the GPU, and what --compile gains there
-    python tests/bench.py --only scale         # a model of what a step costs on 1 to 1,024 GPUs
 
 It prints Markdown tables for tests/results.md. A time is the median of several calls, in turns with those it
 is compared with. Peers (open_clip_torch, transformers) are used where they are installed, with the same
-weights and inputs, and as they come. This project's lines are as its scripts run, with `clip.fast_float32()`
-unless they say "as torch comes". "Bare products" are the matrix products and
-convolutions that the line's own call does, on the same operands, with nothing in between; attention's are
-left out. Nothing but the code is needed: pictures are noise, and texts have the lengths of Flickr8k's
-captions.
+weights and inputs, and as they come. This project's lines are as its scripts run, with `clip.fast_float32()`,
+unless they say "as torch comes". "Bare products" are the matrix products and convolutions that the line's own
+call does, on the same operands, with nothing in between; attention's are left out. Nothing but the code is
+needed: pictures are noise, and texts have the lengths of Flickr8k's captions.
 """
 import argparse
 import concurrent.futures
@@ -20,8 +18,6 @@ import contextlib
 import copy
 import io
 import itertools
-import json
-import math
 import multiprocessing
 import os
 import platform
@@ -195,7 +191,7 @@ def open_clip_peer(model):
 
 
 def transformers_peer(model):
-    """transformers' model with the same weights, or None: it is not installed, or has no such ResNet."""
+    """transformers' model of the same size, or None: it is not installed, or has no such ResNet."""
     c = model.config
     if c.vision_patch_size is None:
         return None
@@ -212,7 +208,6 @@ def transformers_peer(model):
             "bos_token_id": c.vocab_size - 2, "eos_token_id": c.vocab_size - 1}
     peer = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision,
                                                           projection_dim=c.embed_dim))
-    copy_to_hugging_face(peer, model)
 
     def encode_image(images):
         features = peer.get_image_features(pixel_values=images)
@@ -228,49 +223,17 @@ def transformers_peer(model):
 
 PEERS = {"open_clip": open_clip_peer, "transformers": transformers_peer}
 
-LAYERS = {"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
-          "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-OTHER_KEYS = {  # transformers' key without the encoder's name -> ours; {} is "visual." or nothing
-    "logit_scale": "logit_scale", "visual_projection.weight": "visual.proj",
-    "text_projection.weight": "text_projection",
-    "embeddings.token_embedding.weight": "token_embedding.weight",
-    "embeddings.position_embedding.weight": "{}positional_embedding",
-    "embeddings.class_embedding": "visual.class_embedding",
-    "embeddings.patch_embedding.weight": "visual.conv1.weight",
-    "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias",
-    "pre_layrnorm.weight": "visual.ln_pre.weight", "pre_layrnorm.bias": "visual.ln_pre.bias",
-    "post_layernorm.weight": "visual.ln_post.weight", "post_layernorm.bias": "visual.ln_post.bias"}
-
-
-def copy_to_hugging_face(peer, model):
-    """Copy our weights into a transformers CLIPModel."""
-    ours = model.state_dict()
-    for key, value in peer.state_dict().items():
-        side = "visual." if key.startswith("vision_model.") else ""
-        rest = key.removeprefix("vision_model.").removeprefix("text_model.")
-        if not rest.startswith("encoder.layers."):
-            source = ours[OTHER_KEYS[rest].format(side)]
-            value.copy_(source.t() if "projection" in rest else source)
-            continue
-        _, _, number, part = rest.split(".", 3)
-        stem, kind = part.rsplit(".", 1)
-        block = f"{side}transformer.resblocks.{number}."
-        if stem in LAYERS:
-            value.copy_(ours[f"{block}{LAYERS[stem]}.{kind}"])
-        else:
-            q_k_or_v = "qkv".index(stem.removeprefix("self_attn.")[0])
-            value.copy_(ours[f"{block}attn.in_proj_{kind}"].chunk(3)[q_k_or_v])
-
 
 def models_of(name, device):
     """-> {"ours": model, and each peer that there is}, with the same weights, in evaluation mode."""
     ours = clip.build(name, seed=1)
-    models = {"ours": ours}
-    for peer, make in PEERS.items():
-        model = make(ours)
-        if model is not None:
-            models[peer] = model
-    return {peer: model.to(device).eval() for peer, model in models.items()}
+    models = {"transformers": transformers_peer(ours)}
+    if models["transformers"]:
+        with tempfile.TemporaryDirectory() as folder:
+            models["transformers"].save_pretrained(folder)
+            ours, _ = clip.load(folder, "cpu")
+    models |= {"ours": ours, "open_clip": open_clip_peer(ours)}
+    return {peer: model.to(device).eval() for peer, model in models.items() if model}
 
 
 def pictures(config, count, device):
@@ -396,9 +359,10 @@ def training(args, device):
 
 # ---------------------------------------------------------------- the five scripts
 
-OUTSIDE = [(data, "to_device"), (eval, "average_gradients"), (torch.nn.utils, "clip_grad_norm_"),
-           (torch.nn.utils, "get_total_norm"), (torch.optim.AdamW, "step"), (torch.optim.AdamW, "zero_grad"),
-           (torch.optim.Adam, "step"), (torch.optim.Adam, "zero_grad"), (train_user, "augmented"),
+OUTSIDE = [(data, "to_device"), (data, "changed_words"), (eval, "average_gradients"),
+           (torch.nn.utils, "clip_grad_norm_"), (torch.nn.utils, "get_total_norm"),
+           (torch.optim.AdamW, "step"), (torch.optim.AdamW, "zero_grad"),
+           (torch.optim.Adam, "step"), (torch.optim.Adam, "zero_grad"),
            (train_user, "momentum_update"), (train_user.Queue, "enqueue"), (train_cmaclip, "corrupt"),
            (eval.Run, "check"), (eval.Run, "log")]
 
@@ -461,16 +425,15 @@ def methods(args, device):
     heading(f"The five scripts, {device}, tiny model", "command", "step", "outside model and loss",
             "waiting for a batch")
     steps = 8 if args.quick else 16
-    load = data.load
+    load_splits = data.load_splits
 
     def some(*words, **options):
-        instances, tasks = load(*words, **options)
-        return instances[::8], tasks
+        return [(instances[::8], tasks) for instances, tasks in load_splits(*words, **options)]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        data.load = some
-        stack.callback(setattr, data, "load", load)
+        data.load_splits = some
+        stack.callback(setattr, data, "load_splits", load_splits)
         stack.enter_context(fast())
-        instances, _ = some("primitives")
+        instances, _ = some("primitives")[0]
         tokenizer = clip.Tokenizer.train([caption for x in instances for caption in x.captions], 1024)
         frozen = os.path.join(folder, "clip.pt")
         clip.save_checkpoint(frozen, {"method": "train_mxm", "settings": {}, "step": 0,
@@ -478,10 +441,8 @@ def methods(args, device):
         features = os.path.join(folder, "features")
         commands = [(train_mxm, ""),
                     (train_clip4cmr, f"--clip {frozen} --cache {features}"),
-                    (train_clip4cmr, "--finetune --batch-size 64"),
                     (train_user, "--clip-lr 0"), (train_user, ""),
-                    (train_adapter, f"--clip {frozen} --batch-size 32 --frames 12"),
-                    (train_adapter, f"--clip {frozen} --batch-size 32 --frames 12 --tune full"),
+                    (train_adapter, f"--clip {frozen}"), (train_adapter, f"--clip {frozen} --tune full"),
                     (train_cmaclip, f"--clip {frozen} --freeze"), (train_cmaclip, "")]
         for script, words in commands:
             argv = [*words.split(), "--epochs", str(steps), "--eval-every", str(steps), "--device", device,
@@ -492,7 +453,7 @@ def methods(args, device):
             row(f"`{command}`", duration(step), f"{100 * outside / step:.1f}%", duration(waiting))
 
 
-# ---------------------------------------------------------------- losses, metrics, inference
+# ---------------------------------------------------------------- losses and metrics
 
 def all_losses(args, device):
     """Forward and backward of every loss at the sizes of its paper, against the product of all images with
@@ -532,18 +493,18 @@ def all_losses(args, device):
     images, texts, owner = features(64, 512), features(256, 512), torch.arange(64, device=device)
     text_owner = owner.repeat_interleave(4)
 
+    hybrid = train_mxm.settings(["--soft-relation", "features"])
+
     def mxm(images, texts):
-        relation = losses.soft_relation(images, texts, owner, text_owner, 0.1)
-        return losses.mxm_loss(images, texts, 20.0, owner, text_owner, 0.5, relation)
+        return train_mxm.total_loss(hybrid, images, texts, 20.0, owner, text_owner, None, None, 0.5)
     measure("CLIP's", "64 images, 64 texts, 512", (images, texts[::4]),
             lambda a, b: losses.clip_loss(a, b, 20.0))
-    for name, loss in (("hard", lambda a, b: losses.hard_loss(a, b, 20.0, owner, text_owner)),
-                       ("mil-nce", lambda a, b: losses.mil_nce_loss(a, b, 20.0, owner, text_owner)),
+    for name, loss in (("hard", lambda a, b: train_mxm.hard_loss(a, b, 20.0, owner, text_owner)),
                        ("hybrid, relation of features", mxm)):
         measure(f"MXM-CLR: {name}", "64 x 1 images, 64 x 4 texts, 512", (images, texts), loss)
 
     images, texts, labels = features(300, 1024), features(300, 1024), numbers(300, 10)
-    model = train_clip4cmr.CLIP4CMR(None, (8, 8), 10, 1024, fixed=False).to(device)
+    model = train_clip4cmr.CLIP4CMR(None, (8, 8), 10, dim=1024, fixed=False).to(device)
     for name in (*train_clip4cmr.PAIR_WISE, *train_clip4cmr.CLASS_WISE):
         def loss(a, b, name=name):
             return train_clip4cmr.total_loss(model, {name: 1.0}, a, labels, b, labels)
@@ -552,8 +513,10 @@ def all_losses(args, device):
     images, texts, group = features(128, 1024), features(128, 1024), torch.arange(128, device=device)
     queue = train_user.Queue(2048, 1024).to(device)
     for kind in train_user.LOSSES:
-        def loss(a, b, kind=kind):
-            return train_user.total_loss(kind, 20.0, a, b, group, (images, texts), queue)
+        of_kind = train_user.settings(["--loss", kind, "--batch-weight", "20"])
+
+        def loss(a, b, of_kind=of_kind):
+            return train_user.total_loss(of_kind, a, b, group, (images, texts), queue)
         measure(f"USER: {kind}", "128 x 1,024, queues of 2,048", (images, texts), loss,
                 [(images, queue.texts), (texts, queue.images)])
 
@@ -622,45 +585,6 @@ def metrics(args, device):
             lambda seconds: f"{plain / (seconds / n):.0f} times as fast as a plain loop, equal mAP", 2)
     ranking = partial(eval.retrieval_metrics, images, texts, group, group.repeat_interleave(5))
     measure(f"recall, NDCG, MRR, both ways, {n:,} images x {5 * n:,} texts", ranking, blocks, repeat=1)
-
-
-def cross_attention(words, regions, sharpness=9.0):
-    """SCAN's text-to-image attention (Lee et al. 2018, arXiv 1803.08024, section 3.1).
-
-    words (L, D) of a query, regions (N, R, D) of images, unit norm -> scores (N,): every word attends to an
-    image's regions, and the score is the mean over words of the cosine of a word and what it attends to.
-    """
-    cosines = (regions @ words.t()).transpose(1, 2)  # (N, L, R)
-    weights = (sharpness * F.normalize(cosines.relu(), dim=1)).softmax(2)  # over the regions
-    return F.cosine_similarity(weights @ regions, words, dim=2).mean(1)
-
-
-@torch.no_grad()
-def inference(args, device, count=36, width=2048, dim=1024, length=12, block=50):
-    """USER, which makes one vector of an image before any query, beside cross-attention, which compares all
-    regions with all words for each query: encoding a gallery's region features, and searching it.
-
-    What encodes a query's words is the same for both and left out.
-    """
-    heading(f"Inference with {count} regions of {width:,}, cpu", "gallery", "USER, encoding",
-            "cross-attention's projection", "USER, a query", "cross-attention, a query", "times as long")
-    model = train_user.USER(clip.build("tiny"), enhance="sge", dim=dim, regions=width).eval()
-    project = torch.nn.Linear(width, dim)
-    features = torch.randn(block, count, width)
-    functions = {"USER": within(fast, partial(model.encode_image, features)),
-                 "attention": within(fast, lambda: F.normalize(project(features), dim=2))}
-    encode = median_times(functions, args.repeat)
-    words = F.normalize(torch.randn(length, dim), dim=1)
-    for n in (200, 1000) if args.quick else (1000, 5000):
-        regions = F.normalize(torch.randn(n, count, dim), dim=2)
-        vectors = F.normalize(torch.randn(n, dim), dim=1)
-
-        def search_by_attention():
-            return torch.cat([cross_attention(words, part) for part in regions.split(block)]).topk(10)
-        t = median_times({"USER": within(fast, partial(eval.search, words[:1], vectors, 10)),
-                          "attention": within(fast, search_by_attention)}, args.repeat)
-        row(f"{n:,}", duration(encode["USER"] * n / block), duration(encode["attention"] * n / block),
-            duration(t["USER"]), duration(t["attention"]), f"{t['attention'] / t['USER']:,.0f}")
 
 
 # ---------------------------------------------------------------- the loader, and memory
@@ -782,152 +706,11 @@ def memory(args, device):
             above = found
 
 
-# ---------------------------------------------------------------- large data
-
-def private_megabytes(pid):
-    """Memory of a process that no other shares; nan where there is no /proc."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps_rollup") as f:
-        return sum(int(row.split()[1]) for row in f if row.startswith("Private_")) * 1024 / 1e6
-    return float("nan")
-
-
-def first_batch(path):
-    """What a script does with a file of pairs before its first step -> (seconds to read it, until the first
-    batch is there, MB at most above the start, MB that a worker has for itself)."""
-    before = megabytes("VmRSS")
-    begin = time.perf_counter()
-    instances = data.load_splits(path)[0][0]
-    read = time.perf_counter() - begin
-    tokenizer = clip.Tokenizer.train([caption for x in instances for caption in x.captions], 1024)
-    batches = data.Loader(instances, tokenizer, 32, 32, 128, 1, 1, train=True, workers=1, crop=0.5)
-    batch = batches.batches()
-    next(batch)
-    seconds = time.perf_counter() - begin
-    worker = max(private_megabytes(child.pid) for child in multiprocessing.active_children())
-    batch.close()
-    return read, seconds, megabytes("VmHWM") - before, worker
-
-
-def first_features(folder):
-    """-> (seconds until the first batch of features is there, MB of memory of its own above the start)."""
-    before = megabytes("RssAnon")
-    begin = time.perf_counter()
-    splits, _ = data.feature_splits(["train", "test"], folder)
-    batches = data.FeatureLoader(splits["train"], 128)
-    batches.make(0)
-    return time.perf_counter() - begin, megabytes("RssAnon") - before
-
-
-@torch.no_grad()
-def large(args, device, dim=512):
-    """A million image-caption pairs, a million rows of features, and a search among as many.
-
-    Memory is that of the process itself, without what it maps from files.
-    """
-    n = 50_000 if args.quick else 1_000_000
-    heading(f"{n:,} of everything, cpu", "what", "time", "memory above the start")
-    with tempfile.TemporaryDirectory() as folder:
-        Image.new("RGB", (64, 48)).save(os.path.join(folder, "0.jpg"))
-        path = os.path.join(folder, "pairs.jsonl")
-        with open(path, "w") as f:
-            for i in range(n):  # every third word is a new one
-                caption = f"a dog {i} runs {i // 7} over the {i // 49} grass and looks back"
-                f.write(json.dumps({"id": str(i), "images": ["0.jpg"], "captions": [caption]}) + "\n")
-        read, seconds, peak, worker = in_new_process(first_batch, path)
-        row("pairs of a .jsonl file, read", duration(read), None)
-        row("the same, vocabulary and first batch", duration(seconds),
-            f"{peak:,.0f} MB at most; a worker's own: {worker:,.0f} MB")
-        rng = np.random.default_rng(0)
-        for part, rows in (("train", n), ("test", n // 10)):
-            os.mkdir(os.path.join(folder, part))
-            for key in ("image", "text"):
-                array = np.lib.format.open_memmap(os.path.join(folder, part, f"{key}.npy"), "w+", np.float32,
-                                                  (rows, dim))
-                for block in np.array_split(array, range(1 << 16, rows, 1 << 16)):
-                    block[:] = rng.standard_normal(block.shape, np.float32)
-            np.save(os.path.join(folder, part, "label.npy"), np.arange(rows) % 10)
-        seconds, own = in_new_process(first_features, folder)
-        row(f"features (N, {dim}) in folders of .npy, first batch", duration(seconds),
-            f"{own:,.0f} MB")
-        gallery = F.normalize(torch.from_numpy(np.load(os.path.join(folder, "train", "text.npy"))), dim=1)
-    for count in (1, 100):
-        queries = F.normalize(torch.randn(count, dim), dim=1)
-        t = median_times({"ours": partial(eval.search, queries, gallery, 10),
-                          "bare": lambda: queries @ gallery.t()}, args.repeat)
-        row(f"search in them, queries: {count}",
-            f"{duration(t['ours'])}, {t['ours'] / t['bare']:.2f} times its bare product", None)
-
-
-# ---------------------------------------------------------------- many GPUs: a model, no measurement
-
-# assumed: an H100, about a third of its peak in bfloat16, half in float32; a network of 400 Gb/s for each GPU
-FLOPS = 300e12  # of the encoders, per second
-LOSS_FLOPS = 30e12  # of the similarities, in float32 as all losses are
-BANDWIDTH = 50e9  # bytes per second, sent by each GPU
-LATENCY = 10e-6  # seconds of a message between two GPUs
-MESSAGES = 12  # of all GPUs in a step: features, owners, their gradients, the weights' gradients, stop?
-WORDS = 20  # tokens of a caption
-
-
-def pair_flops(config):
-    """FLOPs of an image and a caption, forward and backward (twice the forward)."""
-    def transformer(width, layers, tokens):
-        return layers * (24 * tokens * width ** 2 + 4 * tokens ** 2 * width)  # weights, attention
-    patches = (config.image_resolution // config.vision_patch_size) ** 2
-    embedding = 2 * patches * 3 * config.vision_patch_size ** 2 * config.vision_width
-    return 3 * (embedding + transformer(config.vision_width, config.vision_layers, patches + 1)
-                + transformer(config.transformer_width, config.transformer_layers, WORDS))
-
-
-def loss_memory(batch):
-    """Bytes that CLIP's loss holds at most, measured on this machine. Run in a process of its own."""
-    images, texts = torch.randn(2, batch, 64).requires_grad_()
-    before = megabytes("VmRSS")
-    losses.clip_loss(images, texts, torch.tensor(10.0)).backward()
-    return 1e6 * (megabytes("VmHWM") - before)
-
-
-def scale(args, device, batch=4096):
-    """A table of what a step of `train_mxm.py --loss clip --clip ViT-B/32` takes on N GPUs.
-
-    With B pairs in all every GPU computes the loss of all of them: a similarity matrix B x B.
-
-        encoders     (B / N) pair_flops / FLOPS
-        loss         6 B^2 D / LOSS_FLOPS: one product forward, two backward
-        features     each GPU gets 2 B D numbers, and sends twice as many for their gradient
-        gradients    twice the weights
-    """
-    config = clip.MODELS["ViT-B/32"][0]
-    weights = sum(p.numel() for p in clip.build("ViT-B/32").parameters())
-    copies = in_new_process(loss_memory, batch) / (4 * batch ** 2)
-    D = config.embed_dim
-    print(f"\n### A step on many GPUs\n\nA model, no measurement. Assumed: {FLOPS / 1e12:.0f} TFLOP/s in the "
-          f"encoders, {LOSS_FLOPS / 1e12:.0f} in the loss, {BANDWIDTH / 1e9:.0f} GB/s and "
-          f"{1e6 * LATENCY:.0f} us between GPUs, captions of {WORDS} tokens, and that nothing overlaps. "
-          f"Computed: {pair_flops(config) / 1e9:.1f} GFLOP a pair, {weights / 1e6:.0f} M weights. Measured "
-          f"here: the loss holds {copies:.1f} matrices of B x B float32 at most.")
-    heading("Milliseconds and bytes", "GPUs", "pairs on each", "batch", "encoders, ms", "loss, ms",
-            "features, ms (MB)", "gradients, ms (MB)", "step, ms", "pairs/s", "memory of the loss, GB")
-    for N, b in ((1, 512), (8, 512), (64, 512), (1024, 32), (1024, 128)):
-        B = N * b
-        encoders = b * pair_flops(config) / FLOPS
-        loss = 6 * B ** 2 * D / LOSS_FLOPS
-        features = 3 * 2 * B * D * 4 * (N - 1) / N
-        gradients = 2 * weights * 4 * (N - 1) / N
-        waiting = MESSAGES * 2 * math.log2(N) * LATENCY
-        step = encoders + loss + (features + gradients) / BANDWIDTH + waiting
-        times = [f"{1000 * seconds:,.0f}" for seconds in (encoders, loss)]
-        sent = [f"{1000 * size / BANDWIDTH:,.0f} ({size / 1e6:,.0f})" for size in (features, gradients)]
-        row(f"{N:,}", str(b), f"{B:,}", *times, *sent, f"{1000 * step:,.0f}", f"{B / step:,.0f}",
-            f"{copies * 4 * B ** 2 / 1e9:,.1f}")
-
-
 # ---------------------------------------------------------------- all of them
 
 TABLES = {"memory": memory, "metrics": metrics, "encoding": encoding, "training": training,
-          "methods": methods, "losses": all_losses, "loader": loader, "inference": inference,
-          "large": large, "scale": scale}
-CPU_ONLY = ("metrics", "loader", "inference", "large", "scale")
+          "methods": methods, "losses": all_losses, "loader": loader}
+CPU_ONLY = ("metrics", "loader")
 
 
 def machine(device):

@@ -45,7 +45,7 @@ def start(script, argv, said):
         file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        runs.become(script, argv, None)
+        runs.become(script, argv, None, still=False)
     return pid
 
 

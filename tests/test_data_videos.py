@@ -49,7 +49,7 @@ def test_msrvtt(tmp_path, capsys):
     assert [x.captions for x in found["test"]] == [["a cat, a dog"], ["a ball"]]  # 1k-A: one sentence each
     split = "val" if data.hash_tenth(train[-1]) == 9 else "train"
     notes = capsys.readouterr().err
-    assert f"1 videos of split {split}" in notes and train[-1] in notes
+    assert f"of split {split}, 1 of" in notes and f"{train[-1]}{os.sep}*.jpg: No such file" in notes
     for file, content, said in (
             ("MSRVTT_JSFUSION_test.csv", "key,video_id\nret0,video7010\n",
              " line 1: no column 'sentence'; the first line must name video_id, sentence"),
@@ -108,7 +108,7 @@ def test_all_frames_missing(tmp_path):
     (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps({"x": [["a"]]}))
     for split in ("train", "val", "test"):
         write(tmp_path / f"{split}_list.txt", "x\n")
-    refused("no video of split 'train' has frames .1 lack them.", data.load, "msvd", str(tmp_path))
+    refused("of split train, 1 of 1 rows .*frames/x/\\*.jpg: No such file", data.load, "msvd", str(tmp_path))
 
 
 def test_frames_are_taken_evenly_and_in_order(tmp_path):
@@ -132,7 +132,8 @@ def regions(root, file, rows, captions, width=6):
 
 def test_region_features(tmp_path):
     array = regions(tmp_path, "train", 3, 15)  # one row an image
-    double = regions(tmp_path, "dev", 10, 10)  # or one a caption
+    regions(tmp_path, "dev", 10, 10)
+    np.save(tmp_path / "precomp" / "dev_ims.npy", double := array[:2].repeat(5, axis=0))  # or one a caption
     instances, classes = data.load_regions("flickr30k", str(tmp_path), "train")
     assert [x.captions for x in instances] == [[f"caption {5 * i + k}" for k in range(5)] for i in range(3)]
     loader = data.Loader(instances, clip.Tokenizer([]), 16, 32, 2, 1, 2, train=True, seed=3)
@@ -146,14 +147,15 @@ def test_region_features(tmp_path):
 
 
 @pytest.mark.parametrize("spoil, said", [
-    (lambda folder: regions(folder.parent, "train", 4, 15), "4 rows, but .*train_caps.txt has 15"),
+    (lambda folder: regions(folder.parent, "train", 4, 15), "4 rows, but 15 lines in .*train_caps.txt"),
     (lambda folder: np.save(folder / "train_ims.npy", np.zeros((3, 8), np.float32)),
-     r"float32 of shape \(3, 8\); region features are"),
-    (lambda folder: np.save(folder / "train_ims.npy", np.array([{}])), "no region features"),
-    (lambda folder: (folder / "train_ims.npy").write_bytes(b"\\x93NUMPY"), "no region features"),
-    (lambda folder: (folder / "train_caps.txt").unlink(), "train_caps.txt: cannot be read")])
+     r"float32 of shape \(3, 8\); expected floats \(images, regions, width\)"),
+    (lambda folder: np.save(folder / "train_ims.npy", np.array([{}])), "refused, damaged or of another kind"),
+    (lambda folder: (folder / "train_ims.npy").write_bytes(b"\\x93NUMPY"), "refused, damaged or of another kind"),
+    (lambda folder: (folder / "train_caps.txt").unlink(), "train_caps.txt: No such file"),
+    (lambda folder: regions(folder.parent, "train", 15, 15), "rows 0 to 4 differ: one caption to an image")])
 def test_region_features_refused(spoil, said, tmp_path):
     regions(tmp_path, "train", 3, 15)
-    data._regions.cache_clear()
     spoil(tmp_path / "precomp")
+    data._rows_of.cache_clear()
     refused(said, data.load_regions, "flickr30k", str(tmp_path), "train")

@@ -417,7 +417,7 @@ def test_settings_are_the_papers(words, expected):
 
 
 @pytest.mark.parametrize("option, value, says", [
-    ("--queue", 7, "--batch-size 8 is larger than --queue 7"), ("--queue", -1, "0 or more"),
+    ("--queue", 7, "--queue 7 cannot hold a batch of keys; give 8 or more"), ("--queue", -1, "0 or more"),
     ("--momentum", 1.5, "a share from 0 to 1"), ("--batch-weight", -1, "0 or more"),
     ("--dim", 1, "2 or more"), ("--lr-drop", 1.1, "a share"),
     ("--clip-lr", -1, "0 or more"), ("--enhance", "all", "--enhance"),

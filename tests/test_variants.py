@@ -1,0 +1,91 @@
+"""tests/variants.py: what each variant computes, and that running one changes the script's function."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import eval
+import train_mxm
+import variants
+from runs import arguments, evaluated, in_process, refused, squares  # noqa: F401
+
+
+def test_the_true_relation_of_shapes():
+    shapes = data.load("primitives-target")[0][::9]
+    owner = eval.caption_owner(shapes)
+    captions = torch.tensor([3, 80, 4, 11])
+    some = torch.cat([owner[captions], torch.tensor([30, 7, 8])])
+    args = train_mxm.settings(["--data", "primitives-target"])
+    P = variants.oracle(args, shapes, torch.device("cpu"))(some, captions).exp()
+    expected = data.primitives_oracle(shapes)[captions][:, some].t()
+    assert torch.allclose(P, expected, atol=1e-5)
+    assert len(set(P[P > 0.001].tolist())) > 1  # vague and precise captions
+    args.data = "mine.jsonl"
+    with pytest.raises(data.DataError, match="built-in shapes"):
+        variants.oracle(args, shapes, torch.device("cpu"))
+
+
+def test_losses_of_several_positives():
+    """Beside loops over observations and their positives."""
+    torch.manual_seed(0)
+    images = F.normalize(torch.randn(5, 8), dim=1)
+    texts = F.normalize(torch.randn(7, 8), dim=1)
+    image_owner = torch.tensor([4, 9, 9, 2, 4])
+    text_owner = torch.tensor([2, 4, 4, 9, 2, 4, 9])
+    expected = {"hard_uniform": 0.0, "mil_nce": 0.0}
+    for a, b, a_owner, b_owner in ((images, texts, image_owner, text_owner),
+                                   (texts, images, text_owner, image_owner)):
+        for x, owner in zip(a, a_owner):
+            probabilities = (6.0 * b @ x).softmax(0)[b_owner == owner]
+            expected["hard_uniform"] -= probabilities.log().mean().item() / len(a) / 2
+            expected["mil_nce"] -= probabilities.sum().log().item() / len(a) / 2
+    for name, value in expected.items():
+        loss = getattr(variants, name)(images, texts, 6.0, image_owner, text_owner)
+        assert loss.item() == pytest.approx(value, abs=1e-5)
+
+
+def test_foreign_noise():
+    tokens = torch.tensor([[98, 5, 6, 7, 99, 0], [98, 8, 99, 0, 0, 0]]).repeat(500, 1)
+    images = torch.zeros(1000, 3, 2, 2)
+    torch.manual_seed(0)
+    noisy, words = variants.foreign(images, tokens, (0.3, 0.0))
+    share = (noisy != 0).all(3).all(2).all(1).float().mean()
+    assert torch.equal(words, tokens) and abs(share - 0.3) < 0.05 and noisy.std() > 0.4
+    noisy, words = variants.foreign(images, tokens, (0.0, 1.0))
+    assert torch.equal(noisy, images)
+    kept = (tokens == 0) | (tokens >= 98)
+    assert torch.equal(words[kept], tokens[kept]) and (words[~kept] < 98).all() and (words[~kept] > 0).all()
+    assert (words != tokens)[~kept].float().mean() > 0.95
+
+
+def test_a_run_of_a_variant(squares, tmp_path, monkeypatch):  # noqa: F811
+    """It has a folder of its own and another loss, goes on with --resume, and eval.py evaluates it."""
+    monkeypatch.chdir(tmp_path)
+    argv = arguments(squares, "--clip", "tiny", "--loss", "hard", "--epochs", 1)
+    train_mxm.main(argv)
+    variants.main(["train_mxm:mil_nce", *argv])
+    logs = []
+    for name in ("mxm-squares", "mxm-mil_nce-squares"):
+        with open(f"runs/{name}/log.jsonl") as f:
+            logs.append(json.loads(f.readline())["loss"])
+    assert logs[0] != logs[1]
+    with open("runs/mxm-mil_nce-squares/config.json") as f:
+        assert json.load(f)["variant"] == "train_mxm:mil_nce"
+    variants.main(["train_mxm:mil_nce", *argv, "--resume"])
+    evaluated("runs/mxm-mil_nce-squares/best.pt")
+    assert train_mxm.hard_loss is not variants.mil_nce  # what was replaced is back
+
+
+@pytest.mark.parametrize("name", ["train_mxm:orakel", "mil_nce", "--seed"])
+def test_an_unknown_variant_is_refused(name, capsys):
+    line = refused(capsys, [name], variants.main)
+    assert line.startswith(f"error: {name}: no variant") and "train_mxm:mil_nce" in line
+
+
+def test_every_variant_replaces_a_function_of_its_script():
+    for variant, (name, function) in variants.VARIANTS.items():
+        with variants.replaced(variant) as script:
+            assert getattr(script, name) is function
+        assert callable(getattr(script, name)) and getattr(script, name) is not function

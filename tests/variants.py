@@ -1,0 +1,155 @@
+"""Variants of the scripts: each is one short function that replaces one function of a script.
+
+    python tests/variants.py --list                                 # which there are
+    python tests/variants.py train_mxm:oracle --epochs 3            # then come the script's own arguments
+    python tests/variants.py train_mxm:mil_nce --loss hard --resume
+
+To try an idea of your own, copy here the function of a script that it is about, change it, and say above it
+what it replaces. A run goes to runs/<method>-<variant>-<data>, beside those of the script itself, and eval.py
+evaluates its best.pt as one of the script's. Its settings say which variant it is.
+"""
+import contextlib
+import importlib
+import os
+import sys
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import data  # noqa: E402
+import eval  # noqa: E402
+import train_mxm  # noqa: E402
+
+VARIANTS = {}  # "script:variant" -> (the name of the function that is replaced, the function in its place)
+
+
+def replaces(script, name):
+    """Says that the function below is a variant: it takes the place of the function `name` of a script."""
+    def register(function):
+        VARIANTS[f"{script}:{function.__name__}"] = name, function
+        return function
+    return register
+
+
+# ---------------------------------------------------------------- the variants
+
+@replaces("train_mxm", "known_relation")
+def oracle(args, train, device):
+    """The true soft relation of the built-in shapes: a caption fits the shapes that have all it states.
+
+    Of `data.SharedTerms`, with attributes as terms: one that is missing leaves a shape a probability of 0.
+    """
+    if args.loss not in ("hybrid", "soft"):
+        return None
+    data.expect(args.data.startswith("primitives"), f"--data {args.data}",
+                "what fits is known for the built-in shapes alone; choose one of them")
+    of_captions, of_shapes = attribute_terms(train)
+    scores = data.SharedTerms(of_captions, of_shapes, device)
+    return train_mxm.KnownRelation(scores, sharpness=200.0, captions=len(of_captions), instances=len(train),
+                                   device=device)
+
+
+def attribute_terms(shapes):
+    """-> (the attributes that each caption states, the attributes of each shape): lists of lists of terms
+    (task, class)."""
+    of_captions = []
+    of_shapes = []
+    for x in shapes:
+        terms = list(x.labels.items())
+        of_captions += [sorted(terms[i] for i in stated) for stated in data.primitives_stated(x)]
+        of_shapes.append(sorted(terms))
+    return of_captions, of_shapes
+
+
+@replaces("train_mxm", "hard_loss")
+def hard_uniform(images, texts, scale, image_owner, text_owner):
+    """Cross-entropy against an even share of all positives: L_out of Khosla et al. 2020 (arXiv 2004.11362),
+    across modalities. The positives of an observation compete, so that all are held at the same score."""
+    logits = scale * images @ texts.t()
+    positive = image_owner[:, None] == text_owner[None, :]
+
+    def one_direction(logits, positive):
+        return -((logits.log_softmax(1) * positive).sum(1) / positive.sum(1)).mean()
+    return one_direction(logits, positive) / 2 + one_direction(logits.t(), positive.t()) / 2
+
+
+@replaces("train_mxm", "hard_loss")
+def mil_nce(images, texts, scale, image_owner, text_owner):
+    """MIL-NCE (Miech et al. 2020, arXiv 1912.06430, equation 1): -log of the positives' summed probability.
+    One good positive is enough."""
+    logits = scale * images @ texts.t()
+    positive = image_owner[:, None] == text_owner[None, :]
+
+    def one_direction(logits, positive):
+        of_positives = logits.masked_fill(~positive, -torch.inf).logsumexp(1)
+        return (logits.logsumexp(1) - of_positives).mean()
+    return one_direction(logits, positive) / 2 + one_direction(logits.t(), positive.t()) / 2
+
+
+@replaces("train_cmaclip", "corrupt")
+def foreign(images, tokens, noise):
+    """Put random pixels and random words in place of a share of a batch's images, and of its texts.
+
+    Arguments and result as of `corrupt`. Normalised pixels have a mean near 0 and a deviation near 1; a text
+    keeps its length, its start and its end, which are the two largest ids.
+    """
+    share = torch.tensor(noise, dtype=torch.float64)
+    replaced = torch.rand(2, len(images), dtype=torch.float64) < share[:, None]
+    pixels = torch.randn(images.shape).to(images)
+    start = int(tokens.max()) - 1
+    words = torch.randint(1, start, tokens.shape).to(tokens)
+    is_word = (tokens > 0) & (tokens < start)
+    image_replaced, text_replaced = replaced.to(images.device)
+    images = torch.where(image_replaced[:, None, None, None], pixels, images)
+    return images, torch.where(text_replaced.to(tokens.device)[:, None] & is_word, words, tokens)
+
+
+# ---------------------------------------------------------------- running one
+
+@contextlib.contextmanager
+def replaced(variant):
+    """Inside, a script has the variant's function in place of its own. Yields the script's module."""
+    data.expect(variant in VARIANTS, variant, f"no variant has this name; there are {', '.join(VARIANTS)}")
+    script = importlib.import_module(variant.split(":")[0])
+    name, function = VARIANTS[variant]
+    own_function = getattr(script, name)
+    own_settings = script.settings
+
+    def settings(argv=None):
+        args = own_settings(argv)
+        args.variant = variant  # config.json and the checkpoints say so, and --resume wants the same
+        return args
+
+    setattr(script, name, function)
+    script.settings = settings
+    try:
+        yield script
+    finally:
+        setattr(script, name, own_function)
+        script.settings = own_settings
+
+
+def run(variant, argv):
+    """Run a variant with the arguments of its script."""
+    with replaced(variant) as script:
+        if not any(word.split("=")[0] == "--out" for word in argv):
+            script_name, name = variant.split(":")
+            method = script_name.removeprefix("train_")
+            folder, run_name = os.path.split(script.settings(argv).out)
+            argv = [*argv, "--out", os.path.join(folder, run_name.replace(method, f"{method}-{name}", 1))]
+        script.main(argv)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] != "--list":
+        run(argv[0], argv[1:])
+        return
+    for variant, (name, function) in VARIANTS.items():
+        first = function.__doc__.split("\n\n")[0]
+        print(f"{variant}, in place of {name}:\n    {' '.join(first.split())}")
+
+
+if __name__ == "__main__":
+    with eval.one_line_errors():
+        main()
