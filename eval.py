@@ -1,11 +1,13 @@
 """Evaluation: metrics, tables, pictures, the evaluation command; and what every script has around its loop.
 
-    python eval.py --checkpoint runs/mxm-primitives/best.pt                 # one table, and metrics.json
-    python eval.py --checkpoint runs/mxm-primitives/best.pt --split unseen --gallery out.png
-    python eval.py --checkpoint runs/mxm-primitives/best.pt --query "a tall red cone"
-    python eval.py --checkpoint runs/mxm-a/best.pt runs/user-b/best.pt      # the mean of their similarities
-    python eval.py --checkpoint runs/mxm-primitives/best.pt --embeddings out.npz
-    python eval.py --curves runs/mxm-a runs/mxm-b --out curves.png          # loss and metric over steps
+    python eval.py --checkpoint runs/mxm-primitives                         # one table, and metrics.json
+    python eval.py --checkpoint runs/mxm-primitives --split unseen --gallery out.png
+    python eval.py --checkpoint runs/mxm-primitives --query "a tall red cone" "a blue ball"
+    python eval.py --checkpoint runs/mxm-a runs/user-b                      # the mean of their similarities
+    python eval.py --checkpoint runs/mxm-primitives --embeddings out.npz
+    python eval.py --clip ViT-B/32 --data mine.csv                          # any CLIP as it is, zero-shot
+    python eval.py --clip ViT-B/32 --data pictures/ --query "a red cone"    # search a folder
+    python eval.py --curves runs/mxm-a runs/mxm-b --out curves.png          # loss and score over steps
 
 This file knows nothing of how a model was trained: a checkpoint names its script, whose `restore` rebuilds
 the model. The first half (metrics, a model on a data set, pictures) is for reading results. The second half
@@ -1598,9 +1600,11 @@ def open_folder(args, step):
     clip.expect(os.path.exists(args.out) or not os.path.islink(args.out), args.out, "a link to nowhere; "
                 "is a disk missing?")
     out = os.path.realpath(args.out)
-    config, log = os.path.join(out, "config.json"), os.path.join(out, "log.jsonl")
+    config = os.path.join(out, "config.json")
+    log = os.path.join(out, "log.jsonl")
     lock(config)
-    if not args.resume and os.path.exists(os.path.join(out, "last.pt")):
+    checkpoints = [os.path.join(out, name) for name in ("last.pt", "best.pt")]
+    if not args.resume and any(map(os.path.exists, checkpoints)):
         number = 1
         while os.path.lexists(f"{out}.{number}"):
             number += 1
@@ -1611,7 +1615,7 @@ def open_folder(args, step):
         except OSError as e:
             raise clip.CheckpointError(f"{out}: holds an earlier run that cannot be moved aside "
                                        f"({e.strerror}); choose another --out") from None
-        data.note(f"an earlier run was moved to {args.out}.{number} (--resume would have continued it)")
+        data.note(f"an earlier run was moved to {out}.{number} (--resume would have continued it)")
     write_json(config, vars(args))
     for name in os.listdir(out):
         if name.startswith(".writing-"):  # a file that was being written when an earlier process was killed
@@ -1632,7 +1636,7 @@ def lock(path):
         file = open(path, "r+")
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         raise clip.CheckpointError(f"{os.path.dirname(path)}: another run is writing to this folder; "
                                    "choose another --out, or wait for its end") from None
     except (ImportError, OSError):  # no such file yet, or a disk without locks
