@@ -1923,22 +1923,24 @@ def main(argv=None):
     p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto")
     p.add_argument("--out", help="folder of metrics.json (default: the checkpoint's, or runs/clip-<data>)")
     args = p.parse_args(argv)
-    if bool(args.curves) == bool(args.checkpoint or args.clip):
-        p.error("give one of --checkpoint, --clip and --curves")
-    if args.curves:
-        path = args.out or "curves.png"
-        check_writable(path)
-        draw_curves(path, args.curves)
-        print(f"written to {path}")
-        return
-    alone = not args.checkpoint  # a CLIP as it is
-    for wrong, problem in ((alone and not args.data, "--clip needs --data, or --checkpoint"),
+    alone = args.clip and not args.checkpoint  # a CLIP as it is
+    model = args.checkpoint or args.clip
+    others = args.data or args.query or args.gallery or args.attention or args.embeddings
+    for wrong, problem in ((bool(args.curves) == bool(model), "give one of --checkpoint, --clip and --curves"),
+                           (args.curves and others, "--curves goes with --out alone"),
+                           (alone and not args.data, "--clip needs --data, or --checkpoint"),
                            (args.prompt and not alone, "--prompt is for --clip without --checkpoint"),
                            (args.top and not args.query, "--top is for --query"),
                            (args.attention and args.query, "--attention and --query: give one of them"),
                            (any("{}" not in text for text in args.prompt or ()), "--prompt: {} is missing")):
         if wrong:
             p.error(problem)
+    if args.curves:
+        path = args.out or "curves.png"
+        check_writable(path)
+        draw_curves(path, args.curves)
+        print(f"written to {path}")
+        return
     if alone:
         name, _ = os.path.splitext(os.path.basename(os.path.normpath(args.data)))
         folder = args.out or os.path.join("runs", f"clip-{name}")

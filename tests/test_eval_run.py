@@ -550,6 +550,7 @@ def test_curves_command(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv, says", [
     ([], "give one of --checkpoint"), (["--curves", "x", "--checkpoint", "best.pt"], "give one of --checkpoint"),
+    (["--curves", "x", "--gallery", "g.png"], "--curves goes with --out alone"),
     (["--clip", "tiny"], "--clip needs --data"), (["--checkpoint", "x", "--top", "3"], "--top is for --query"),
     (["--checkpoint", "x", "--prompt", "a {}"], "--prompt is for --clip"),
     (["--clip", "x", "--data", "y", "--prompt", "a photo"], "{} is missing"),
