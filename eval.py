@@ -1926,7 +1926,7 @@ def main(argv=None):
     alone = args.clip and not args.checkpoint  # a CLIP as it is
     model = args.checkpoint or args.clip
     others = args.data or args.query or args.gallery or args.attention or args.embeddings
-    for wrong, problem in ((bool(args.curves) == bool(model), "give one of --checkpoint, --clip and --curves"),
+    for wrong, problem in ((bool(args.curves) == bool(model), "give one of --checkpoint, --clip, --curves"),
                            (args.curves and others, "--curves goes with --out alone"),
                            (alone and not args.data, "--clip needs --data, or --checkpoint"),
                            (args.prompt and not alone, "--prompt is for --clip without --checkpoint"),
