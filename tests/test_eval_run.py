@@ -127,7 +127,8 @@ def test_an_earlier_run_is_moved_aside_alone(tmp_path, capsys):
     assert (tmp_path / "link").is_symlink()
     assert sorted(os.listdir(tmp_path / "disk")) == ["config.json", "last.pt", "notes.txt"]
     configs = [tmp_path / f"disk{end}" / "config.json" for end in (".1", ".2", "")]
-    assert [json.loads(config.read_text())["lr"] for config in configs] == [1, 2, 3] and sorted(os.listdir(tmp_path / "disk.1")) == ["config.json", "last.pt"]
+    assert [json.loads(config.read_text())["lr"] for config in configs] == [1, 2, 3]
+    assert sorted(os.listdir(tmp_path / "disk.1")) == ["config.json", "last.pt"]
     assert "an earlier run was moved to" in capsys.readouterr().err
     (tmp_path / "lost").symlink_to("no such disk")
     with pytest.raises(clip.CheckpointError, match="a link to nowhere"):
