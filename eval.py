@@ -1,11 +1,13 @@
 """Evaluation: metrics, tables, pictures, the evaluation command; and what every script has around its loop.
 
-    python eval.py --checkpoint runs/mxm-primitives/best.pt                 # one table, and metrics.json
-    python eval.py --checkpoint runs/mxm-primitives/best.pt --split unseen --gallery out.png
-    python eval.py --checkpoint runs/mxm-primitives/best.pt --query "a tall red cone"
-    python eval.py --checkpoint runs/mxm-a/best.pt runs/user-b/best.pt      # the mean of their similarities
-    python eval.py --checkpoint runs/mxm-primitives/best.pt --embeddings out.npz
-    python eval.py --curves runs/mxm-a runs/mxm-b --out curves.png          # loss and metric over steps
+    python eval.py --checkpoint runs/mxm-primitives                         # one table, and metrics.json
+    python eval.py --checkpoint runs/mxm-primitives --split unseen --gallery out.png
+    python eval.py --checkpoint runs/mxm-primitives --query "a tall red cone" "a blue ball"
+    python eval.py --checkpoint runs/mxm-a runs/user-b                      # the mean of their similarities
+    python eval.py --checkpoint runs/mxm-primitives --embeddings out.npz
+    python eval.py --clip ViT-B/32 --data mine.csv                          # any CLIP as it is, zero-shot
+    python eval.py --clip ViT-B/32 --data pictures/ --query "a red cone"    # search a folder
+    python eval.py --curves runs/mxm-a runs/mxm-b --out curves.png          # loss and score over steps
 
 This file knows nothing of how a model was trained: a checkpoint names its script, whose `restore` rebuilds
 the model. The first half (metrics, a model on a data set, pictures) is for reading results. The second half
@@ -619,18 +621,18 @@ def fingerprint(model, instances, amp):
 
 
 def kept(path, what, compute, device):
-    """The tensor of a .npy file. Where it is not there, it is what compute() returns, and is kept there.
+    """The tensor of a .npy file, on the CPU. Where it is not there, compute() makes it, and it is kept there.
 
     All processes must ask, since they compute it together; the first of each machine writes.
     """
     if not any_process(not os.path.exists(path), device):
         with clip.reading(path, "remove it, and it is computed again"):
-            return torch.from_numpy(np.load(path)).to(device)
+            return torch.from_numpy(np.load(path))
     data.note(f"{what} are computed once and kept in {path}")
     check_writable(path)
-    found = compute()
+    found = compute().cpu()
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        clip.write_file(path, lambda f: np.save(f, found.cpu().numpy()))
+        clip.write_file(path, lambda f: np.save(f, found.numpy()))
     return found
 
 
@@ -645,11 +647,11 @@ def frozen_features(model, instances, classes, cache, amp="auto", workers=0):
     name = os.path.join(cache, fingerprint(model, instances, amp))
     views = np.array([len(x.images) for x in instances])
     images = kept(f"{name}-image.npy", f"features of {views.sum():,} images",
-                  lambda: torch.cat([part for part, _ in encode_images(model, loader, amp)]), device)
+                  lambda: torch.cat([part.cpu() for part, _ in encode_images(model, loader, amp)]), device)
     texts = kept(f"{name}-text.npy", f"features of {len(loader.tokens):,} texts",
-                 lambda: torch.cat(list(encode_texts(model, loader, amp))), device)
+                 lambda: torch.cat([part.cpu() for part in encode_texts(model, loader, amp)]), device)
     labels, captions, query = data.class_layout(instances, classes)
-    return data.Features(images.cpu().numpy(), texts.cpu().numpy(), views, captions, labels, query)
+    return data.Features(images.numpy(), texts.numpy(), views, captions, labels, query)
 
 
 # ---------------------------------------------------------------- tables
@@ -971,10 +973,12 @@ vocabulary = number(int, lambda v: 514 <= v <= MOST,
 
 def seed(text):
     """An argparse type: a whole number of any size, which becomes one that all generators take."""
-    value = abs(int(text))
-    if value < 2 ** 63:
-        return value
-    return int(np.random.SeedSequence(value).generate_state(1, np.uint64)[0]) >> 1
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 0 or more")
+    if value >= 2 ** 63:
+        value = int(np.random.SeedSequence(value).generate_state(1, np.uint64)[0]) >> 1
+    return value
 
 
 def usable_device(text):
@@ -1246,8 +1250,8 @@ def load_splits(args, load=None):
         known = args.trained_on["classes"] = before["classes"]
         for task, names in classes.items():
             new = sorted(set(names) - set(known.get(task, names)))
-            data.expect(not new, f"--resume: {args.data}", f"{task} = {', '.join(new)[:100]} is new, and the run "
-                        "has no place for it; start a new run in another --out")
+            data.expect(not new, f"--resume: {args.data}", f"{task} = {', '.join(new)[:100]} is new, and the "
+                        "run has no place for it; start a new run in another --out")
         if classes != known:
             splits = data.load_splits(args.data, args.root, classes=known)
     return splits
@@ -1334,9 +1338,10 @@ def tokenizer_of(model):
 
 
 def about(args, model, loader):
-    """What a run's first line says of its CLIP: its name, weights and pixels."""
+    """What a run's first line says of its CLIP and of an epoch."""
     weights = sum(p.numel() for p in model.parameters())
-    return f"CLIP {args.clip}, {weights / 1e6:.1f} M weights, {model.config.image_resolution} pixels"
+    return (f"CLIP {args.clip}, {weights / 1e6:.1f} M weights, {model.config.image_resolution} pixels; "
+            f"{len(loader):,} steps an epoch")
 
 
 def warmup_cosine(step, steps, warmup, peak=1.0):
@@ -1595,9 +1600,11 @@ def open_folder(args, step):
     clip.expect(os.path.exists(args.out) or not os.path.islink(args.out), args.out, "a link to nowhere; "
                 "is a disk missing?")
     out = os.path.realpath(args.out)
-    config, log = os.path.join(out, "config.json"), os.path.join(out, "log.jsonl")
+    config = os.path.join(out, "config.json")
+    log = os.path.join(out, "log.jsonl")
     lock(config)
-    if not args.resume and os.path.exists(os.path.join(out, "last.pt")):
+    checkpoints = [os.path.join(out, name) for name in ("last.pt", "best.pt")]
+    if not args.resume and any(map(os.path.exists, checkpoints)):
         number = 1
         while os.path.lexists(f"{out}.{number}"):
             number += 1
@@ -1608,7 +1615,7 @@ def open_folder(args, step):
         except OSError as e:
             raise clip.CheckpointError(f"{out}: holds an earlier run that cannot be moved aside "
                                        f"({e.strerror}); choose another --out") from None
-        data.note(f"an earlier run was moved to {args.out}.{number} (--resume would have continued it)")
+        data.note(f"an earlier run was moved to {out}.{number} (--resume would have continued it)")
     write_json(config, vars(args))
     for name in os.listdir(out):
         if name.startswith(".writing-"):  # a file that was being written when an earlier process was killed
@@ -1629,7 +1636,7 @@ def lock(path):
         file = open(path, "r+")
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         raise clip.CheckpointError(f"{os.path.dirname(path)}: another run is writing to this folder; "
                                    "choose another --out, or wait for its end") from None
     except (ImportError, OSError):  # no such file yet, or a disk without locks
@@ -1774,7 +1781,9 @@ def evaluation(models, args, title="model"):
     """
     model, checkpoint = models[0]
     asked = asked_of(checkpoint, args)
-    if hasattr(script(checkpoint), "evaluation"):
+    if any(hasattr(script(checkpoint), "evaluation") for _, checkpoint in models):
+        clip.expect(len(models) == 1 and not args.embeddings, "--checkpoint", "classifies images and texts "
+                    "together: it has no similarities to average and no --embeddings of each")
         return script(checkpoint).evaluation(model, checkpoint, asked)
     embedded = embed_with_all(models, args)
     if args.embeddings:
@@ -1881,20 +1890,6 @@ def shown(x, tasks):
     return "  ".join(part for part in (file, ", ".join(classes)) if part)
 
 
-def check_together(models, args):
-    """Raise CheckpointError where what is asked of these models makes no sense, alone or together."""
-    names = {asked_of(checkpoint, args).data for _, checkpoint in models}
-    clip.expect(len(names) == 1, "--checkpoint", f"models of {' and '.join(sorted(names))}; "
-                "say with --data on which they are to be evaluated")
-    for _, checkpoint in models:
-        method = checkpoint["method"]
-        clip.expect(not args.attention or hasattr(script(checkpoint), "attention_picture"), "--attention",
-                    f"{method} has no attention between the modalities; train_cmaclip has")
-        classifies = hasattr(script(checkpoint), "evaluation")
-        clip.expect(not classifies or len(models) == 1 and not args.embeddings, method, "classifies images "
-                    "and texts together: it has no similarities to average and no --embeddings of each")
-
-
 def main(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint", nargs="+", metavar="FILE",
@@ -1928,22 +1923,24 @@ def main(argv=None):
     p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto")
     p.add_argument("--out", help="folder of metrics.json (default: the checkpoint's, or runs/clip-<data>)")
     args = p.parse_args(argv)
-    if bool(args.curves) == bool(args.checkpoint or args.clip):
-        p.error("give one of --checkpoint, --clip and --curves")
-    if args.curves:
-        path = args.out or "curves.png"
-        check_writable(path)
-        draw_curves(path, args.curves)
-        print(f"written to {path}")
-        return
-    alone = not args.checkpoint  # a CLIP as it is
-    for wrong, problem in ((alone and not args.data, "--clip needs --data, or --checkpoint"),
+    alone = args.clip and not args.checkpoint  # a CLIP as it is
+    model = args.checkpoint or args.clip
+    others = args.data or args.query or args.gallery or args.attention or args.embeddings
+    for wrong, problem in ((bool(args.curves) == bool(model), "give one of --checkpoint, --clip, --curves"),
+                           (args.curves and others, "--curves goes with --out alone"),
+                           (alone and not args.data, "--clip needs --data, or --checkpoint"),
                            (args.prompt and not alone, "--prompt is for --clip without --checkpoint"),
                            (args.top and not args.query, "--top is for --query"),
                            (args.attention and args.query, "--attention and --query: give one of them"),
                            (any("{}" not in text for text in args.prompt or ()), "--prompt: {} is missing")):
         if wrong:
             p.error(problem)
+    if args.curves:
+        path = args.out or "curves.png"
+        check_writable(path)
+        draw_curves(path, args.curves)
+        print(f"written to {path}")
+        return
     if alone:
         name, _ = os.path.splitext(os.path.basename(os.path.normpath(args.data)))
         folder = args.out or os.path.join("runs", f"clip-{name}")
@@ -1961,8 +1958,12 @@ def main(argv=None):
         models = [(clip.load(args.clip, device)[0], {"method": "clip", "settings": settings})]
     else:
         models = [restore(file, args.device, args.clip) for file in args.checkpoint]
-    check_together(models, args)
+    names = {asked_of(checkpoint, args).data for _, checkpoint in models}
+    clip.expect(len(names) == 1, "--checkpoint", f"models of {' and '.join(sorted(names))}; "
+                "say with --data on which they are to be evaluated")
     model, checkpoint = models[0]
+    clip.expect(not args.attention or hasattr(script(checkpoint), "attention_picture"), "--attention",
+                f"{checkpoint['method']} has no attention between the modalities; train_cmaclip has")
     if next(model.parameters()).device.type == "cpu":
         clip.fast_float32()
     asked = asked_of(checkpoint, args)

@@ -345,7 +345,7 @@ def main(argv=None):
     steps = args.epochs * len(loader)
     identity = clip.identity(clip_model) if clip_model else None  # a checkpoint holds its hash in its place
     saved = {"heads": model, "classes": classes, "frozen_clip": identity}
-    run = eval.Run(args, optimizer, steps, len(loader), saved)
+    run = eval.Run(args, optimizer, steps, len(loader), saved, more_epochs=True)
     if clip_model:
         run.say(eval.about(args, clip_model, loader))
     run.say(f"{args.data}: {len(labels):,} instances of {len(classes)} classes, frozen features; "

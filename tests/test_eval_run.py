@@ -25,8 +25,8 @@ import data
 import eval
 import train_adapter
 import train_mxm
-from runs import (ENV, ROOT, SMALL, arguments, evaluated, in_process, kept_signals, log, metrics,  # noqa: F401
-                  refused, squares, timeless)
+from runs import (ENV, ROOT, SMALL, arguments, evaluated, in_process, kept_signals, log,  # noqa: F401
+                  metrics, refused, squares, timeless)
 
 EPOCHS, STEPS_PER_EPOCH = 3, 2
 
@@ -112,7 +112,8 @@ def folder_of(out, **settings):
     args = argparse.Namespace(**{"out": str(out), "method": "toy", "epochs": 3, "lr": 0.1, "resume": False,
                                  "workers": 0, "new": None} | settings)
     eval.open_folder(args, 0)
-    clip.save_checkpoint(os.path.join(args.out, "last.pt"), {"method": "toy", "settings": vars(args), "step": 6})
+    checkpoint = {"method": "toy", "settings": vars(args), "step": 6}
+    clip.save_checkpoint(os.path.join(args.out, "last.pt"), checkpoint)
     return args
 
 
@@ -125,8 +126,9 @@ def test_an_earlier_run_is_moved_aside_alone(tmp_path, capsys):
         folder_of(tmp_path / "link" / "", lr=lr)  # a slash changes nothing
     assert (tmp_path / "link").is_symlink()
     assert sorted(os.listdir(tmp_path / "disk")) == ["config.json", "last.pt", "notes.txt"]
-    rates = [json.loads((tmp_path / f"disk{end}" / "config.json").read_text())["lr"] for end in (".1", ".2", "")]
-    assert rates == [1, 2, 3] and sorted(os.listdir(tmp_path / "disk.1")) == ["config.json", "last.pt"]
+    configs = [tmp_path / f"disk{end}" / "config.json" for end in (".1", ".2", "")]
+    assert [json.loads(config.read_text())["lr"] for config in configs] == [1, 2, 3]
+    assert sorted(os.listdir(tmp_path / "disk.1")) == ["config.json", "last.pt"]
     assert "an earlier run was moved to" in capsys.readouterr().err
     (tmp_path / "lost").symlink_to("no such disk")
     with pytest.raises(clip.CheckpointError, match="a link to nowhere"):
@@ -137,7 +139,8 @@ def test_a_folder_is_held_while_its_run_lives(tmp_path):
     args = folder_of(tmp_path / "run")
     config = str(tmp_path / "run" / "config.json")
     code = f"import eval, time; held = eval.lock({config!r}); print('held', flush=True); time.sleep(60)"
-    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=ENV, text=True,
+                             stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == "held\n"
         for resume in (False, True):
@@ -154,10 +157,12 @@ def test_a_run_goes_on_with_its_settings(tmp_path):
     args = folder_of(tmp_path)
 
     def resumed(more_epochs=False, **changed):
-        return eval.resumed(argparse.Namespace(**vars(args) | {"resume": True} | changed), more_epochs)["step"]
+        asked = argparse.Namespace(**vars(args) | {"resume": True} | changed)
+        return eval.resumed(asked, more_epochs)["step"]
     assert resumed() == resumed(workers=2, out=str(tmp_path) + "/") == resumed(newer=None) == 6
     assert resumed(more_epochs=True, epochs=5) == 6
-    for changed, says in (({"lr": 0.2}, "--lr was 0.1 and is 0.2 now"), ({"new": 1}, "--new was None and is 1"),
+    for changed, says in (({"lr": 0.2}, "--lr was 0.1 and is 0.2 now"),
+                          ({"new": 1}, "--new was None and is 1"),
                           ({"method": "fork"}, "is a run of toy.py, and this is fork.py"),
                           ({"epochs": 5}, "falls over 3 epochs, so that --epochs 5 is another run"),
                           ({"out": str(tmp_path / "none")}, "last.pt: is not there")):
@@ -180,13 +185,14 @@ def test_a_log_is_cut_where_a_run_goes_on(tmp_path):
 
 def test_resume_alone_takes_the_settings_of_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["--data", "mine.csv", "--clip", "tiny", "--lr", "0.5", "--views", "3", "--seed", "9", "--crop", "0"]
+    words = ["--data", "mine.csv", "--clip", "tiny", "--lr", "0.5", "--views", "3", "--crop", "0"]
     args = train_mxm.settings(words)
     eval.write_json(os.path.join(args.out, "config.json"), vars(args))
     for more in (["--data", "mine.csv"], ["--out", args.out]):
         again = train_mxm.settings(["--resume", *more])
         assert vars(again) == vars(args) | {"resume": True}
-    assert train_mxm.settings(["--resume", "--data", "mine.csv", "--lr", "0.1"]).lr == 0.1  # `resumed` refuses it
+    changed = train_mxm.settings(["--resume", "--data", "mine.csv", "--lr", "0.1"])
+    assert changed.lr == 0.1  # which `resumed` refuses
 
 
 def test_seeds_of_any_size():
@@ -211,9 +217,10 @@ def own_splits(classes, rows):
     (*DATA_OF_A_RUN, ""),
     ({"colour": ["blue", "red"]}, DATA_OF_A_RUN[1][:2] + [("c", "")], "training data have changed"),
     ({"colour": ["red"]}, [("a", "red"), ("b", ""), ("c", "red")], "training data have changed"),
-    ({"colour": ["blue", "red", "teal"]}, DATA_OF_A_RUN[1], "colour = teal is new, and the run has no place")])
+    ({"colour": ["blue", "red", "teal"]}, DATA_OF_A_RUN[1], "colour = teal is new, and the run has no")])
 def test_a_run_goes_on_with_its_classes(classes, rows, says, monkeypatch, capsys):
-    args = argparse.Namespace(download=False, data="mine.csv", root=None, crop=None, clip="tiny", trained_on=None)
+    args = argparse.Namespace(download=False, data="mine.csv", root=None, crop=None, clip="tiny",
+                              trained_on=None)
     monkeypatch.setattr(data, "load_splits", lambda *_: own_splits(*DATA_OF_A_RUN))
     eval.load_splits(args)
     assert args.crop == 0.5 and args.trained_on["classes"] == DATA_OF_A_RUN[0]
@@ -256,7 +263,8 @@ class Toy:
         self.model = torch.nn.Linear(1, 1)
         self.module = torch.nn.Linear(1, 1)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        args = argparse.Namespace(method="toy", out=str(out), resume=resume, epochs=EPOCHS, eval_every=eval_every)
+        args = argparse.Namespace(method="toy", out=str(out), resume=resume, epochs=EPOCHS,
+                                  eval_every=eval_every)
         self.run = eval.Run(args, optimizer, EPOCHS * STEPS_PER_EPOCH, STEPS_PER_EPOCH, {"model": self.model},
                             {"module": self.module})
 
@@ -299,9 +307,11 @@ def test_what_a_run_logs_and_writes_in_which_order(tmp_path, monkeypatch):
     means = [pytest.approx((losses[i] + losses[i + 1]) / 2) for i in (0, 2, 4)]
     rows = timeless(log(tmp_path))
     common = {"norm": 0.0, "lr": 0.1}
+    second = {"score": 20.0, "val": {"of": 2}} | common
+    third = {"score": 30.0, "val": {"of": 3}} | common
     assert rows == [{"step": 2, "epoch": 1, "loss": means[0], "scale": 1.0} | common,
-                    {"step": 4, "epoch": 2, "loss": means[1], "scale": 3.0, "score": 20.0, "val": {"of": 2}} | common,
-                    {"step": 6, "epoch": 3, "loss": means[2], "scale": 5.0, "score": 30.0, "val": {"of": 3}} | common]
+                    {"step": 4, "epoch": 2, "loss": means[1], "scale": 3.0} | second,
+                    {"step": 6, "epoch": 3, "loss": means[2], "scale": 5.0} | third]
     assert len(toy.run.seconds) == 6 and toy.run.seconds_per_step() in toy.run.seconds
     best = clip.load_checkpoint(tmp_path / "best.pt")
     last = clip.load_checkpoint(tmp_path / "last.pt")
@@ -549,8 +559,10 @@ def test_curves_command(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, says", [
-    ([], "give one of --checkpoint"), (["--curves", "x", "--checkpoint", "best.pt"], "give one of --checkpoint"),
-    (["--clip", "tiny"], "--clip needs --data"), (["--checkpoint", "x", "--top", "3"], "--top is for --query"),
+    ([], "give one of --checkpoint"), (["--curves", "x", "--checkpoint", "y"], "give one of --checkpoint"),
+    (["--curves", "x", "--gallery", "g.png"], "--curves goes with --out alone"),
+    (["--clip", "tiny"], "--clip needs --data"),
+    (["--checkpoint", "x", "--top", "3"], "--top is for --query"),
     (["--checkpoint", "x", "--prompt", "a {}"], "--prompt is for --clip"),
     (["--clip", "x", "--data", "y", "--prompt", "a photo"], "{} is missing"),
     (["--checkpoint", "x", "--query", "red", "--attention", "a.png"], "--attention and --query")])
@@ -588,14 +600,17 @@ def test_a_clip_as_it_is(run, squares, tmp_path, capsys):
 
 def test_a_folder_of_pictures_is_searched(run, squares, tmp_path, monkeypatch, capsys):
     """Several queries, whose results name files; features are kept, so that no picture is encoded again."""
-    (tmp_path / "pictures" / "more").mkdir(parents=True)
+    folder = tmp_path / "pictures" / "more"
+    folder.mkdir(parents=True)
     for i in range(5):
-        os.link(os.path.join(os.path.dirname(squares), f"{i}-0.png"), tmp_path / "pictures" / "more" / f"{i}.png")
+        os.link(os.path.join(os.path.dirname(squares), f"{i}-0.png"), folder / f"{i}.png")
     (tmp_path / "pictures" / "notes.txt").write_text("no picture")
     (tmp_path / "pictures" / "._1.png").write_text("hidden")
     monkeypatch.chdir(tmp_path)
     argv = ["--checkpoint", str(run("mxm")), "--data", "pictures", "--device", "cpu", "--amp", "off"]
-    eval.main([*argv, "--query", "a red square", "blue", "--gallery", "q.png", "--top", "3", "--embeddings", "e.npz"])
+    capsys.readouterr()
+    eval.main([*argv, "--query", "a red square", "blue", "--gallery", "q.png", "--top", "3",
+               "--embeddings", "e.npz"])
     said = capsys.readouterr().out
     assert said.startswith("a red square:") and "\nblue:" in said and said.count("pictures/more/") == 6
     with np.load("e.npz") as found:
