@@ -5,8 +5,7 @@
 import json
 import math
 import os
-import shutil
-import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +17,8 @@ import clip
 import data
 import eval
 import train_cmaclip
-from runs import (COLOURS, ROOT, assert_documented_commands_parse, command, evaluated,  # noqa: F401
-                  in_process, kept_signals, log, make_squares, metrics, refused, squares)
+from runs import (COLOURS, assert_documented_commands_parse, evaluated, in_process,  # noqa: F401
+                  kept_signals, metrics, refused)
 from data import choose_tasks, pairs
 from train_cmaclip import CMACLIP, corrupt, main, multitask_loss, settings
 
@@ -88,10 +87,6 @@ def whole(things, tmp_path_factory):
     with kept_signals():
         main(arguments(things, "--out", out, "--epochs", 24, "--eval-every", 8, "--robustness"))
     return out
-
-
-def predicted(model, chosen):
-    return eval.predict(model, eval.evaluation_loader(model, chosen), "off")
 
 
 # ---------------------------------------------------------------- the model
@@ -168,7 +163,8 @@ def test_forward_is_the_plain_version_of_each_sample(fusion):
                 assert torch.allclose(weights[b], torch.tensor(expected_weights), atol=1e-5)
 
 
-def test_the_modalities_weigh_the_same_at_first_and_weights_depend_on_the_seed_alone():
+def test_how_a_model_starts():
+    """By the seed alone, and with modalities that weigh the same."""
     clip_model = small_clip(CAPTIONS)
     before = torch.get_rng_state()
     a, b, c = (CMACLIP(clip_model, CLASSES, seed=seed) for seed in (0, 0, 1))
@@ -238,79 +234,52 @@ def test_corrupt_replaces_a_share_by_other_rows_of_the_batch():
 
 
 def test_noise_settings_reach_training_and_testing(things, tmp_path, monkeypatch):
-    """Training takes its own shares; --robustness goes through the shares of the images and of the texts, and
-    eval.py finds the same."""
+    """Training takes its own shares. --robustness goes through the shares of the images and of the texts, on
+    the test split in another order: in its own, neighbours are often alike."""
     calls = []
+    evaluated_on = []
 
     def recording(images, tokens, noise):
         calls.append(noise)
         return corrupt(images, tokens, noise)
+
+    def recording_loader(model, instances, *a, **more):
+        evaluated_on.append([x.id for x in instances])
+        return evaluation_loader(model, instances, *a, **more)
+    evaluation_loader = eval.evaluation_loader
     monkeypatch.setattr(train_cmaclip, "corrupt", recording)
+    monkeypatch.setattr(eval, "evaluation_loader", recording_loader)
     main(arguments(things, "--out", tmp_path, "--train-noise-image", 0.1, "--train-noise-text", 0.2,
                    "--robustness", "--seed", 3))
     shares = (0.0, 0.25, 0.5, 1.0)
     study = [noise for share in shares for noise in ((share, 0.0), (0.0, share))]
     assert calls == [(0.1, 0.2)] * 3 + study
-    rows = metrics(tmp_path)["test"]
-    evaluated(tmp_path / "best.pt", "--out", tmp_path / "again")
-    assert metrics(tmp_path / "again")["test"] == rows
-
-
-def test_noise_comes_from_all_of_the_split(things, whole, monkeypatch):
-    """A split in order of class, 4 pairs to a batch: the batches that noise is drawn in are mixed."""
-    load = data.load
-    test, classes = load(things, None, "test")
-    test.sort(key=lambda x: x.labels["seen"])
-    monkeypatch.setattr(data, "load", lambda *a: (test, classes))
-    loaders = eval.evaluation_loader
-
-    def small_batches(*a, **more):
-        loader = loaders(*a, **more)
-        loader.batch_size = 4
-        return loader
-    monkeypatch.setattr(eval, "evaluation_loader", small_batches)
-    model, checkpoint = eval.restore(whole / "best.pt", "cpu")
-    args = eval.argparse.Namespace(data=things, root=None, split="test", amp="off", workers=0, gallery=None)
-    rows, _ = train_cmaclip.evaluation(model, checkpoint, args)
-    assert rows["model"]["tasks"]["seen"]["accuracy"] > 85
-    assert rows["noise"]["image"]["1.0"]["tasks"]["seen"]["accuracy"] < 50
-
-
-def test_robustness_rows(whole):
-    """A task suffers by noise where it looks, by more of it more; without any the metrics are the model's."""
-    rows = metrics(whole)["test"]
-    for kind, task, other in (("image", "seen", "told"), ("text", "told", "seen")):
-        study = rows["noise"][kind]
-        assert list(study) == ["0.0", "0.25", "0.5", "1.0"]
-        for name, values in rows["model"]["tasks"].items():
-            assert study["0.0"]["tasks"][name] == pytest.approx(values)
-        accuracy = [study[share]["tasks"][task]["accuracy"] for share in ("0.0", "0.5", "1.0")]
-        assert accuracy[0] > accuracy[1] > accuracy[2] and accuracy[2] < 50
-        assert study["1.0"]["tasks"][other]["accuracy"] > 70
+    _, plain, mixed = evaluated_on
+    assert plain == [f"t{i}" for i in range(64, 96)] == sorted(mixed) != mixed
 
 
 # ---------------------------------------------------------------- runs
 
 def accuracy(path, checkpoint):
-    """{task: percent right} of the labelled pairs of the test split, from the files, one by one."""
+    """{task: percent right} of the test split, from the files, one by one."""
     model, best = eval.restore(checkpoint, "cpu")
-    tokenizer = model.tokenizer
     right = {task: [] for task in best["classes"]}
     for row in map(json.loads, open(path)):
-        for k, caption in enumerate(row["captions"] if row["split"] == "test" else ()):
-            picture = Image.open(os.path.join(os.path.dirname(path), row["images"][k % len(row["images"])]))
-            tokens = tokenizer([caption], model.config.context_length, truncate=True)
+        if row["split"] == "test":
+            image = clip.transform(16)(Image.open(row["images"][0]))[None]
             with torch.no_grad():
-                logits, _ = model(clip.transform(16)(picture)[None], tokens)
-            for task in right.keys() & row["labels"].keys():
+                logits, _ = model(image, model.tokenizer(row["captions"], 16))
+            for task in right:
                 named = best["classes"][task][logits[task][0].argmax()]
                 right[task].append(named == row["labels"][task])
     return {task: pytest.approx(100 * np.mean(values)) for task, values in right.items()}
 
 
 def test_it_learns_what_needs_both_modalities(things, whole, tmp_path):
-    """cma learns both tasks, and where to look for each; one modality is at chance (25) in the other's."""
-    reached = {"cma": metrics(whole)["test"]["model"]["tasks"]}
+    """cma learns both tasks, and where to look for each, so that noise harms it there; one modality is at
+    chance (25) in the other's task."""
+    rows = metrics(whole)["test"]
+    reached = {"cma": rows["model"]["tasks"]}
     for fusion in ("image", "text"):
         main(arguments(things, "--out", tmp_path / fusion, "--fusion", fusion, "--epochs", 15,
                        "--eval-every", 5))
@@ -320,75 +289,32 @@ def test_it_learns_what_needs_both_modalities(things, whole, tmp_path):
     assert image["seen"] > 85 and image["told"] < 50
     assert text["told"] > 85 and text["seen"] < 50
     assert reached["cma"]["seen"]["image_weight"] > 55 > 45 > reached["cma"]["told"]["image_weight"]
+    for kind, task, other in (("image", "seen", "told"), ("text", "told", "seen")):
+        study = rows["noise"][kind]
+        assert study["0.0"]["tasks"][task] == pytest.approx(reached["cma"][task])
+        assert study["1.0"]["tasks"][task]["accuracy"] < 50 < 70 < study["1.0"]["tasks"][other]["accuracy"]
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", FUSIONS[1:])
 def test_every_fusion_runs_and_eval_repeats_its_metrics(fusion, things, tmp_path, capsys):
     main(arguments(things, "--out", tmp_path, "--fusion", fusion))
-    said = capsys.readouterr()
+    assert f"fusion {fusion};" in capsys.readouterr().err
     rows = metrics(tmp_path)["test"]
-    assert f"fusion {fusion};" in said.err and math.isfinite(log(tmp_path)[0]["loss"])
-    tasks = rows["model"]["tasks"]
-    assert rows["model"].keys() == {"tasks", "mean"} and tasks.keys() == {"seen", "told"}
     assert rows["majority"] == {"seen": {"accuracy": 25.0}, "told": {"accuracy": 25.0}}
-    names = {"accuracy", "macro_f1", "recall_at_precision", "precision"}
-    weighs = fusion in ("cma", "modality")
-    expected = names | {"image_weight"} if weighs else names
-    for name in expected:
-        of_tasks = [tasks[task][name] for task in ("seen", "told")]
-        assert rows["model"]["mean"][name] == pytest.approx(np.mean(of_tasks))
-    assert rows["model"]["mean"].keys() == tasks["seen"].keys() == tasks["told"].keys() == expected
-    assert ("image weight\n" in said.out) == weighs and ("in cma both" in said.out) == (fusion == "cma")
+    assert ("image_weight" in rows["model"]["mean"]) == (fusion == "modality")
     evaluated(tmp_path / "best.pt", "--out", tmp_path / "again")
     assert metrics(tmp_path / "again")["test"] == rows
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("told "))
-    told = tasks["told"]
-    assert line in said.out
-    assert line.split()[1:5] == ["4", "25.0", f"{told['accuracy']:.1f}", f"{told['macro_f1']:.1f}"]
 
 
-def test_thresholds_are_those_of_the_same_model_on_val(things, tmp_path, monkeypatch):
-    """best.pt holds those of the best evaluation, last.pt those of the last one."""
-    values = iter((30.0, 60.0, 50.0))
-
-    def pretended(*a):
-        metrics = task_metrics(*a)
-        return metrics | {"mean": metrics["mean"] | {"accuracy": next(values)}}
-    task_metrics = eval.task_metrics
-    monkeypatch.setattr(eval, "task_metrics", pretended)
-    monkeypatch.setattr(eval, "report", lambda *a: None)
+def test_thresholds_are_those_of_the_same_model_on_val(things, tmp_path):
     main(arguments(things, "--out", tmp_path, "--epochs", 3, "--eval-every", 1, "--precision", 0.3))
-    of_step = {}
     for name in ("best.pt", "last.pt"):
         model, checkpoint = eval.restore(tmp_path / name, "cpu")
         val = pairs(*data.load(things, split="val"), checkpoint["classes"])
-        probabilities, labels, _ = predicted(model, val)
+        probabilities, labels, _ = eval.predict(model, eval.evaluation_loader(model, val), "off")
         for task, classifier in zip(("seen", "told"), model.classifiers):
             expected = eval.precision_thresholds(probabilities[task], labels[task], 0.3)
-            assert torch.equal(classifier.threshold, expected)
-        assert not torch.equal(expected, eval.precision_thresholds(probabilities[task], labels[task], 0.9))
-        of_step[checkpoint["step"]] = expected
-    assert of_step.keys() == {6, 9} and not torch.equal(of_step[6], of_step[9])
-
-
-def test_a_resumed_run_saves_the_thresholds_it_found(things, tmp_path, monkeypatch):
-    """Stopped a step after an evaluation, and a step later again: there was no other evaluation between."""
-    steps = []
-
-    def stop(parameters):
-        steps.append(parameters)
-        if len(steps) > 3:
-            os.kill(os.getpid(), signal.SIGINT)
-    monkeypatch.setattr(eval, "average_gradients", stop)
-    saved = []
-    for more in ([], ["--resume"]):
-        with pytest.raises(SystemExit):
-            main(arguments(things, "--out", tmp_path, "--epochs", 2, "--eval-every", 1, *more))
-        saved.append(clip.load_checkpoint(tmp_path / "last.pt"))
-    assert [checkpoint["step"] for checkpoint in saved] == [4, 5]
-    for k in range(2):
-        before, after = (checkpoint["heads"][f"classifiers.{k}.threshold"] for checkpoint in saved)
-        assert torch.equal(before, after) and before.isfinite().any()
+            assert torch.equal(classifier.threshold, expected) and expected.isfinite().any()
 
 
 def recorded(monkeypatch):
@@ -421,45 +347,23 @@ def test_clip_is_trained_at_a_rate_of_its_own_and_only_matrices_decay(things, tm
     assert sum(len(group) for _, _, group in steps[0]) == len(names)
     shape = [1 / 3, 2 / 3, 1, 1, 0.75, 0.25]  # warm-up, half a cosine
     assert np.allclose([step[0][0] for step in steps], [1e-2 * x for x in shape], rtol=1e-9)
-    before, _ = clip.read_weights(os.path.join(os.path.dirname(things), "clip.pt"))
-    after, _ = clip.read_weights(tmp_path / "last.pt")
-    for name in before.keys() - {"logit_scale"}:
-        assert 0 < (after[name] - before[name]).abs().max() < 20e-4
 
 
 @pytest.mark.parametrize("resnet", [False, True])
 def test_a_frozen_clip_stays_as_it_is(resnet, things, tmp_path, monkeypatch):
     """Bit for bit, a ResNet's running statistics too; no gradient is computed for it; all else is trained."""
-    steps, models = recorded(monkeypatch)
+    _, models = recorded(monkeypatch)
     clip_model = small_clip([x.captions[0] for x in data.load(things)[0]], resnet=resnet)
     clip.save_checkpoint(tmp_path / "clip.pt", {"clip": clip.describe(clip_model)})
     main(arguments(things, "--out", tmp_path / "run", "--clip", tmp_path / "clip.pt", "--freeze"))
-    model = models[0]
-    assert clip.identity(model.clip) == clip.identity(clip_model)
-    assert all(p.grad is None for p in model.clip.parameters())
+    assert clip.identity(models[0].clip) == clip.identity(clip_model)
+    assert all(p.grad is None for p in models[0].clip.parameters())
     start = CMACLIP(clip_model, {"seen": TOUCH, "told": TOUCH}).state_dict()
     best = clip.load_checkpoint(tmp_path / "run" / "best.pt")
     for name, value in clip_model.state_dict().items():
         assert torch.equal(value, best["clip"]["state_dict"][name])
     trained = best["heads"].keys() - {"classifiers.0.threshold", "classifiers.1.threshold"}
     assert all(not torch.equal(best["heads"][name], start[name]) for name in trained)
-    heads = {id(p) for name, p in model.named_parameters() if not name.startswith("clip.")}
-    assert {id(p) for _, _, group in steps[0] for p in group} == heads
-    graphs = []
-    model.clip.visual.register_forward_hook(lambda module, args, out: graphs.append(out[0].requires_grad))
-    size = model.config.image_resolution
-    model.train()(torch.randn(2, 3, size, size), clip_model.tokenizer(["wet", "dry"], 16))
-    assert graphs == [False]
-
-
-def test_a_resnet_clip(things, tmp_path):
-    """tiny-rn from scratch: one patch of 32 pixels and the pooled token; eval.py reads it back."""
-    main(arguments(things, "--out", tmp_path, "--clip", "tiny-rn", "--image-size", 32, "--vocab-size", 600))
-    assert clip.load_checkpoint(tmp_path / "best.pt")["heads"]["image_position"].shape == (2, 128)
-    picture = tmp_path / "attention.png"
-    evaluated(tmp_path / "best.pt", "--out", tmp_path / "again", "--attention", picture)
-    assert metrics(tmp_path / "again")["test"] == metrics(tmp_path)["test"]
-    assert Image.open(picture).format == "PNG"
 
 
 def test_settings_reach_the_model(things, tmp_path):
@@ -479,54 +383,46 @@ def test_settings_reach_the_model(things, tmp_path):
 # ---------------------------------------------------------------- eval.py: pictures
 
 def drawn(monkeypatch, name):
-    """The rows that eval.gallery_picture or eval.attention_picture is called with; it still draws them."""
+    """The rows that eval.gallery_picture or eval.attention_picture is called with, in place of drawing."""
     rows = []
-    draw = getattr(eval, name)
-
-    def recording(path, given):
-        rows.extend(given)
-        draw(path, given)
-    monkeypatch.setattr(eval, name, recording)
+    monkeypatch.setattr(eval, name, lambda path, given: rows.extend(given))
     return rows
 
 
-def test_gallery_shows_predictions(things, whole, tmp_path, monkeypatch):
-    """Which are right, which wrong and what they are; unlabelled ones are neither (frames: test_eval.py)."""
+def test_gallery_shows_predictions_by_the_names_of_classes(things, whole, tmp_path, monkeypatch):
+    """Which are right, which wrong and what they are; unlabelled ones are neither. The data has other classes
+    than the model: no `dry`, and no `seen`; half of the things are called after another touch."""
     rows = drawn(monkeypatch, "gallery_picture")
 
     def label(i, row):
-        """In the test split half of the things are called after another touch, and `seen` has no label."""
-        touch = TOUCH.index(row["labels"]["told"])
-        return {"told": TOUCH[(touch + i % 2) % 4]} if row["split"] == "test" else row["labels"]
+        told = TOUCH[(TOUCH.index(row["labels"]["told"]) + i % 2) % 4]
+        return {} if told == "dry" else {"told": told}
     test = relabelled(things, tmp_path / "other.jsonl", label)[-32:]
     by_pixels = {data.pixels(row["images"][0], eval.CELL).tobytes(): row for row in test}
-    picture = tmp_path / "gallery.png"
-    evaluated(whole / "best.pt", "--data", tmp_path / "other.jsonl", "--out", tmp_path, "--gallery", picture)
-    assert len(rows) == 10 and Image.open(picture).format == "PNG"
+    evaluated(whole / "best.pt", "--data", tmp_path / "other.jsonl", "--out", tmp_path, "--gallery", "x.png")
+    assert len(rows) == 10
     judged = []
     for query, ((caption, _), (of_seen, unknown), (of_told, right)) in rows:
         row = by_pixels[query.tobytes()]
-        label = row["labels"]["told"]
-        assert caption == row["captions"][0] and of_seen.startswith("seen: ") and of_told.startswith("told: ")
-        assert unknown is None and "is" not in of_seen
-        assert right == (of_told.split()[1] == label) and (f"is {label}" in of_told) == (not right)
+        label = row["labels"].get("told")
+        assert caption == row["captions"][0] and of_seen.startswith("seen: ") and unknown is None
+        assert of_told.startswith("told: ") and right == (label and of_told.split()[1] == label)
+        assert (f"is {label}" in of_told) == (right is False)
         judged.append(right)
-    assert min(judged.count(True), judged.count(False)) > 1
+    assert {True, False, None} == set(judged)
 
 
 def test_attention_picture(things, whole, tmp_path, monkeypatch):
     """Of each word but start and end the map of `attention`, of each task the weight of the image."""
     rows = drawn(monkeypatch, "attention_picture")
-    path = tmp_path / "attention.png"
-    evaluated(whole / "best.pt", "--out", tmp_path, "--attention", path, "--split", "val")
-    assert len(rows) == 6 and Image.open(path).format == "PNG"
+    evaluated(whole / "best.pt", "--out", tmp_path, "--attention", "x.png", "--split", "val")
+    assert len(rows) == 6
     model, _ = eval.restore(whole / "best.pt", "cpu")
-    tokenizer = model.tokenizer
     val, _ = data.load(things, split="val")
     by_pixels = {data.pixels(x.images[0], eval.CELL).tobytes(): x for x in val}
     for picture, caption, words, bars in rows:
         x = by_pixels[picture.tobytes()]
-        tokens = tokenizer([caption], 16)
+        tokens = model.tokenizer([caption], 16)
         image = clip.transform(16)(Image.open(x.images[0]))[None]
         maps = model.attention(image, tokens)
         _, weights = model(image, tokens)
@@ -538,36 +434,21 @@ def test_attention_picture(things, whole, tmp_path, monkeypatch):
         assert [weight for _, weight in bars] == pytest.approx(weights[0, :, 0].tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS[1:])
-def test_attention_of_other_fusions(fusion, things, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("fusion", ["sequence", "modality", "concat"])
+def test_attention_of_other_fusions(fusion, things, monkeypatch):
     """sequence has words and no weights, modality weights and no words; what has neither is refused."""
     rows = drawn(monkeypatch, "attention_picture")
     classes = {"seen": sorted(list(COLOURS)[:4]), "told": list(TOUCH)}
     model = CMACLIP(small_clip(CAPTIONS), classes, fusion)
-    clip.save_checkpoint(tmp_path / "best.pt", {
-        "method": "train_cmaclip", "clip": clip.describe(model.clip), "heads": clip.describe_heads(model),
-        "classes": classes,
-        "settings": vars(settings(["--data", things, "--fusion", fusion]))})
-    argv = ["--checkpoint", tmp_path / "best.pt", "--device", "cpu", "--attention", tmp_path / "a.png"]
-    if fusion in ("concat", "image", "text"):
-        assert f"--fusion {fusion} has no attention" in refused(capsys, argv, eval.main)
+    args = SimpleNamespace(data=things, root=None, split="test")
+    if fusion == "concat":
+        with pytest.raises(clip.CheckpointError, match="--fusion concat has no attention"):
+            train_cmaclip.attention_picture(model, {"classes": classes}, args, "x.png")
         return
-    eval.main([str(word) for word in argv])
+    train_cmaclip.attention_picture(model, {"classes": classes}, args, "x.png")
     assert len(rows) == 6
     for _, _, words, bars in rows:
         assert bool(words) == (fusion == "sequence") and bool(bars) == (fusion == "modality")
-
-
-def test_what_a_checkpoint_cannot_do_is_said(things, whole, tmp_path, capsys):
-    argv = ["--checkpoint", whole / "best.pt", "--query", "a wet thing", "--device", "cpu"]
-    line = refused(capsys, argv, eval.main)
-    assert "--query" in line and "train_cmaclip" in line
-    mxm = {"method": "train_mxm", "clip": clip.describe(small_clip(CAPTIONS))}
-    clip.save_checkpoint(tmp_path / "mxm.pt", mxm | {"settings": {"data": things, "root": None}})
-    argv = ["--checkpoint", tmp_path / "mxm.pt", "--attention", tmp_path / "a.png", "--device", "cpu"]
-    line = refused(capsys, argv, eval.main)
-    assert "train_mxm has no attention" in line and "train_cmaclip has" in line
-    assert os.listdir(tmp_path) == ["mxm.pt"]
 
 
 # ---------------------------------------------------------------- tasks and labels
@@ -608,80 +489,26 @@ def test_tasks_are_chosen(capsys):
         choose_tasks({task: classes[task] for task in "bd"}, None, "mine", instances)
 
 
-def test_other_data_is_evaluated_by_the_names_of_classes(things, whole, tmp_path):
-    """The things without a task's first class and the other task: numbered anew, and just as right."""
-    def label(i, row):
-        told = row["labels"]["told"]
-        return {} if told == "dry" else {"told": told, "more": "x"}
-    relabelled(things, tmp_path / "other.jsonl", label)
-    evaluated(whole / "best.pt", "--data", tmp_path / "other.jsonl", "--out", tmp_path)
-    rows = metrics(tmp_path)[f"{tmp_path / 'other.jsonl'} test"]
-    assert rows["model"]["tasks"].keys() == {"told"} and rows["model"]["tasks"]["told"]["accuracy"] > 80
-    assert rows["majority"] == {"told": {"accuracy": pytest.approx(100 / 3)}}
-
-
-def test_unlabelled_rows_take_no_part(tmp_path, capsys):
-    """A tenth of the squares has no outer colour: they count for the other task. Every caption is a pair."""
-    squares = make_squares(tmp_path)
-    captions = [caption for x in data.load(squares)[0] for caption in x.captions]
-    clip.save_checkpoint(tmp_path / "clip.pt", {"clip": clip.describe(small_clip(captions))})
-    main(arguments(squares, "--batch-size", 8, "--epochs", 6, "--eval-every", 6, "--out", tmp_path / "run"))
-    assert log(tmp_path / "run")[0]["step"] == 3
-    assert "24 instances, 2 tasks (inner, outer)" in capsys.readouterr().err
-    rows = [row for row in map(json.loads, open(squares)) if row["split"] == "test"]
-    reached = metrics(tmp_path / "run")["test"]
-    expected = accuracy(squares, tmp_path / "run" / "best.pt")
-    for task in ("inner", "outer"):
-        labelled = [len(row["captions"]) for row in rows if task in row["labels"]]
-        majority = 100 * max(labelled) / sum(labelled)
-        assert reached["majority"][task]["accuracy"] == pytest.approx(majority)
-        assert reached["model"]["tasks"][task]["accuracy"] == expected[task]
-    assert reached["model"]["tasks"]["outer"]["accuracy"] > 0
-
-
-def test_a_task_may_be_called_mean(things, tmp_path, capsys):
-    relabelled(things, tmp_path / "mine.jsonl", lambda i, row: {"mean": row["labels"]["told"]})
-    argv = arguments(things, "--out", tmp_path / "run")
-    main(["--data", str(tmp_path / "mine.jsonl"), *argv[2:]])
-    reached = metrics(tmp_path / "run")["test"]["model"]
-    assert reached["tasks"] == {"mean": reached["mean"]}
-    named = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("mean ")]
-    assert len(named) == 2 and named[0][3:] == named[1][1:]  # the first has the classes and the majority, too
-
-
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("words, says", [
     ("--tasks seen,feel", "feel: "), ("--fusion both", "sequence"),
     ("--heads 3", "--heads 3: does not divide the width 16"), ("--width 10", "does not divide the width 10"),
     ("--heads 0", "positive"), ("--layers 0", "positive"), ("--width -4", "positive"),
-    ("--clip-lr 0", "positive"), ("--dropout 2", "from 0 to 1"),
-    ("--precision 0", "up to 1"), ("--precision nan", "up to 1"),
-    ("--train-noise-image 1.5", "from 0 to 1"), ("--train-noise-text -0.1", "from 0 to 1"),
-    ("--train-noise-image nan", "from 0 to 1"), ("--train-noise-text all", "--train-noise-text"),
-    ("--clip no.pt", "no.pt"),
-    ("--batch-size 49", "larger than the data set: 48"), ("--data no.jsonl", "no.jsonl"),
+    ("--clip-lr 0", "positive"), ("--dropout 2", "from 0 to 1"), ("--precision 0", "up to 1"),
+    ("--train-noise-image nan", "from 0 to 1"), ("--train-noise-text -0.1", "from 0 to 1"),
     ("--clip tiny --freeze", "--freeze: tiny starts from random weights")])
-def test_bad_settings(words, says, things, whole, tmp_path, capsys):
-    """Each is said in a line; nothing is written, and an earlier run stays as it was."""
+def test_bad_settings(words, says, things, tmp_path, capsys):
     assert says in refused(capsys, arguments(things, "--out", tmp_path / "new", *words.split()), main)
-    shutil.copytree(whole, tmp_path / "earlier")
-    refused(capsys, arguments(things, "--out", tmp_path / "earlier", *words.split()), main)
-    assert os.listdir(tmp_path) == ["earlier"] and os.listdir(tmp_path / "earlier") == os.listdir(whole)
-    for name in os.listdir(whole):
-        assert (tmp_path / "earlier" / name).read_bytes() == (whole / name).read_bytes()
+    assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("label, says", [
-    (lambda i, row: {}, "no labels; this method learns from classes"),
-    (lambda i, row: {"seen": "red"}, "none of the tasks seen has two or more classes"),
-    (lambda i, row: {"seen": f"remark {i}"}, "no labels"),
-    (lambda i, row: row["labels"] if row["split"] != "val" else {},
-     "no instance of split 'val' has a label of seen, told"),
-    (lambda i, row: row["labels"] if row["split"] != "test" else {}, "'test'"),
-    (lambda i, row: row["labels"] | ({"seen": "pink"} if row["split"] == "test" else {}), "'pink'")])
-def test_labels_that_cannot_be_learned(label, says, things, tmp_path, capsys):
-    """Each is said before training: nothing is written."""
+@pytest.mark.parametrize("split, says", [
+    ("train", "no labels; this method learns from classes"),
+    ("val", "no instance of split 'val' has a label of seen, told"), ("test", "split 'test' has a label")])
+def test_a_split_without_labels_is_refused_before_training(split, says, things, tmp_path, capsys):
+    def label(i, row):
+        return {} if split in ("train", row["split"]) else row["labels"]
     relabelled(things, tmp_path / "mine.jsonl", label)
     argv = arguments(things, "--out", tmp_path / "run")
     assert says in refused(capsys, ["--data", tmp_path / "mine.jsonl", *argv[2:]], main)
@@ -690,19 +517,3 @@ def test_labels_that_cannot_be_learned(label, says, things, tmp_path, capsys):
 
 def test_documented_commands_parse():
     assert_documented_commands_parse(train_cmaclip)
-
-
-def test_products(tmp_path):
-    """Real products, through the real command: one epoch, seven tasks in the table."""
-    root = os.path.join(ROOT, "..", "shared", "data", "fashion")
-    if not os.path.isdir(root):
-        pytest.skip("no ../shared/data/fashion here")
-    done = command("train_cmaclip.py", "--data", "products", "--root", root, "--clip", "tiny",
-                   "--epochs", 1, "--image-size", 16, "--workers", 0, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    tasks = ["gender", "masterCategory", "subCategory", "articleType", "baseColour", "season", "usage"]
-    table = [line.split() for line in done.stdout.splitlines()]
-    reached = metrics(tmp_path)["test"]["model"]
-    assert [line[0] for line in table[1:9]] == [*tasks, "mean"] and tasks == list(reached["tasks"])
-    assert all(len(line) == 7 for line in table[1:8])
-    assert reached["tasks"]["gender"]["accuracy"] > 60  # a title begins with it; the commonest is 49

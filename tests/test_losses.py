@@ -7,7 +7,6 @@ Each script's own loss is tested with it, by the same functions.
 """
 import datetime
 import functools
-import math
 import os
 
 import pytest
@@ -47,12 +46,6 @@ def assert_finite(values):
 
 
 # ---------------------------------------------------------------- CLIP's loss, and means of instances
-
-# owners are any numbers, in any order; instances have 1 to 4 images and 1 to 3 captions
-IMAGE_OWNER = torch.tensor([2 ** 40, 3, 41, 3, 2 ** 40, 17, 3, 41, 3, 5])
-TEXT_OWNER = torch.tensor([41, 17, 3, 5, 17, 2 ** 40, 41, 3, 41])
-INSTANCES = (3, 5, 17, 41, 2 ** 40)
-
 
 def both_directions(terms_of, images, texts, scale, image_owner, text_owner):
     """The mean of the images' terms and that of the texts', averaged.
@@ -97,11 +90,13 @@ def test_clip_loss():
 
 
 def test_instance_means():
-    images = features(10, 0)
-    means, position = losses.instance_means(images, IMAGE_OWNER)
-    assert position.tolist() == [INSTANCES.index(number) for number in IMAGE_OWNER]
-    for number, found in zip(INSTANCES, means):
-        total = images[IMAGE_OWNER == number].sum(0)
+    """Their numbers are any, in any order."""
+    images = features(6, 0)
+    owner = torch.tensor([2 ** 40, 3, 41, 3, 2 ** 40, 3])
+    means, position = losses.instance_means(images, owner)
+    assert position.tolist() == [2, 0, 1, 0, 2, 0]
+    for number, found in zip((3, 41, 2 ** 40), means, strict=True):
+        total = images[owner == number].sum(0)
         assert_close([found], [total / total.norm()], 1e-12)
 
 
@@ -298,11 +293,10 @@ BATCH_LOSSES = [(losses.info_nce_loss, info_nce_loss),
 def test_batch_losses(loss, definition, shown):
     shown = torch.tensor(shown)
     same = shown[:, None] == shown[None, :]
-    for seed in range(3):
-        leaves = (features(N, seed, dim=3), features(N, seed + 10, dim=3))
-        expected = value_and_gradients(definition, leaves, same)
-        assert_close(value_and_gradients(loss, leaves, same), expected)
-        assert min(gradient.abs().max() for gradient in expected[1:]) > 1e-3
+    leaves = (features(N, 0, dim=3), features(N, 10, dim=3))
+    expected = value_and_gradients(definition, leaves, same)
+    assert_close(value_and_gradients(loss, leaves, same), expected)
+    assert min(gradient.abs().max() for gradient in expected[1:]) > 1e-3
 
 
 @pytest.mark.parametrize("loss, term", QUEUE_LOSSES)
@@ -314,21 +308,14 @@ def test_queue_losses_leave_out_keys_of_the_same(loss, term):
     expected = value_and_gradients(functools.partial(queue_loss, term), (queries,), keys, queue, same)
     assert_close(value_and_gradients(loss, (queries,), keys, queue, same), expected)
     assert expected[1].abs().max() > 1e-3
-    changed = queue.clone()
-    changed[3] = -changed[3]
-    before, after = ([loss(queries[i:i + 1], keys[i:i + 1], some, same[i:i + 1]).item() for i in range(N)]
-                     for some in (queue, changed))
-    assert before[0] == after[0] and before[4] == after[4] and before[1:4] != after[1:4]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("cosine", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("cosine", [-1.0, 1.0])
 def test_finite_for_any_cosine_in_any_precision(dtype, cosine):
     """All at one cosine: e^(1 / 0.05) of each of 4,096 keys would overflow half precision."""
     x = F.normalize(torch.ones(4, 8, dtype=dtype), dim=1)
     y = cosine * x
-    if cosine == 0:
-        y = torch.tensor([1.0, -1.0] * 4, dtype=dtype).expand(4, 8) / 8 ** 0.5
     queue = y[:1].expand(4096, 8)
     same = torch.zeros(4, 4096, dtype=torch.bool)
     for loss, _ in BATCH_LOSSES:
@@ -339,57 +326,21 @@ def test_finite_for_any_cosine_in_any_precision(dtype, cosine):
 
 # ---------------------------------------------------------------- two processes
 
-# instances of each process, rows of batch norm, pairs of CLIP: other numbers on each; None: one process with
-# all
-PARTS = {0: ((2 ** 40, 3, 17), slice(0, 5), slice(0, 2)),
-         1: ((5, 41), slice(5, 7), slice(2, 4)),
-         None: (INSTANCES, slice(0, 7), slice(0, 4))}
-
-
-def own_rows(rank):
-    """-> (images, their owners, texts, their owners) of this process."""
-    instances = torch.tensor(PARTS[rank][0])
-    images = torch.isin(IMAGE_OWNER, instances)
-    texts = torch.isin(TEXT_OWNER, instances)
-    return (features(10, 0).float()[images], IMAGE_OWNER[images],
-            features(9, 1).float()[texts], TEXT_OWNER[texts])
-
-
-def small_model():
-    torch.manual_seed(4)
-    model = torch.nn.ModuleDict({name: torch.nn.Linear(6, 5) for name in ("image", "text", "unused")})
-    model.scale = torch.nn.Parameter(torch.tensor(1.0))
-    return model
-
-
-def train_step(rank, name):
-    """The loss of all processes' rows, and the gradients of the parameters that it depends on."""
-    model = small_model()
-    if name == "clip":
-        pairs_here = PARTS[rank][2]
-        images = losses.gather(model["image"](features(4, 2).float()[pairs_here]))
-        texts = losses.gather(model["text"](features(4, 3).float()[pairs_here]))
-        loss = losses.clip_loss(images, texts, model.scale.exp())
-    else:
-        x, x_owner, y, y_owner = own_rows(rank)
-        images, image_owner = losses.gather_rows(model["image"](x), x_owner)
-        texts, text_owner = losses.gather_rows(model["text"](y), y_owner)
-        loss = losses.n_pairs_loss(images, texts, image_owner, text_owner, 1 / model.scale.exp())
-    loss.backward()
-    eval.average_gradients(model.parameters())
-    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+X = features(7, 8, dim=3).float() * 2 + 1
+OWNER = torch.tensor([2 ** 40, 3, 3, 17, 0, 5, 41])
+ROWS = {0: slice(0, 5), 1: slice(5, 7), None: slice(0, 7)}  # of each process: other numbers; None: all
 
 
 def batch_norm(norm, rank):
     """Of a training step: the rows' gradient, output, parameters' gradients, buffers; then the output in
     evaluation."""
-    x = features(7, 8, dim=3).float() * 2 + 1
-    own = x[PARTS[rank][1]].clone().requires_grad_()
-    y, _ = losses.gather_rows(norm(own), torch.zeros(len(own), dtype=torch.int64))
+    own = X[ROWS[rank]].clone().requires_grad_()
+    y, owner = losses.gather_rows(norm(own), OWNER[ROWS[rank]])
+    assert torch.equal(owner, OWNER)
     (y * features(7, 9, dim=3).float()).square().sum().backward()  # the loss of all rows on every process
     eval.average_gradients(norm.parameters())
     return [own.grad, y.detach(), norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var,
-            norm.eval()(x).detach()]
+            norm.eval()(X).detach()]
 
 
 def work(rank, folder):
@@ -397,55 +348,35 @@ def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
                             timeout=datetime.timedelta(seconds=120))
-    x, owner, _, _ = own_rows(rank)
     some = slice(0, 3 * (1 - rank))  # rank 1 has nothing
     encoded = []
 
     def encode(k):
         encoded.append(k)
         return {"features": torch.full((k, 2), k / 3), "weights": None}
-    found = {"rows": losses.gather_rows(x, owner),
-             "none": losses.gather_rows(x[some], owner[some]),
+    found = {"none": losses.gather_rows(X[some], OWNER[some]),
              "gather": losses.gather(torch.full((2, 1, 3), float(rank))),
              "any": [eval.any_process(flag, "cpu") for flag in (rank == 1, False, True)],
              "in turns": list(eval.in_turns(encode, range(5), "cpu")),
              "encoded": encoded,
              "batch norm": batch_norm(losses.BatchNorm(3), rank)}
-    for name in ("n-pairs", "clip"):
-        found[name] = train_step(rank, name)
     torch.save(found, f"{folder}/{rank}.pt")
     os._exit(0)  # torch 2.6 can abort a process, or wait for ever, where gloo's threads are to be ended
 
 
 def test_two_processes_equal_one(tmp_path):
+    """Also where one has no row. Whole training steps: test_runs.py."""
     torch.multiprocessing.start_processes(work, (str(tmp_path),), nprocs=2, start_method="spawn")
-    x, owner, _, _ = (torch.cat(parts) for parts in zip(own_rows(0), own_rows(1)))
-    norm_gradient, *norm_expected = batch_norm(torch.nn.BatchNorm1d(3), None)
-    of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    for rank, found in enumerate(of_ranks):
-        assert torch.equal(found["rows"][0], x) and torch.equal(found["rows"][1], owner)
-        assert torch.equal(found["none"][0], x[:3]) and torch.equal(found["none"][1], owner[:3])
+    expected_gradient, *expected = batch_norm(torch.nn.BatchNorm1d(3), None)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(found["none"][0], X[:3]) and torch.equal(found["none"][1], OWNER[:3])
         assert found["gather"].tolist() == [[[0.0] * 3]] * 2 + [[[1.0] * 3]] * 2
         assert found["any"] == [True, False, True]
-        assert found["encoded"] == [[0, 2, 4], [1, 3]][rank]
+        assert found["encoded"] == [[0, 2, 4], [1, 3]][rank] and len(found["in turns"]) == 5
         for k, result in enumerate(found["in turns"]):
             assert torch.equal(result["features"], torch.full((k, 2), k / 3)) and result["weights"] is None
-        assert len(found["in turns"]) == 5
-        own_gradient, *norm_found = found["batch norm"]
-        own_gradient = own_gradient / 2  # gathering gives `world` times the gradient of the loss
-        for f, e in zip((own_gradient, *norm_found), (norm_gradient[PARTS[rank][1]], *norm_expected)):
+        gradient, *others = found["batch norm"]
+        gradient = gradient / 2  # gathering gives `world` times the gradient of the loss
+        for f, e in zip((gradient, *others), (expected_gradient[ROWS[rank]], *expected), strict=True):
             assert torch.allclose(f, e, atol=1e-5)
-    for name in ("n-pairs", "clip"):
-        expected = train_step(None, name)
-        assert len(expected) == 6 and expected[1].abs() > 1e-3  # nothing for what is unused; the scale learns
-        assert_close(of_ranks[0][name], expected)
-        assert all(torch.equal(f, e) for f, e in zip(of_ranks[1][name], of_ranks[0][name]))
-
-
-def test_one_process_gathers_nothing():
-    x = features(3, 0).requires_grad_()
-    owner = torch.tensor([4, 4, 9])
-    assert losses.gather(x) is x and losses.gather_rows(x, owner) == (x, owner)
-    assert eval.any_process(True, "cpu") is True
-    eval.average_gradients([x])
-    assert x.grad is None
