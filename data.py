@@ -22,7 +22,6 @@ import math
 import mmap
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import shutil
