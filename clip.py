@@ -31,6 +31,7 @@ import zipfile
 from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
+from operator import methodcaller
 from typing import NamedTuple
 
 import ftfy
@@ -39,6 +40,7 @@ import regex
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 
 class OneLineError(ValueError):
     """An error for whoever runs this: one line that says what is wrong, where (the file), and what to do.
@@ -166,8 +168,8 @@ class Packed(NamedTuple):
 
 def _hooked(module):
     """Whether something looks at what goes through a module, or does its work."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds) or "forward" in vars(module)
 
 
 def _untouched(layer, kind):
@@ -302,20 +304,22 @@ class VisionTransformer(nn.Module):
     `proj` may be set to None, as for linear probes; features then have `width` numbers, not `embed_dim`.
     """
 
-    def __init__(self, resolution, patch_size, width, layers, heads, mlp, embed_dim, quick_gelu):
+    def __init__(self, config):
         super().__init__()
-        self.input_resolution = resolution
-        self.output_dim = embed_dim
-        self.patch_size = patch_size
+        width = config.vision_width
+        p = self.patch_size = config.vision_patch_size
+        self.input_resolution = config.image_resolution
+        self.output_dim = config.embed_dim
         scale = width ** -0.5
-        self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
+        self.conv1 = nn.Conv2d(3, width, p, p, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        patches = (resolution // patch_size) ** 2
+        patches = (config.image_resolution // p) ** 2
         self.positional_embedding = nn.Parameter(scale * torch.randn(patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, mlp, False, quick_gelu)
+        self.transformer = Transformer(width, config.vision_layers, config.vision_heads, config.vision_mlp,
+                                       causal=False, quick_gelu=config.quick_gelu)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+        self.proj = nn.Parameter(scale * torch.randn(width, config.embed_dim))
 
     def forward(self, x, tokens=False):
         """x: (B, 3, R, R) -> (B, embed_dim); with tokens also (B, 1 + patches, embed_dim), class first."""
@@ -396,10 +400,11 @@ class AttentionPool2d(nn.Module):
 class ModifiedResNet(nn.Module):
     """CLIP's ResNet-D: three convolutions as stem, anti-aliased strides, attention pooling (section 2.4)."""
 
-    def __init__(self, layers, embed_dim, heads, resolution, width):
+    def __init__(self, config):
         super().__init__()
-        self.input_resolution = resolution
-        self.output_dim = embed_dim
+        width = config.vision_width
+        self.input_resolution = config.image_resolution
+        self.output_dim = config.embed_dim
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
@@ -407,14 +412,15 @@ class ModifiedResNet(nn.Module):
         self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(width)
         inplanes = width
-        for i, blocks in enumerate(layers):
+        for i, blocks in enumerate(config.vision_layers):
             planes = width * 2 ** i
             stage = []
             for j in range(blocks):
                 stage.append(Bottleneck(inplanes, planes, stride=2 if i > 0 and j == 0 else 1))
                 inplanes = 4 * planes
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
-        self.attnpool = AttentionPool2d((resolution // 32) ** 2, inplanes, heads, embed_dim)
+        positions = (config.image_resolution // 32) ** 2
+        self.attnpool = AttentionPool2d(positions, inplanes, config.vision_heads, config.embed_dim)
 
     def forward(self, x, tokens=False):
         """x: (B, 3, R, R) -> (B, embed_dim); with tokens also the pool's (B, 1 + (R/32)^2, embed_dim)."""
@@ -435,13 +441,7 @@ class CLIP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         c = self.config = config
-        if c.vision_patch_size is None:
-            self.visual = ModifiedResNet(c.vision_layers, c.embed_dim, c.vision_heads, c.image_resolution,
-                                         c.vision_width)
-        else:
-            self.visual = VisionTransformer(c.image_resolution, c.vision_patch_size, c.vision_width,
-                                            c.vision_layers, c.vision_heads, c.vision_mlp, c.embed_dim,
-                                            c.quick_gelu)
+        self.visual = ModifiedResNet(c) if c.vision_patch_size is None else VisionTransformer(c)
         width = c.transformer_width
         self.transformer = Transformer(width, c.transformer_layers, c.transformer_heads, c.transformer_mlp,
                                        causal=True, quick_gelu=c.quick_gelu)
@@ -510,7 +510,7 @@ class CLIP(nn.Module):
                              "it needs its own tokenizer (model.tokenize)")
         start = getattr(self.tokenizer, "start", 49406)
         if start != 49406 and B and (text[:, 0] == 49406).all():
-            raise ValueError("these ids are of OpenAI's tokenizer, and this model has its own (model.tokenize)")
+            raise ValueError("these ids are of OpenAI's tokenizer; this model has its own (model.tokenize)")
         if not self._packs():
             return self._encode_columns(text[:, :self.context_length].to(device), tokens)
         last = mask.sum(1).cumsum(0) - 1  # the row of each text's end token
@@ -564,10 +564,8 @@ class CLIP(nn.Module):
 
 
 def _stands_for_any(x):
-    """Whether a tensor stands for others too: in tracing, compiling, exporting and vmap.
-
-    What depends on its numbers there, as the lengths of texts do, would be kept for all others.
-    """
+    """Whether a tensor stands for others, for which what depends on its numbers would be kept: in tracing,
+    compiling, exporting and vmap."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor \
         or torch._C._functorch.is_functorch_wrapped_tensor(x)
 
@@ -663,12 +661,11 @@ def fast_float32():
     matmul.fp32_precision = "bf16"
     a, b = torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(0))
     exact = a.double() @ b.double()
-    on = bool((a @ b - exact).abs().max() < 1e-5 * exact.abs().max())
-    if not on:
+    if (a @ b - exact).abs().max() > 1e-5 * exact.abs().max():
         matmul.fp32_precision = before
-    else:
-        torch.backends.cuda.enable_flash_sdp(False)  # this switch is the CPU's too
-    return on
+        return False
+    torch.backends.cuda.enable_flash_sdp(False)  # this switch is the CPU's too
+    return True
 
 
 def autocast(amp, model):
@@ -807,17 +804,16 @@ class Preprocess:
         c = self.config
         square = (c.image_resolution, c.image_resolution)
         size = square if c.squash else c.image_resize or c.image_resolution  # a number is of the shorter side
-        return [steps.Resize(size, steps.InterpolationMode(c.interpolation)), steps.CenterCrop(square),
-                _to_rgb, steps.ToTensor(), steps.Normalize(c.image_mean, c.image_std)]
+        return [steps.Resize(size, steps.InterpolationMode(c.interpolation)),
+                steps.CenterCrop(square),
+                steps.Lambda(methodcaller("convert", "RGB")),
+                steps.ToTensor(),
+                steps.Normalize(c.image_mean, c.image_std)]
 
     def __call__(self, image):
         for step in self.transforms:
             image = step(image)
         return image
-
-
-def _to_rgb(image):
-    return image.convert("RGB")
 
 
 def transform(resolution):
@@ -1091,7 +1087,7 @@ def _folder_tokenizer(folder, text_config={}):
         added |= {token["content"] for token in whole.get("added_tokens", ())}
         if not added <= ids.keys():
             raise ValueError("tokens were added")
-        vocabulary = [None] * (max(ids.values()) + 1)
+        vocabulary = [""] * (max(ids.values()) + 1)
         for symbol, i in ids.items():
             vocabulary[i] = symbol
         return Tokenizer([pair.split(" ") if isinstance(pair, str) else pair for pair in pairs], vocabulary)
@@ -1317,8 +1313,6 @@ class RestrictedUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"asks for {module}.{name}, which it does not need")
 
     def persistent_load(self, key):
-        if self.persistent is None:
-            raise pickle.UnpicklingError("refers to something outside of it")
         return self.persistent(key)
 
 
@@ -1585,7 +1579,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of ids: lower case, with a space after every word."""
-        symbols = "".join(self.symbols[int(i)] or "" for i in ids if int(i) not in (self.start, self.end))
+        symbols = "".join(self.symbols[int(i)] for i in ids if int(i) not in (self.start, self.end))
         to_byte = {symbol: byte for byte, symbol in self.bytes.items()}
         return bytes(to_byte.get(c, 32) for c in symbols.replace("</w>", " ")).decode("utf-8", "replace")
 
