@@ -63,7 +63,7 @@ def settings(argv=None):
     p.add_argument("--enhance", choices=("none", "sge", "cge", "both"), default="both",
                    help="what enhances the local features of images")
     p.add_argument("--unit-norm", action="store_true",
-                   help="give local features of images unit norm first, as g has it; not in the authors' code")
+                   help="give local features of images unit norm first, as g has it; ours")
     p.add_argument("--loss", choices=("uto", "infonce", "triplet"), default="uto",
                    help="of the batch and of the queues; infonce and triplet are baselines")
     p.add_argument("--mu", type=eval.positive,
@@ -73,7 +73,7 @@ def settings(argv=None):
     p.add_argument("--batch-weight", type=eval.non_negative, help="lambda_b: weight of the batch's loss")
     p.add_argument("--dim", type=eval.positive_int, help="dimensions of the common space")
     p.add_argument("--clip-lr", type=eval.non_negative,
-                   help="of CLIP's own weights; 0: frozen (default: --lr; of a pretrained CLIP a tenth of it)")
+                   help="of CLIP's own weights; 0: frozen (default: --lr; where pretrained a tenth)")
     p.add_argument("--lr-drop", type=eval.fraction, help="share of the steps after which rates are a tenth")
     p.add_argument("--regions", action="store_true",
                    help="read region features from <root>/precomp in place of pictures; CGE takes CLIP's "
@@ -263,8 +263,8 @@ class USER(nn.Module):
 
 @torch.no_grad()
 def momentum_update(momentum_model, model, m):
-    """momentum_model <- m momentum_model + (1 - m) model (He et al. 2020, equation 2), of the trained weights.
-    Buffers, such as batch norm's running statistics, are copied."""
+    """momentum_model <- m momentum_model + (1 - m) model (He et al. 2020, equation 2), of trained weights;
+    buffers, such as batch norm's running statistics, are copied."""
     for average, weight in zip(momentum_model.parameters(), model.parameters()):
         if weight.requires_grad:
             average.mul_(m).add_(weight.detach(), alpha=1 - m)
