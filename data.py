@@ -840,13 +840,13 @@ def msvd(root):
     about 40 captions to a video."""
     path = os.path.join(root, "raw-captions.pkl")
     captions = read_pickle(path)
-    expect(fits(captions, {str: [list]}) and fits([*captions.values()], [[[str]]]), path,
+    expect(fits(captions, {str: [(list, tuple, str)]}), path,
            "not a dict of lists of captions, each a list of words; get it again")
     videos = []
     for part in SPLITS:
         for (video,) in read_list(os.path.join(root, part + "_list.txt"), 1):
-            sentences = [" ".join(words) for words in captions.get(video, ())]
-            videos.append((video, part, [video], sentences))
+            texts = [x if isinstance(x, str) else " ".join(map(str, x)) for x in captions.get(video, ())]
+            videos.append((video, part, [video], texts))
     return _video_rows(root, videos)
 
 
@@ -863,10 +863,12 @@ def didemo(root):
         for moment in read_json(path, shape, "DiDeMo's [{video, description}]"):
             by_name[moment["video"]].append(moment["description"])
             by_stem[os.path.splitext(moment["video"])[0]].append(moment["description"])
-        for (name,) in read_list(os.path.join(root, part + "_list.txt"), 1):
-            stem = name if name in by_stem else os.path.splitext(name)[0]  # some list it without its ending
+        names = [name for (name,) in read_list(os.path.join(root, part + "_list.txt"), 1)]
+        stem_of = {name: name if name in by_stem else os.path.splitext(name)[0] for name in names}
+        times = Counter(stem_of.values())
+        for name, stem in stem_of.items():
             captions = by_name.get(name) or by_stem.get(stem, [])
-            videos.append((stem, part, [name, stem], captions))
+            videos.append((stem if times[stem] == 1 else name, part, [name, stem], captions))
     return _video_rows(root, videos, paragraph=True)
 
 

@@ -65,6 +65,18 @@ def test_didemo(ending, tmp_path):
     assert shared == 8
 
 
+def test_two_listed_names_of_one_stem_are_two_videos(tmp_path):
+    copy("didemo", tmp_path)
+    moments = read_json(f"{REAL}/didemo/val_data.json")
+    listed = real_lines(f"{REAL}/didemo/val_list.txt")
+    second = next(m["video"] for m in moments if m["video"] not in listed)
+    write(tmp_path / "val_list.txt", "\n".join([*listed, second]))
+    frames(tmp_path, *[os.path.splitext(name)[0] for name in listed])
+    found = {x.id: x.captions[0] for x in data.load("didemo", str(tmp_path), "val")[0]}
+    pair = [name for name in [*listed, second] if os.path.splitext(name)[0] == os.path.splitext(second)[0]]
+    assert len(found) == 20 and len(pair) == 2 and found[pair[0]] != found[pair[1]]
+
+
 def test_didemo_with_crlf_and_a_byte_order_mark(tmp_path):
     copy("didemo", tmp_path)
     for part in ("train", "val", "test"):

@@ -62,6 +62,7 @@ def test_msrvtt(tmp_path, capsys):
 def test_msvd(tmp_path):
     lists = {"train": ["a_1_5", "b_2_9"], "val": ["c_0_3"], "test": ["d_4_8"]}
     captions = {video: [w.split() for w in WORDS] for videos in lists.values() for video in videos}
+    captions["a_1_5"][0] = " ".join(captions["a_1_5"][0])  # as some have it
     for split, videos in lists.items():
         write(tmp_path / f"{split}_list.txt", "\n".join(videos) + "\n")
         for video in videos:
