@@ -125,8 +125,8 @@ def load_splits(name_or_path, root=None, splits=SPLITS, download=False, classes=
         expect(name == "text2shape" or os.path.isdir(root), root, f"no such folder, and {name} cannot be "
                "fetched automatically; give --root its folder (README.md shows the layout)")
         return finish(DATA_SETS[name](root), root, splits, classes, strict=name in KARPATHY)
-    expect(os.path.isdir(name), f"unknown data set {name!r}", f"known are {', '.join(DATA_SETS)}; or give the "
-           "path of a .jsonl or .csv file, or of a folder of pictures to search")
+    expect(os.path.isdir(name), f"unknown data set {name!r}", f"known are {', '.join(DATA_SETS)}; or give "
+           "the path of a .jsonl or .csv file, or of a folder of pictures to search")
     return [(read_gallery(name, split), {}) for split in splits]
 
 
@@ -155,10 +155,10 @@ def hash_tenth(id):
 def finish(rows, where, splits, classes=None, own=False, strict=False):
     """-> [(instances, {task: [class names]}) of each split] of what a reader yields; "all" is every row.
 
-    A row's split is the one it states. Where no row states any, it is 80/10/10 by a hash of the id; where none
-    says val, val is the last tenth of train. Empty captions go; a row without a caption or a picture is left
-    out, and a note counts them. own, strict: a picture that is not there is an error. classes: those of train,
-    unless they are given.
+    A row's split is the one it states. Where no row states any, it is 80/10/10 by a hash of the id; where
+    none says val, val is the last tenth of train. Empty captions go; a row without a caption or a picture is
+    left out, and a note counts them. own, strict: a picture that is not there is an error. classes: those of
+    train, unless they are given.
     """
     gc.disable()  # looking for cycles among millions of new objects takes longer than reading them
     try:
@@ -227,7 +227,7 @@ def _instances(rows, classes, where, split, strict):
     """The instances of a split; what has no picture or no text is left out, and said."""
     chosen = [row for row in rows if split in (row.split, "all")]
     present = ", ".join(sorted({row.split for row in rows}))
-    expect(chosen, where, f"no rows in split {split!r}; it has {present}; add some, or give every row a split")
+    expect(chosen, where, f"no rows in split {split!r}; it has {present}; add some, or state every row's")
     instances = []
     left_out = 0
     empty = 0
@@ -236,8 +236,8 @@ def _instances(rows, classes, where, split, strict):
         captions = row.captions
         lacks = next((x for x in row.images if isinstance(x, str) and not os.path.isfile(x)), None)
         if lacks and strict:
-            raise DataError(f"{row.where or where}: picture {absence(lacks)} (backslashes, capitals and Unicode's "
-                            "normal form matter; what has an address, download it)")
+            raise DataError(f"{row.where or where}: picture {absence(lacks)} (backslashes, capitals and "
+                            "Unicode's normal form matter; what has an address, download it)")
         if isinstance(captions, tuple):
             file, read = captions
             lacks = lacks or (None if os.path.isfile(file) else file)
@@ -253,8 +253,8 @@ def _instances(rows, classes, where, split, strict):
         labels = {task: name for task, name in row.labels.items() if name is not None}
         instances.append(Instance(row.id, row.images, texts, labels, row.group))
     if left_out or empty:
-        problem = (f"of split {split}, {left_out} of {len(chosen)} rows without a picture or a text and {empty} "
-                   f"empty captions were left out{reason and ': '}{reason}")
+        problem = (f"of split {split}, {left_out} of {len(chosen)} rows without a picture or a text and "
+                   f"{empty} empty captions were left out{reason and ': '}{reason}")
         expect(instances, where, f"{problem}; README.md shows the layout")
         note(f"{where}: {problem}")
     number_labels(instances, classes, where, split)
@@ -463,14 +463,14 @@ def _csv_entries(path):
                f"{len(cells)} cells under {len(header)} columns; quote a cell that holds a comma")
         labels = {name: cell.strip() for name, cell in zip(header, cells)}
         image = labels.pop("image")
-        yield where, {"images": [image], "captions": [labels.pop("caption")], "labels": labels, "default": image,
-                      "id": labels.pop("id", None), "split": labels.pop("split", None)}
+        yield where, {"images": [image], "captions": [labels.pop("caption")], "default": image,
+                      "id": labels.pop("id", None), "split": labels.pop("split", None), "labels": labels}
 
 
 def read_gallery(folder, split):
     """The pictures of a folder and its subfolders, as instances without captions: for searching."""
-    expect(split in ("test", "all"), folder, "a folder has no captions to learn from, and can only be searched "
-           "(eval.py --query); to train, list its pictures with captions in a .csv or .jsonl file")
+    expect(split in ("test", "all"), folder, "a folder has no captions to learn from, and can only be "
+           "searched (eval.py --query); to train, list its pictures with captions in a .csv or .jsonl file")
     instances = []
     for place, _, _ in sorted(os.walk(folder)):
         for name in list_folder(place, PICTURES):
@@ -713,7 +713,9 @@ def _wikipedia_texts(file):
 
 def pascal_sentence(root):
     """Rashtchian et al. 2010: dataset/<class>/<id>.jpg, sentence/<class>/<id>.txt (five lines), or <id>txt as
-    its published script writes. 20 classes of 50, by name 40 / 5 / 5 of each. Relevance: the class."""
+    its published script writes. 20 classes of 50, by name 40 / 5 / 5 of each. Relevance: the class. Each line
+    is a caption; CLIP4CMR's authors take 50 words of all five as one, for which --features with their files
+    is the faithful path."""
     classes = list_folder(os.path.join(root, "dataset"))
     expect(classes, root, f"no pictures; {absence(os.path.join(root, 'dataset', '<class>', '<id>.jpg'))}")
     for name in classes:
@@ -767,9 +769,10 @@ def fashiongen(root):
             shape = f["input_image"].shape
             expect(shape[1:] == (256, 256, 3) and f["input_image"].dtype == np.uint8, path,
                    f"pictures of shape {shape}; expected uint8 (pictures, 256, 256, 3)")
-            columns = [f["input_" + key][:].ravel() for key in ("productID", "name", "description", "category")]
-            for k, (id, *texts) in enumerate(zip(*columns, range(shape[0]), strict=True)):
-                title, description, category = [text.decode("latin1") for text in texts[:3]]
+            keys = ("productID", "name", "description", "category")
+            columns = [f["input_" + key][:].ravel() for key in keys]
+            for id, *texts, k in zip(*columns, range(shape[0]), strict=True):
+                title, description, category = [text.decode("latin1") for text in texts]
                 row = Row(str(id), part, [], [f"{title}. {description}"], {"category": category}, category)
                 products.setdefault(id, row).images.append(H5View(path, k))
         yield from products.values()
@@ -837,13 +840,13 @@ def msvd(root):
     about 40 captions to a video."""
     path = os.path.join(root, "raw-captions.pkl")
     captions = read_pickle(path)
-    expect(fits(captions, {str: [list]}) and fits([*captions.values()], [[[str]]]), path,
+    expect(fits(captions, {str: [(list, tuple, str)]}), path,
            "not a dict of lists of captions, each a list of words; get it again")
     videos = []
     for part in SPLITS:
         for (video,) in read_list(os.path.join(root, part + "_list.txt"), 1):
-            sentences = [" ".join(words) for words in captions.get(video, ())]
-            videos.append((video, part, [video], sentences))
+            texts = [x if isinstance(x, str) else " ".join(map(str, x)) for x in captions.get(video, ())]
+            videos.append((video, part, [video], texts))
     return _video_rows(root, videos)
 
 
@@ -856,13 +859,16 @@ def didemo(root):
         path = os.path.join(root, part + "_data.json")
         by_name = defaultdict(list)
         by_stem = defaultdict(list)
-        for moment in read_json(path, [{"video": str, "description": str}], "DiDeMo's [{video, description}]"):
+        shape = [{"video": str, "description": str}]
+        for moment in read_json(path, shape, "DiDeMo's [{video, description}]"):
             by_name[moment["video"]].append(moment["description"])
             by_stem[os.path.splitext(moment["video"])[0]].append(moment["description"])
-        for (name,) in read_list(os.path.join(root, part + "_list.txt"), 1):
-            stem = name if name in by_stem else os.path.splitext(name)[0]  # a name may be listed without ending
-            captions = by_name.get(name) or by_stem.get(stem) or by_name.get(stem, [])
-            videos.append((stem, part, [name, stem], captions))
+        names = [name for (name,) in read_list(os.path.join(root, part + "_list.txt"), 1)]
+        stem_of = {name: name if name in by_stem else os.path.splitext(name)[0] for name in names}
+        times = Counter(stem_of.values())
+        for name, stem in stem_of.items():
+            captions = by_name.get(name) or by_stem.get(stem, [])
+            videos.append((stem if times[stem] == 1 else name, part, [name, stem], captions))
     return _video_rows(root, videos, paragraph=True)
 
 
@@ -965,8 +971,8 @@ def fetch_missing(name, root=None):
     archives = {os.path.basename(path) for path in TEXT2SHAPE_FILES if path.endswith(".zip")}
     if CAPTION_FILE in there and there & {VOXEL_FOLDER, "views"} and not there & archives:
         return
-    note(f"{root}: Text2Shape is not there, or not all of it; fetching it from {TEXT2SHAPE_URL} (at most 2 GB "
-         "when unpacked; --no-download refuses)")
+    note(f"{root}: Text2Shape is not there, or not all of it; fetching it from {TEXT2SHAPE_URL} (at most "
+         "2 GB when unpacked; --no-download refuses)")
     for path, result in TEXT2SHAPE_FILES.items():
         file = os.path.join(root, os.path.basename(path))
         if not os.path.exists(file) and not os.path.exists(os.path.join(root, result)):
@@ -1462,7 +1468,7 @@ def read_features(path):
 
 
 def _names(path, key, array):
-    """Labels or ids (N,) as integers or strings; a column (N, 1) and whole numbers of other types are read."""
+    """Labels or ids (N,) as integers or strings; a column (N, 1) and whole floats are read too."""
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     with np.errstate(invalid="ignore"):
@@ -1472,7 +1478,8 @@ def _names(path, key, array):
            f"{key} is {array.dtype} of shape {array.shape}; expected one class or id a row (N,)")
     if array.dtype.kind in "SO":  # Python 2's strings are bytes
         names = [str(x, "utf-8", "replace") if isinstance(x, bytes) else x for x in array.tolist()]
-        expect(all(isinstance(x, (str, int, float, type(None))) for x in names), path, f"{key} holds no names")
+        valid = all(isinstance(x, (str, int, float, type(None))) for x in names)
+        expect(valid, path, f"{key} holds other things than names")
         array = np.array([str(x) for x in names])
     return array
 
@@ -1615,11 +1622,11 @@ def load_regions(name, root, split, clip_input=True):
     images = len(captions) // 5
     step = len(features) // max(1, images)
     expect(step in (1, 5) and step * images == len(features) and 5 * images == len(captions),
-           base + "_ims.npy", f"{len(features)} rows, but {len(captions)} lines in {base}_caps.txt (the first: "
-           f"{captions[:1]}); expected five captions to a row")
+           base + "_ims.npy", f"{len(features)} rows, but {len(captions)} lines in {base}_caps.txt (the "
+           f"first: {captions[:1]}); expected five captions to a row")
     for i in np.linspace(0, images - 1, 10).astype(int) * step:
-        expect((features[i:i + step] == features[i]).all(), base + "_ims.npy", "as many rows as captions, but "
-               f"rows {i} to {i + 4} differ: one caption to an image is not supported, five are expected")
+        expect((features[i:i + step] == features[i]).all(), base + "_ims.npy", "as many rows as captions, "
+               f"but rows {i} to {i + 4} differ: one caption to an image is not supported, only five are")
     embeddings = base + "_clip.npy" if clip_input and os.path.exists(base + "_clip.npy") else None
     expect(not embeddings or len(_rows_of(embeddings, "D")) == images, embeddings,
            f"expected a row for each of the {images} images of {base}_caps.txt")
@@ -1635,8 +1642,8 @@ def load_regions(name, root, split, clip_input=True):
 # ---------------------------------------------------------------- pictures
 
 def open_image(path):
-    """A picture as RGB: EXIF rotation applied, more than 8 bits of grey scaled by their range, transparency on
-    white, one frame. Metadata that are broken are ignored."""
+    """A picture as RGB: EXIF rotation applied, more than 8 bits of grey scaled by their range, transparency
+    on white, one frame. Metadata that are broken are ignored."""
     expect_file(path)
     with reading(path, "replace it or remove its row"), open(path, "rb") as f:
         try:
@@ -1669,7 +1676,7 @@ def _rgb(image):
     if image.mode[0] in "IF":  # convert("RGB") alone would clip them to white
         levels = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
         top = min(top for top in (1, 255, 4095, 65535, levels.max()) if top >= levels.max())
-        if tiff and image.mode[:2] == "I;":  # shown as it is stored; other 16-bit files hold what a camera gave
+        if tiff and image.mode[:2] == "I;":  # shown as it is stored; others hold what a camera gave
             top = 65535
         image = Image.fromarray((levels * (255 / top)).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -1823,8 +1830,8 @@ class Loader:
         expect(self.batch_size % self.world == 0, f"--batch-size {self.batch_size}",
                f"no multiple of the {self.world} processes; choose one that is")
         expect(not self.train or self.batch_size <= self.samples, f"--batch-size {self.batch_size}",
-               f"larger than the data set, of {self.samples} training {'pairs' if self.pairs else 'instances'}; "
-               f"choose {self.samples} or less")
+               f"larger than the data set, of {self.samples} training "
+               f"{'pairs' if self.pairs else 'instances'}; choose {self.samples} or less")
         texts = [caption for x in self.instances for caption in x.captions]
         self.tokens, cut = tokenizer.rows(texts, self.context_length)
         if cut:

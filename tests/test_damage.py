@@ -90,7 +90,8 @@ def make_sets(root):
         rgb.save(root / name)
     with zipfile.ZipFile(root / "voxels.zip", "w") as z:
         z.writestr(f"{data.VOXEL_FOLDER}/a/a.nrrd", b"NRRD0004\n" * 20)
-    clip.save_checkpoint(str(root / "a.pt"), {"settings": {"lr": 0.1}, "weights": {"a": features()["image"].tolist()}})
+    weights = {"a": features()["image"].tolist()}
+    clip.save_checkpoint(str(root / "a.pt"), {"settings": {"lr": 0.1}, "weights": weights})
 
 
 def data_set(name):

@@ -46,7 +46,7 @@ def sizes(parts):
 
 @pytest.mark.parametrize("ending", ["", ".with"])
 def test_didemo(ending, tmp_path):
-    """The sentences of exactly the listed name, though another name has its stem; a fork's names have none."""
+    """The sentences of exactly the listed name, though another name has its stem; a fork's have no ending."""
     copy("didemo", tmp_path)
     lists = {part: real_lines(f"{REAL}/didemo/{part}_list.txt") for part in ("train", "val", "test")}
     for name in sum(lists.values(), []):
@@ -63,6 +63,18 @@ def test_didemo(ending, tmp_path):
             shared += len({m["video"] for m in moments if os.path.splitext(m["video"])[0] == x.id}) - 1
             assert x.captions == [" ".join(" ".join(own).split())] and own
     assert shared == 8
+
+
+def test_two_listed_names_of_one_stem_are_two_videos(tmp_path):
+    copy("didemo", tmp_path)
+    moments = read_json(f"{REAL}/didemo/val_data.json")
+    listed = real_lines(f"{REAL}/didemo/val_list.txt")
+    second = next(m["video"] for m in moments if m["video"] not in listed)
+    write(tmp_path / "val_list.txt", "\n".join([*listed, second]))
+    frames(tmp_path, *[os.path.splitext(name)[0] for name in listed])
+    found = {x.id: x.captions[0] for x in data.load("didemo", str(tmp_path), "val")[0]}
+    pair = [name for name in [*listed, second] if os.path.splitext(name)[0] == os.path.splitext(second)[0]]
+    assert len(found) == 20 and len(pair) == 2 and found[pair[0]] != found[pair[1]]
 
 
 def test_didemo_with_crlf_and_a_byte_order_mark(tmp_path):
@@ -87,7 +99,8 @@ def test_activitynet(prefix, tmp_path, capsys):
     late = [id for id in known if data.hash_tenth(id) == 9]
     assert len(known) == 50 and 0 < len(late) and [x.id for x in found["val"]] == late
     assert sizes(found) == [50 - len(late), len(late), 23]
-    assert found["train"][0].captions == [" ".join(" ".join(content[found["train"][0].id]["sentences"]).split())]
+    first = found["train"][0]
+    assert first.captions == [" ".join(" ".join(content[first.id]["sentences"]).split())]
     assert any("\u00f1" in x.captions[0] for x in found["train"] + found["val"])
     assert "test, 2 of 25 rows without a picture or a text" in capsys.readouterr().err
 
@@ -172,16 +185,18 @@ def test_region_features_of_coco_are_of_5000_images_where_they_are_there(tmp_pat
 
 
 def test_variants_that_people_also_have(tmp_path):
-    """A list with semicolons is read; the list of 7,000 and a caption list with a header are not, and said."""
+    """A list with semicolons is read; that of 7,000 and a caption list with a header are not, and said."""
     videos = [line.split(";")[2] for line in real_lines(f"{REAL}/variants/MSRVTT_JSFUSION_test.semicolon.csv")
               if line.count(";") >= 3][1:]
     train = real_lines(f"{REAL}/variants/MSRVTT_train.7k.csv")[1:]
     sentences = [{"video_id": video, "caption": f"caption {k}"} for video in train for k in range(20)]
     write(tmp_path / "MSRVTT_data.json", {"sentences": sentences})
     frames(tmp_path, *[video + ".mp4" for video in videos + train])
-    shutil.copyfile(f"{REAL}/variants/MSRVTT_JSFUSION_test.semicolon.csv", tmp_path / "MSRVTT_JSFUSION_test.csv")
+    semicolons = f"{REAL}/variants/MSRVTT_JSFUSION_test.semicolon.csv"
+    shutil.copyfile(semicolons, tmp_path / "MSRVTT_JSFUSION_test.csv")
     shutil.copyfile(f"{REAL}/variants/MSRVTT_train.7k.csv", tmp_path / "MSRVTT_train.7k.csv")
-    refused("MSRVTT_train.9k.csv: No such file; .* holds MSRVTT_train.7k.csv", data.load, "msrvtt", str(tmp_path))
+    refused("MSRVTT_train.9k.csv: No such file; .* holds MSRVTT_train.7k.csv",
+            data.load, "msrvtt", str(tmp_path))
     os.rename(tmp_path / "MSRVTT_train.7k.csv", tmp_path / "MSRVTT_train.9k.csv")
     found = splits("msrvtt", tmp_path)
     assert [x.id for x in found["test"]] == videos and "gymnastics" in found["test"][1].captions[0]
@@ -189,7 +204,8 @@ def test_variants_that_people_also_have(tmp_path):
     shutil.rmtree(tmp_path / "frames")
     precomp("precomp-flickr30k", tmp_path, ["dev"])
     shutil.copyfile(f"{REAL}/variants/bcan_dev_caps.txt", tmp_path / "precomp" / "dev_caps.txt")
-    refused("lines in .*dev_caps.txt .the first: .'image,caption'", data.load_regions, "flickr30k", str(tmp_path), "val")
+    refused("lines in .*dev_caps.txt .the first: .'image,caption'",
+            data.load_regions, "flickr30k", str(tmp_path), "val")
 
 
 def test_frames_are_in_order_of_number_and_hidden_files_are_none(tmp_path):

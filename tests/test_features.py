@@ -67,8 +67,10 @@ def test_npz(tmp_path):
     found = data.read_features(str(compressed))
     assert found["image"].dtype == found["text"].dtype == np.float32
     assert_same(found, expected | {"text": halves.astype(np.float32), "ids": np.arange(60)})
-    column = content(label=(np.arange(60) % 3).astype(float)[:, None], ids=np.arange(60) > 9)  # as MATLAB writes
-    assert_same(data.read_features(npz(tmp_path / "d.npz", **column)), expected | {"ids": np.int64(np.arange(60) > 9)})
+    ids = np.arange(60) > 9
+    column = content(label=(np.arange(60) % 3).astype(float)[:, None], ids=ids)  # as MATLAB writes
+    found = data.read_features(npz(tmp_path / "d.npz", **column))
+    assert_same(found, expected | {"ids": ids.astype(np.int64)})
     without = data.read_features(npz(tmp_path / "c.npz", **content(ids=None)))
     assert_same(without, expected | {"ids": np.arange(60)})
 
