@@ -531,7 +531,8 @@ def test_metrics_in_blocks_are_those_of_whole_matrices(monkeypatch):
     videos = [torch.randn(len(x.images), 8) for x in instances]
     frames, mask = padded(videos, 9)
     scores = plain_similarity(texts, videos)
-    expected = eval.both_ways(scores[layout["text_query"]], scores.t()[layout["image_query"]], **layout)
+    functions = (lambda indices: scores[indices]), (lambda indices: scores.t()[indices])
+    expected = eval.retrieval_metrics(None, None, **layout, scores=functions)
     calls = spied(monkeypatch, train_adapter, "similarity")
     for block, most in ((1 << 22, 1 << 22), (2 * 21 * 4, 2 * 21 * 4), (1, 21 * 4)):  # 1: one text or video
         monkeypatch.setattr(eval, "BLOCK", block)
