@@ -1963,7 +1963,10 @@ def main(argv=None):
         folder = args.out or os.path.join("runs", f"clip-{name}")
         args.prompt = args.prompt or ["a photo of a {}."]
     else:
-        args.checkpoint = [os.path.join(x, "best.pt") if os.path.isdir(x) else x for x in args.checkpoint]
+        for i, folder in enumerate(args.checkpoint):
+            if os.path.isdir(folder):
+                args.checkpoint[i] = os.path.join(folder, "best.pt")
+                data.note(f"{folder}: its best.pt is evaluated")
         folder = args.out or os.path.dirname(args.checkpoint[0])
     path = os.path.join(folder, "metrics.json")
     for file in (None if args.query else path, args.gallery, args.attention, args.embeddings):
