@@ -1076,13 +1076,14 @@ MARGIN = 4  # empty voxels around a grid: what is blurred ends here
 
 
 @lru_cache(maxsize=48)  # 3 views, 8 boxes' parities; one size for the model, one for pictures
-def _rays(grid, size, view, odd):
+def _rays(grid, size, view, odd, bulky):
     """-> (pixel, voxel, light). Where the pixels' rays run through a grid and its margin, pixel by pixel and
     front to back, int32 (points,) each: the pixel, and the flat index of the voxel; a ray's first point is in
     the margin. light: float32 (3, 1), along the grid's axes. odd: of each axis, whether (1 or 0) the middle
     of the shape lies half a voxel before that of the grid.
 
-    An orthographic view is no more than this table. A full grid fits the window, even seen on edge.
+    An orthographic view is no more than this table. Its window is sqrt(2) of the grid's side wide, so that
+    what turns fits; for a bulky shape as much as a full grid needs, whose corners would lie above and below.
     """
     azimuth = math.radians(view * 360 / VIEWS)
     elevation = math.radians(ELEVATION)
@@ -1090,7 +1091,7 @@ def _rays(grid, size, view, odd):
     right = np.array([math.cos(azimuth), 0, -math.sin(azimuth)])
     back = -np.array([math.sin(azimuth) * level, math.sin(elevation), math.cos(azimuth) * level])
     up = np.cross(right, back)
-    window = (level + math.sqrt(2) * math.sin(elevation)) * grid
+    window = (level + math.sqrt(2) * math.sin(elevation) if bulky else math.sqrt(2)) * grid
     side = grid + 2 * MARGIN
     steps = math.ceil(math.sqrt(3) * side)
     pixel = ((np.arange(size) + 0.5) / size - 0.5) * window
@@ -1128,7 +1129,10 @@ def render(voxels, view, size):
         start, odd = np.divmod(side - sides, 2)
         centred = np.zeros((side, side, side), bool)
         centred[tuple(map(slice, start, start + sides))] = np.rot90(solid[box], turns, (0, 2))
-        pixel, voxel, light = _rays(grid, size, view, tuple(odd.tolist()))
+        wide, high, deep = sides
+        tilt = math.radians(ELEVATION)
+        bulky = math.cos(tilt) * high + math.sin(tilt) * math.hypot(wide, deep) > math.sqrt(2) * grid
+        pixel, voxel, light = _rays(grid, size, view, tuple(odd.tolist()), bulky)
         points = centred.take(voxel).nonzero()[0]  # those in solid voxels
         first = points[np.diff(pixel[points], prepend=np.int32(-1)) > 0]  # of each pixel that has one
         strides = np.array([[side * side], [side], [1]])

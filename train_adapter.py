@@ -24,9 +24,8 @@ code the initial weights, the schedule, and dropout of 0. Their rate of 1e-5 is 
 Adam in half precision, where the second moment underflows and steps become about a hundred times as long.
 Here all is float32, and 1e-3 moves the adapters as far (and 1e-5 CLIP's own weights, for their 1e-7).
 Ours are AdamW (the authors' Adam has no bias correction, and its cosine is counted from the first step, not
-from the end of the warm-up), places of frames that are rounded (theirs are cut to whole numbers), a gradient
-norm of 1 that acts on the whole gradient (theirs on a quarter of it, with four processes), the rates of LoRA
-and for the built-in shapes, and these shapes as a task.
+from the end of the warm-up), a gradient norm of 1 that acts on the whole gradient (theirs on a quarter of it,
+with four processes), the rates of LoRA and for the built-in shapes, and these shapes as a task.
 
     python train_adapter.py                                                # shapes, from a small CLIP
     python train_adapter.py --data msrvtt --root path/to/msrvtt            # the paper's setting, ViT-B/32

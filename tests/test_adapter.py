@@ -454,7 +454,8 @@ def test_a_run_is_evaluated_by_its_similarity(words, frames, tau, films, tmp_pat
     assert metrics(tmp_path / "again")["val"]["model"] == log(out)[-1]["val"]
     costs = json.loads((out / "costs.json").read_text())
     said = capsys.readouterr().err
-    assert f"{costs['trained_parameters']:,} trained parameters, {100 * costs['share']:.2f}% of CLIP's" in said
+    share = f"{100 * costs['share']:.2f}% of CLIP's"
+    assert f"{costs['trained_parameters']:,} trained parameters, {share}" in said
 
 
 # ---------------------------------------------------------------- the frozen CLIP

@@ -139,10 +139,9 @@ def test_a_hybrid_is_the_weighted_sum_of_its_losses():
         rows.data.mul_(3)  # both are used at unit norm
     images, texts = (F.normalize(torch.randn(n, 3), dim=1) for n in (9, 6))
     image_labels, text_labels = torch.arange(9) % CLASSES, torch.arange(6) % 3  # class 3 has no text
-    c = CONSTANTS
-    temperature = c["cross-entropy"]["temperature"]
+    c = CONSTANTS | {"cross-entropy": {"temperature": 0.3}}
     plain = {"label-regression": lambda x, y: losses.label_regression_loss(x @ classifier.t(), y),
-             "cross-entropy": lambda x, y: F.cross_entropy(x @ classifier.t() / temperature, y),
+             "cross-entropy": lambda x, y: F.cross_entropy(x @ classifier.t() / 0.3, y),
              "pcl": lambda x, y: losses.prototype_contrastive_loss(x, prototypes, y, **c["pcl"]),
              "proxy-nca": lambda x, y: losses.proxy_nca_loss(x, prototypes, y, **c["proxy-nca"]),
              "proxy-anchor": lambda x, y: losses.proxy_anchor_loss(x, prototypes, y, **c["proxy-anchor"])}
@@ -155,7 +154,7 @@ def test_a_hybrid_is_the_weighted_sum_of_its_losses():
     assert tuple(expected) == LOSSES and len({round(value, 5) for value in expected.values()}) == 11
 
     def found(weights):
-        return total_loss(model, weights, images, image_labels, texts, text_labels).item()
+        return total_loss(model, weights, images, image_labels, texts, text_labels, c).item()
 
     for name, value in expected.items():
         assert found({name: 1.0}) == pytest.approx(value, rel=1e-6), name

@@ -228,7 +228,9 @@ def march(voxels, view, size):
     up = np.array([-math.sin(a) * math.sin(e), math.cos(e), -math.cos(a) * math.sin(e)])
     back = np.array([math.sin(a) * math.cos(e), math.sin(e), math.cos(a) * math.cos(e)])
     light = data.LIGHT @ [right, up, back]
-    window = n * (math.cos(e) + 2 ** 0.5 * math.sin(e))
+    wide, high, deep = where.max(0) + 1 - where.min(0)
+    tallest = math.cos(e) * high + math.sin(e) * math.hypot(wide, deep)  # of all views
+    window = n * (math.cos(e) + 2 ** 0.5 * math.sin(e)) if tallest > n * 2 ** 0.5 else n * 2 ** 0.5
     steps = math.ceil(3 ** 0.5 * (n + 8))
 
     @functools.cache
@@ -295,7 +297,9 @@ def test_renderer_turns_shapes_about_their_middle(sides):
         wide = cos * sides[0] + sin * sides[2]
         high = 0.866 * sides[1] + 0.5 * (sin * sides[0] + cos * sides[2])
         pixels = [last - first + 1 for first, last in (columns, rows)]
-        assert np.allclose(pixels, np.array([wide, high]) * 97 / (1.5731 * 32), atol=3)
+        tallest = 0.866 * sides[1] + 0.5 * math.hypot(sides[0], sides[2])
+        window = 1.5731 * 32 if tallest > 1.4142 * 32 else 1.4142 * 32
+        assert np.allclose(pixels, np.array([wide, high]) * 97 / window, atol=3)
 
 
 def test_renderer_orientation():

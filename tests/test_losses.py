@@ -230,7 +230,7 @@ def test_class_wise(definition):
 def test_pair_wise_extremes_stay_finite(definition, image_labels, text_labels, equal):
     leaves = (features(6, 4).float(), features(6, 5).float())
     if equal:
-        leaves = (features(1, 6).float().repeat(6, 1),) * 2
+        leaves = (torch.eye(6)[:1].repeat(6, 1),) * 2  # at distances of exactly 0
     labels = (torch.tensor(image_labels), torch.tensor(text_labels))
     assert_finite(value_and_gradients(getattr(losses, definition.__name__), leaves, *labels))
 
