@@ -235,6 +235,11 @@ def test_pair_wise_extremes_stay_finite(definition, image_labels, text_labels, e
     assert_finite(value_and_gradients(getattr(losses, definition.__name__), leaves, *labels))
 
 
+def test_label_regression_of_what_is_right_stays_finite():
+    """A distance of exactly 0, where a square root has no gradient."""
+    assert_finite(value_and_gradients(losses.label_regression_loss, (torch.eye(3),), torch.arange(3)))
+
+
 def test_triplet_of_ties_at_the_margin():
     """Distances that meet the margin exactly: the hinge is 0 there, from either side."""
     x = torch.tensor([[1.0, 0.0]])

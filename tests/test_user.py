@@ -336,16 +336,16 @@ def test_uto_is_a_loop(mu):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("cosine", [-1.0, 1.0])
 def test_uto_is_finite_for_any_cosine_in_any_precision(dtype, cosine):
-    """All at one cosine: e^(90 / 2) of each of 4,096 keys would overflow half precision, and single when
-    multiplied."""
+    """All at one cosine, with a mu of which e^(mu / 2) would overflow."""
     x = F.normalize(torch.ones(4, 8, dtype=dtype), dim=1)
     y = cosine * x
     queue = y[:1].expand(4096, 8)
     nothing = torch.zeros(4, 4096, dtype=torch.bool)
-    of_batch = value_and_gradients(lambda x: train_user.uto_loss(x, y, torch.eye(4, dtype=torch.bool)), x)
-    of_queue = value_and_gradients(lambda x: train_user.uto_queue_loss(x, y, queue, nothing), x)
+    same = torch.eye(4, dtype=torch.bool)
+    of_batch = value_and_gradients(lambda x: train_user.uto_loss(x, y, same, mu=400.0), x)
+    of_queue = value_and_gradients(lambda x: train_user.uto_queue_loss(x, y, queue, nothing, mu=400.0), x)
     assert all(value.isfinite().all() for value in of_batch + of_queue)
-    expected = math.log(1 + 4096 * math.exp(90 * (cosine - 0.5))) / 90 - math.log(1 + max(0.0, cosine))
+    expected = math.log(1 + 4096 * math.exp(400 * (cosine - 0.5))) / 400 - math.log(1 + max(0.0, cosine))
     assert of_queue[0].item() == pytest.approx(expected, abs=0.02)
 
 
