@@ -337,7 +337,7 @@ def test_renderer_shades_each_face_evenly():
         shades, counts = np.unique(image[image != 255], return_counts=True)
         faces = np.sort(shades[np.argsort(counts)[-3:]].astype(int))
         assert np.diff(faces).min() > 10 and np.sort(counts)[-3:].sum() > 0.6 * counts.sum()
-        top = image[size * 2 // 5:size * 9 // 20, size * 9 // 20:size * 11 // 20]
+        top = image[size * 36 // 100:size * 42 // 100, size * 9 // 20:size * 11 // 20]
         assert (top == faces[2]).all()
 
 
