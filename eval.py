@@ -357,7 +357,7 @@ def precision_thresholds(probabilities, labels, precision):
 
 
 def task_metrics(probabilities, labels, weights=None, thresholds=None):
-    """Metrics of a model of several tasks -> {"tasks": {task: metrics}, "mean": their mean over the tasks}.
+    """Metrics of a model of several tasks -> {task: metrics}, and as "mean_of_tasks" the mean of each metric.
 
     probabilities: {task: (N, C)}; labels: {task: int64 (N,)}; thresholds: a list of (C,), one for each task.
     The metrics are those of `classification_metrics`. A task that no row has a label of is left out.
@@ -377,7 +377,7 @@ def task_metrics(probabilities, labels, weights=None, thresholds=None):
     mean = {}
     for name in next(iter(tasks.values())):  # the same for every task
         mean[name] = float(np.mean([metrics[name] for metrics in tasks.values()]))
-    return {"tasks": tasks, "mean": mean}
+    return tasks | {"mean_of_tasks": mean}
 
 
 @torch.no_grad()
@@ -432,14 +432,13 @@ def task_table(split, rows, classes, precision):
         "noise": {kind: {share: of `task_metrics`}}.
     classes: {task: names of its classes}; precision: of the thresholds.
     """
-    mean = rows["model"]["mean"]
-    lines_of = [*rows["model"]["tasks"].items(), ("mean", mean)]
+    mean = rows["model"]["mean_of_tasks"]
     titles = {"accuracy": "accuracy", "macro_f1": "macro F1",
               "recall_at_precision": f"R@P{100 * precision:.0f}".rjust(8), "image_weight": "image weight"}
     titles = {name: title for name, title in titles.items() if name in mean}
-    width = max(len(name) for name, _ in lines_of)
+    width = max(map(len, rows["model"]))
     lines = ["  ".join([split.ljust(width), "classes", "majority", *titles.values()])]
-    for task, metrics in lines_of:
+    for task, metrics in rows["model"].items():
         cells = [" " * len("classes"), " " * len("majority")]  # the mean has none
         if metrics is not mean:
             cells = [f"{len(classes[task]):7}", f"{rows['majority'][task]['accuracy']:8.1f}"]
@@ -448,7 +447,7 @@ def task_table(split, rows, classes, precision):
     for kind, study in rows.get("noise", {}).items():
         cells = []
         for share, metrics in study.items():
-            cells.append(f"{100 * float(share):.0f}%: {metrics['mean']['accuracy']:.1f}")
+            cells.append(f"{100 * float(share):.0f}%: {metrics['mean_of_tasks']['accuracy']:.1f}")
         lines.append(f"noise in {kind:5}: " + "   ".join(cells))
     return "\n".join(lines)
 

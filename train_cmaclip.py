@@ -279,7 +279,7 @@ def main(argv=None):
                 threshold = eval.precision_thresholds(probabilities[task], labels[task], args.precision)
                 classifier.threshold.copy_(threshold)
             metrics = eval.task_metrics(probabilities, labels, weights)
-            accuracy = metrics["mean"]["accuracy"]
+            accuracy = metrics["mean_of_tasks"]["accuracy"]
             run.keep_best(accuracy, f"val accuracy {accuracy:.1f}, the mean over tasks", val=metrics)
     eval.report(args, device)
 

@@ -250,12 +250,12 @@ study("cma-foreign", "train_cmaclip --data products --clip {clip:everything} --e
 NUMBERS = {  # heading -> where its number stands in what metrics.json says of a split, where it does
     "rSum": "model rSum", "T2I R@1": "model text_to_image R@1", "I2T R@1": "model image_to_text R@1",
     "mAP": "model mAP", "I2T mAP": "model image_to_text mAP", "T2I mAP": "model text_to_image mAP",
-    "accuracy": "model mean accuracy", "R@P90": "model mean recall_at_precision",
-    "accuracy, images wrong": "noise image 1.0 mean accuracy",
-    "accuracy, texts wrong": "noise text 1.0 mean accuracy",
-    "image weight": "noise image 0.0 mean image_weight",
-    "image weight, images wrong": "noise image 1.0 mean image_weight",
-    "image weight, texts wrong": "noise text 1.0 mean image_weight",
+    "accuracy": "model mean_of_tasks accuracy", "R@P90": "model mean_of_tasks recall_at_precision",
+    "accuracy, images wrong": "noise image 1.0 mean_of_tasks accuracy",
+    "accuracy, texts wrong": "noise text 1.0 mean_of_tasks accuracy",
+    "image weight": "noise image 0.0 mean_of_tasks image_weight",
+    "image weight, images wrong": "noise image 1.0 mean_of_tasks image_weight",
+    "image weight, texts wrong": "noise text 1.0 mean_of_tasks image_weight",
 }
 JUDGED_BY = ("rSum", "mAP", "accuracy", "R@P90", "accuracy, images wrong", "accuracy, texts wrong")
 

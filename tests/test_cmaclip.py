@@ -279,11 +279,11 @@ def test_it_learns_what_needs_both_modalities(things, whole, tmp_path):
     """cma learns both tasks, and where to look for each, so that noise harms it there; one modality is at
     chance (25) in the other's task."""
     rows = metrics(whole)["test"]
-    reached = {"cma": rows["model"]["tasks"]}
+    reached = {"cma": rows["model"]}
     for fusion in ("image", "text"):
         main(arguments(things, "--out", tmp_path / fusion, "--fusion", fusion, "--epochs", 15,
                        "--eval-every", 5))
-        reached[fusion] = metrics(tmp_path / fusion)["test"]["model"]["tasks"]
+        reached[fusion] = metrics(tmp_path / fusion)["test"]["model"]
     cma, image, text = ({task: m[task]["accuracy"] for task in ("seen", "told")} for m in reached.values())
     assert min(cma.values()) > 85 and cma == accuracy(things, whole / "best.pt")
     assert image["seen"] > 85 and image["told"] < 50
@@ -291,8 +291,8 @@ def test_it_learns_what_needs_both_modalities(things, whole, tmp_path):
     assert reached["cma"]["seen"]["image_weight"] > 55 > 45 > reached["cma"]["told"]["image_weight"]
     for kind, task, other in (("image", "seen", "told"), ("text", "told", "seen")):
         study = rows["noise"][kind]
-        assert study["0.0"]["tasks"][task] == pytest.approx(reached["cma"][task])
-        assert study["1.0"]["tasks"][task]["accuracy"] < 50 < 70 < study["1.0"]["tasks"][other]["accuracy"]
+        assert study["0.0"][task] == pytest.approx(reached["cma"][task])
+        assert study["1.0"][task]["accuracy"] < 50 < 70 < study["1.0"][other]["accuracy"]
 
 
 @pytest.mark.parametrize("fusion", FUSIONS[1:])
@@ -301,7 +301,7 @@ def test_every_fusion_runs_and_eval_repeats_its_metrics(fusion, things, tmp_path
     assert f"fusion {fusion};" in capsys.readouterr().err
     rows = metrics(tmp_path)["test"]
     assert rows["majority"] == {"seen": {"accuracy": 25.0}, "told": {"accuracy": 25.0}}
-    assert ("image_weight" in rows["model"]["mean"]) == (fusion == "modality")
+    assert ("image_weight" in rows["model"]["mean_of_tasks"]) == (fusion == "modality")
     evaluated(tmp_path / "best.pt", "--out", tmp_path / "again")
     assert metrics(tmp_path / "again")["test"] == rows
 
@@ -373,7 +373,7 @@ def test_settings_reach_the_model(things, tmp_path):
     layer, = model.layers
     assert layer.self_attn.num_heads == 3 and layer.dropout.p == 0 and model.importance.shape == (1, 2, 24)
     assert checkpoint["classes"] == {"told": list(TOUCH)}
-    assert metrics(tmp_path)["test"]["model"]["tasks"].keys() == {"told"}
+    assert metrics(tmp_path)["test"]["model"].keys() == {"told", "mean_of_tasks"}
     scratch, pretrained = train_cmaclip.SCRATCH, train_cmaclip.PRETRAINED
     assert vars(settings([])).items() >= scratch.items()
     assert vars(settings(["--clip", "ViT-B/32"])).items() >= pretrained.items()

@@ -54,7 +54,7 @@ RUNS = {
 PICTURES = ["mxm", "clip4cmr", "cmaclip", "user", "adapter"]  # these read pictures
 AT_EVERY_STEP = [name for name in PICTURES if name != "clip4cmr"]  # CLIP4CMR's CLIP sees each picture once
 # the keys of the metric on val that best.pt is chosen by; elsewhere rSum
-CHOSEN = {"train_clip4cmr": ["mAP"], "train_cmaclip": ["mean", "accuracy"]}
+CHOSEN = {"train_clip4cmr": ["mAP"], "train_cmaclip": ["mean_of_tasks", "accuracy"]}
 
 
 @pytest.fixture(scope="module")
