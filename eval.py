@@ -443,7 +443,7 @@ def task_table(split, rows, classes, precision):
         if metrics is not mean:
             cells = [f"{len(classes[task]):7}", f"{rows['majority'][task]['accuracy']:8.1f}"]
         cells += [f"{metrics[name]:{len(title)}.1f}" for name, title in titles.items()]
-        lines.append("  ".join([task.ljust(width), *cells]))
+        lines.append("  ".join([("mean" if metrics is mean else task).ljust(width), *cells]))
     for kind, study in rows.get("noise", {}).items():
         cells = []
         for share, metrics in study.items():
@@ -630,7 +630,7 @@ def kept(path, what, compute, device):
     data.note(f"{what} are computed once and kept in {path}")
     check_writable(path)
     found = compute().cpu()
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         clip.write_file(path, lambda f: np.save(f, found.numpy()))
     return found
 

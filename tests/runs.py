@@ -371,6 +371,7 @@ def serve():
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.dup2(pipes[0][1], 1)
                 os.dup2(pipes[1][1], 2)
+                sys.stdout, sys.stderr = (os.fdopen(file, "w", closefd=False) for file in (1, 2))
                 if count > 1:
                     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost",
                                    "MASTER_PORT": port}

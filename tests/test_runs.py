@@ -288,7 +288,7 @@ def test_your_own_data_start_from_a_published_clip(name, folder, published, tmp_
     os.unlink(published / "ViT-B-32.pt")
     line = refused(capsys, argv, script(name).main)
     assert f"put the file at {published}/ViT-B-32.pt by hand" in line
-    assert f"put the file at {published}/bpe_simple_vocab_16e6.txt.gz by hand" in line
+    assert "its tokenizer's beside it, of http://127.0.0.1:9/bpe_simple_vocab_16e6.txt.gz" in line
     assert "--clip tiny" in line
 
 
@@ -367,16 +367,19 @@ def test_resume_refuses_what_is_no_continuation(name, folder, whole, tmp_path, c
     shutil.copytree(whole, tmp_path / "run")
     resume = words(name, folder, "--out", tmp_path / "run", "--resume")
     main = script(name).main
-    for option, value in (("lr", 0.5), ("epochs", 4), ("seed", 3), *OTHERS.get(name, ())):
+    for option, value in (("lr", 0.5), ("seed", 3), *OTHERS.get(name, ())):
         line = refused(capsys, [*resume, f"--{option}"] + [value] * (value is not None), main)
         assert f"--{option} was" in line and f"is {True if value is None else value} now" in line
+    if not name.startswith("clip4cmr"):  # whose rate is constant
+        line = refused(capsys, [*resume, "--epochs", 4], main)
+        assert "its learning rate falls over 3 epochs, so that --epochs 4 is another run" in line
     another = script("cmaclip" if name == "mxm" else "mxm")
     argv = arguments(folder / "squares.jsonl", "--out", tmp_path / "run", "--resume")
     assert f"is a run of {RUNS[name][0]}.py" in refused(capsys, argv, another.main)
     nowhere = words(name, folder, "--out", tmp_path / "nothing", "--resume")
-    assert "there is no" in refused(capsys, nowhere, main)
+    assert "nothing/last.pt: is not there" in refused(capsys, nowhere, main)
     (tmp_path / "run" / "last.pt").write_bytes((whole / "last.pt").read_bytes()[:5000])
-    assert "last.pt: is damaged" in refused(capsys, resume, main)
+    assert "last.pt: refused, damaged or of another kind" in refused(capsys, resume, main)
     for file in ("log.jsonl", "best.pt", "metrics.json", "config.json"):  # all as it was
         assert (tmp_path / "run" / file).read_bytes() == (whole / file).read_bytes()
 
@@ -394,7 +397,7 @@ def test_resume_refuses_another_frozen_clip(name, folder, tmp_path, capsys, monk
     checkpoint["clip"]["state_dict"]["visual.proj"] *= 1.5
     clip.save_checkpoint(tmp_path / "clip.pt", checkpoint)
     line = refused(capsys, [*argv, "--resume"], script(name).main)
-    assert "last.pt was made with another frozen clip" in line
+    assert "last.pt: was made with another frozen clip" in line
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
@@ -504,7 +507,7 @@ def assert_equal_runs(a, b, steps=2):
         assert (x - y).abs().max() <= 1e-5 * max(x.abs().max(), 1e-5)
     one, two = weights(one), weights(two)
     for key, x in one.items():
-        difference = (x - two[key]).abs()
+        difference = (x - two[key]).abs().masked_fill(x == two[key], 0)  # thresholds may be infinite
         if key.endswith("in_proj_bias"):  # a key's bias has rounding's gradient, which Adam makes large
             difference = difference.view(3, -1)[[0, 2]]
         assert difference.max() <= 2e-5 * max(1, x.abs().max()), key
@@ -565,7 +568,7 @@ def test_one_of_two_processes_killed_then_one_resumes(lost, folder, forked, tmp_
 def test_a_folder_that_another_machine_does_not_see(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(eval, "processes", lambda: (1, 2))
     line = refused(capsys, words("mxm", folder, "--out", tmp_path / "run"), script("mxm").main)
-    assert "is not here; choose one on a disk that all machines share" in line  # before training
+    assert "is not here; choose a folder on a disk that all machines share" in line  # before training
 
 
 @pytest.mark.parametrize("name", AT_EVERY_STEP, indirect=True)
@@ -589,14 +592,16 @@ def test_two_processes_stopped_then_resumed_equal_two_never_stopped(name, folder
     ("--lr", 0, "not a positive number"), ("--lr", "nan", "not a positive number"), ("--lr", "fast", "--lr"),
     ("--weight-decay", -0.1, "0 or more"), ("--seed", -1, "0 or more"), ("--workers", -1, "0 or more"),
     ("--image-size", 0, "positive"), ("--vocab-size", 100, "514 or more"), ("--eval-every", 0, "positive"),
-    ("--device", "gpu", "no device"), ("--batch-size", 61, "--batch-size 61 is larger than"),
+    ("--device", "gpu", "no device"), ("--batch-size", 61, "larger than the data set"),
     ("--image-size", 33, "multiple of 8"), ("--clip", "ViT-B-32", "did you mean 'ViT-B/32'"),
-    ("--clip", "tyni", "did you mean 'tiny'"), ("--data", "flikr8k", "did you mean 'flickr8k'"),
+    ("--clip", "tyni", "did you mean 'tiny'"), ("--data", "flikr8k", "unknown data set 'flikr8k': known are primitives"),
     ("--data", "no.jsonl", "no.jsonl"), ("--bacth", 3, "--bacth")])
 @pytest.mark.parametrize("name", PICTURES, indirect=True)
 def test_bad_settings(name, option, value, says, folder, tmp_path, capsys):
     if name == "clip4cmr" and value == 61:
         return  # the last batch of features may be smaller, also the only one
+    if name == "user" and value == 61:
+        says = "--queue 32 cannot hold a batch of keys"
     argv = words(name, folder, "--out", tmp_path / "run", option, value)
     assert says in refused(capsys, argv, script(name).main) and not (tmp_path / "run").exists()
 
