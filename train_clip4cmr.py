@@ -178,12 +178,8 @@ def load_features(args, device):
     if args.features:
         splits, classes = data.feature_splits(args.features, args.root)
         return None, splits["train"], splits["val"], classes
-    (train, tasks), val, test = eval.load_splits(args)
+    args.task, train, val, classes = data.class_splits(eval.load_splits(args), args.task, args.data)
     args.crop = None  # a frozen CLIP sees each picture once
-    args.task = data.choose_task(tasks, args.task, args.data, train)
-    train, classes = data.by_class(train, tasks, args.task, args.data, "train")
-    val, _ = data.by_class(*val, args.task, args.data, "val", classes)
-    data.by_class(*test, args.task, args.data, "test", classes)  # what it lacks is said before training
     clip_model = eval.build_or_load(args, train, device).requires_grad_(False)
     train = eval.frozen_features(clip_model, train, classes, args.cache, args.amp, args.workers)
     val = eval.frozen_features(clip_model, val, classes, args.cache, args.amp, args.workers)

@@ -110,8 +110,8 @@ def make_features(folder):
 
 def arguments(squares, *more):
     """Three epochs of three steps, in this process alone."""
-    return ["--data", str(squares), "--clip", "tiny", "--batch-size", "8", "--epochs", "3", "--eval-every", "1",
-            "--vocab-size", "600", "--image-size", "16", "--crop", "0", "--workers", "0", "--device", "cpu",
+    return ["--data", str(squares), "--clip", "tiny", "--batch-size", "8", "--epochs", "3",
+            "--eval-every", "1", "--vocab-size", "600", "--image-size", "16", "--crop", "0", "--workers", "0", "--device", "cpu",
             "--amp", "off", *map(str, more)]
 
 
@@ -389,8 +389,8 @@ def serve():
 
 @pytest.fixture(scope="session")
 def forked():
-    """forked(script, argv, case, processes, still) -> for each process of the run (how it ended, its stdout, its
-    stderr)."""
+    """forked(script, argv, case, processes, still) -> for each process of the run (how it ended, its stdout,
+    its stderr)."""
     server = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=ENV, text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 

@@ -23,7 +23,8 @@ def finish(out, value):
     way = dict.fromkeys(["R@1", "mAP"], value)
     mean = {"accuracy": value, "recall_at_precision": value, "image_weight": value}
     model = {"rSum": value, "mAP": value, "text_to_image": way, "image_to_text": way, "mean_of_tasks": mean}
-    noise = {kind: {share: {"mean_of_tasks": mean} for share in ("0.0", "0.5", "1.0")} for kind in ("image", "text")}
+    shares = {share: {"mean_of_tasks": mean} for share in ("0.0", "0.5", "1.0")}
+    noise = {"image": shares, "text": shares}
     files = {"metrics": {"test": {"model": model, "noise": noise}, "unseen": {"model": model}},
              "made": {"cpu_seconds": value}, "costs": {"share": value / 100}}
     for name, content in files.items():
