@@ -188,7 +188,7 @@ def assert_same_run(a, b):
     folders."""
     for name in ("last.pt", "best.pt"):
         assert_same(clip.load_checkpoint(a / name), clip.load_checkpoint(b / name))
-    assert timeless(log(a)) == timeless(log(b))
+    assert timeless(log(a)) == timeless(log(b)), (timeless(log(a)), timeless(log(b)))
     assert (a / "metrics.json").read_text() == (b / "metrics.json").read_text()
     assert set(os.listdir(b)) - {"costs.json"} == set(FILES)  # costs: seconds and memory, of train_adapter.py
 

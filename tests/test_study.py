@@ -6,6 +6,7 @@ import re
 import statistics
 
 import pytest
+from PIL import Image
 
 import clip
 import data
@@ -151,7 +152,7 @@ def test_what_cannot_be_written_is_refused_and_nothing_changes(more, expected, r
 
 def test_files_of_data_sets(tmp_path):
     """A file of a data set has its instances; captions may lose the words of their classes."""
-    (tmp_path / "a.jpg").write_bytes(b"")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     rows = [{"id": str(i), "images": ["a.jpg"], "captions": ["Shirt", f"Blue shirts for me, number {i}"],
              "labels": {"kind": "Shirts", "colour": "blue"}} for i in range(60)]
     for name in ("hm", "products"):

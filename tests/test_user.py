@@ -399,7 +399,7 @@ def test_settings_are_the_papers(words, expected):
     ("--dim", 1, "2 or more"), ("--lr-drop", 1.1, "a share"),
     ("--clip-lr", -1, "0 or more"), ("--enhance", "all", "--enhance"),
     ("--loss", "clip", "--loss"), ("--batch-size", 1, "2 or more"), ("--mu", 0, "positive"),
-    ("--mu", "20 --loss infonce", "only uto"), ("--data", "primitives --regions", "have none")])
+    ("--mu", "20 --loss infonce", "only uto"), ("--data", "primitives --regions", "train_ims.npy: cannot be read")])
 def test_bad_settings(option, value, says, squares, tmp_path, capsys):
     argv = arguments(squares, "--out", tmp_path / "run", option, *str(value).split())
     assert says in refused(capsys, argv, main) and not (tmp_path / "run").exists()
@@ -586,9 +586,9 @@ def test_regions(enhance, precomp, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("end, row, says", [
-    ("_ims.npy", (4, 7), "features of width 7; those of the training split have 6"),
-    ("_clip.npy", None, "does not exist; CGE needs"),
-    ("_clip.npy", (31,), "embeddings of width 31; those of --clip have 32")])
+    ("_ims.npy", (4, 7), "features of another width than the training split's, which is 6"),
+    ("_clip.npy", None, "CGE needs CLIP's embeddings there, float32 (images, 32)"),
+    ("_clip.npy", (31,), "CGE needs CLIP's embeddings there, float32 (images, 32)")])
 def test_region_files_that_do_not_fit_are_refused(end, row, says, precomp, tmp_path, capsys):
     """In one line and before anything is trained."""
     path = tmp_path / "precomp" / f"dev{end}"
