@@ -371,7 +371,8 @@ def task_metrics(probabilities, labels, weights=None, thresholds=None):
         if metrics is None:
             continue
         if weights is not None:
-            metrics["image_weight"] = 100 * weights[:, k, 0].mean().item()
+            # in double their sum is exact, whatever its order, which hangs on where the numbers lie
+            metrics["image_weight"] = 100 * weights[:, k, 0].double().mean().item()
         tasks[task] = metrics
     data.expect(tasks, "nothing to evaluate", "no instance has a label of a task that the model knows")
     mean = {}
