@@ -2,7 +2,6 @@
 
     python -m pytest tests/test_features.py
 """
-import io
 import json
 import os
 import pickle

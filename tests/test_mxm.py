@@ -4,7 +4,6 @@
 
 What every script promises of a run is tested in test_runs.py.
 """
-import math
 
 import pytest
 import torch
