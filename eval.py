@@ -371,8 +371,7 @@ def task_metrics(probabilities, labels, weights=None, thresholds=None):
         if metrics is None:
             continue
         if weights is not None:
-            # in double their sum is exact, whatever its order, which hangs on where the numbers lie
-            metrics["image_weight"] = 100 * weights[:, k, 0].double().mean().item()
+            metrics["image_weight"] = 100 * weights[:, k, 0].mean().item()
         tasks[task] = metrics
     data.expect(tasks, "nothing to evaluate", "no instance has a label of a task that the model knows")
     mean = {}
