@@ -1645,6 +1645,9 @@ def load_regions(name, root, split, clip_input=True):
 
 # ---------------------------------------------------------------- pictures
 
+OPENAI = clip.MODELS["ViT-B/32"][0]  # its Config says how pictures become pixels where no other is given
+
+
 def open_image(path):
     """A picture as RGB: EXIF rotation applied, more than 8 bits of grey scaled by their range, transparency
     on white, one frame. Metadata that are broken are ignored."""
@@ -1704,28 +1707,33 @@ def _without_metadata(content):
     return b"".join(kept) + content[at:]
 
 
-def square(image, size):
-    """RGB picture -> uint8 (size, size, 3): bicubic resize of the shorter side, centre crop; the same pixels
-    as torchvision's Resize and CenterCrop. Of a very long picture only what is kept is resized (1 x 5,000
-    would otherwise grow to gigabytes); Pillow may then take rows and columns in the other order, and its
-    rounding between the two shows."""
-    if image.size == (size, size):
-        return np.asarray(image)
+def square(image, size, config=OPENAI):
+    """RGB picture -> uint8 (size, size, 3): the shorter side is resized, the middle is kept (or, where a
+    CLIP's configuration says so, the picture is squashed); the same pixels as torchvision's Resize and
+    CenterCrop. Of a very long picture only what is kept is resized (1 x 5,000 would otherwise grow to
+    gigabytes); Pillow may then take rows and columns in the other order, and its rounding between the two
+    shows."""
+    how = Image.Resampling[config.interpolation.upper()]
+    if config.squash:
+        return np.asarray(image.resize((size, size), how))
     w, h = image.size
     short = min(w, h)
-    wide, high = (size if side == short else int(size * side / short) for side in (w, h))
+    resize = config.image_resize or size  # of the shorter side
+    wide, high = (resize if side == short else int(resize * side / short) for side in (w, h))
     left = round((wide - size) / 2)
     top = round((high - size) / 2)
     if max(w, h) <= 64 * short:
-        resized = image.resize((wide, high), Image.Resampling.BICUBIC)
+        resized = image.resize((wide, high), how)
         return np.asarray(resized.crop((left, top, left + size, top + size)))
     box = (left * w / wide, top * h / high, (left + size) * w / wide, (top + size) * h / high)
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.asarray(image.resize((size, size), how, box=box))
 
 
-def pixels(image, size):
+def pixels(image, size, config=OPENAI):
     """A path, or a callable view -> uint8 (size, size, 3)."""
-    return square(image(size).convert("RGB") if callable(image) else open_image(image), size)
+    if callable(image):
+        return np.asarray(image(size).convert("RGB"))
+    return square(open_image(image), size, config)
 
 
 RATIOS = (3 / 4, 4 / 3)  # width to height of random crops
@@ -1765,12 +1773,12 @@ def crop_box(w, h, smallest, rng):
     return (w - width) // 2, (h - height) // 2, width, height
 
 
-def random_crop(picture, size, smallest, rng, mirror):
+def random_crop(picture, size, smallest, rng, mirror, config=OPENAI):
     """uint8 (h, w, 3) -> (size, size, 3): a random part of a picture (see `crop_box`), made square, and where
     `mirror` allows it flipped left to right half of the time."""
     left, top, width, height = crop_box(picture.shape[1], picture.shape[0], smallest, rng)
     part = Image.fromarray(picture[top:top + height, left:left + width])
-    part = np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
+    part = np.asarray(part.resize((size, size), Image.Resampling[config.interpolation.upper()]))
     return part[:, ::-1] if mirror and rng.random() < 0.5 else part
 
 
@@ -1798,6 +1806,7 @@ class Loader:
     A batch is a dict of tensors. An instance with fewer views or captions than asked for has its rest masked.
 
       images        uint8 (B, V, 3, S, S); of `load_regions` float32 (B, V, regions, width)
+      mean_std      float32 (2, 3, 1, 1): the mean and std of the pixels in 0..1 that the CLIP was trained on
       image_mask    bool (B, V)
       tokens        int32 (B, L, context_length)
       caption_mask  bool (B, L)
@@ -1822,6 +1831,7 @@ class Loader:
     frames: int = None  # instead of views, at most this many images, taken evenly and in order (video)
     pairs: bool = False  # an epoch shows every caption once, with its instance, not every instance once
     crop: float = None  # in training: the smallest share of the area in random crops; None, 0 or 1: no crops
+    config: clip.Config = OPENAI  # of the CLIP: how its pictures are resized, and the mean and std of pixels
 
     def __post_init__(self, tokenizer):
         n = len(self.instances)
@@ -1889,7 +1899,8 @@ class Loader:
             h, w = self.sides[at]
             return self.cache[at, :h * w * 3].reshape(h, w, 3)
         image = self.instances[i].images[k]
-        picture = crop_source(image, self.area) if self.crop else pixels(image, self.image_size)
+        picture = (crop_source(image, self.area) if self.crop
+                   else pixels(image, self.image_size, self.config))
         if self.cached:
             self.cache[at, :picture.size] = picture.ravel()
             self.sides[at] = picture.shape[:2]
@@ -1904,7 +1915,7 @@ class Loader:
         if self.crop:
             # k + 1, because numpy takes numbers that end in 0 for the same as without it: those of `_draw`
             rng = np.random.default_rng([self.seed, epoch, sample, k + 1])
-            picture = random_crop(picture, self.image_size, self.crop, rng, self.mirror[i])
+            picture = random_crop(picture, self.image_size, self.crop, rng, self.mirror[i], self.config)
         return picture
 
     def _draw(self, epoch, sample):
@@ -1952,6 +1963,7 @@ class Loader:
         images = torch.from_numpy(images)
         batch = {
             "images": images if self.regions else images.permute(0, 1, 4, 2, 3),
+            "mean_std": torch.tensor([self.config.image_mean, self.config.image_std])[:, :, None, None],
             "image_mask": torch.from_numpy(image_mask),
             "tokens": tokens,
             "caption_mask": caption >= 0,
@@ -2031,8 +2043,7 @@ def to_device(batch, device):
         moved[key] = batch[key].to(device, non_blocking=True)
     moved["labels"] = {task: labels.to(device, non_blocking=True) for task, labels in batch["labels"].items()}
     if moved["images"].dtype == torch.uint8:
-        mean = torch.tensor(clip.IMAGE_MEAN, device=device).view(3, 1, 1) * 255
-        std = torch.tensor(clip.IMAGE_STD, device=device).view(3, 1, 1) * 255
+        mean, std = moved["mean_std"] * 255
         moved["images"] = (moved["images"].float() - mean) / std
     if "clip_input" in moved:
         moved["images"] = Regions(moved["images"], moved.pop("clip_input"))

@@ -4,6 +4,7 @@
 
 Real photos lie in ../shared/data; tests that need them skip where it is absent.
 """
+import argparse
 import collections
 import csv
 import functools
@@ -24,6 +25,7 @@ import sys
 import tracemalloc
 import zipfile
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,7 +37,7 @@ import clip
 import data
 import train_mxm
 from data import DataError, Instance
-from eval import load_splits  # the module's name would hide Python's eval
+from eval import evaluation_loader, load_splits, training_loader  # the name eval would hide Python's own
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(ROOT, "..", "shared", "data")
@@ -582,13 +584,20 @@ def test_loader_errors(tmp_path):
         assert multiprocessing.active_children() == []  # what still holds the error does not hold workers
 
 
-def test_to_device_normalises_as_clip(tmp_path):
-    path = picture(tmp_path / "a.png", 3, (21, 13))
-    batch = loader([Instance("a", [path], ["a"], {"t": 1})], 1, 1, 1).make(0)
-    moved = data.to_device(batch, torch.device("cpu"))
-    assert torch.allclose(moved["images"][0, 0], clip.transform(8)(Image.open(path)), atol=1e-5)
-    assert batch["images"].dtype == torch.uint8 and moved["labels"]["t"].tolist() == [1]
-    assert torch.equal(moved["tokens"], batch["tokens"])
+@pytest.mark.parametrize("how", [dict(), dict(image_mean=(0.5, 0.5, 0.4), image_std=(0.5, 0.4, 0.5)),
+                                 dict(squash=True), dict(interpolation="bilinear"), dict(image_resize=40)])
+def test_a_clips_pictures_are_what_its_own_preprocessing_gives(how, tmp_path):
+    path = picture(tmp_path / "a.png", 3, (61, 43))
+    instances = [Instance("a", [path], ["a"], {"t": 1})]
+    model = clip.build("tiny", tokenizer())
+    model.config = replace(model.config, **how)
+    args = argparse.Namespace(batch_size=1, seed=0, workers=0, crop=None)
+    for made in (training_loader(args, instances, model), evaluation_loader(model, instances)):
+        batch = made.make(0)
+        moved = data.to_device(batch, torch.device("cpu"))
+        theirs = clip.Preprocess(model.config)(Image.open(path))
+        assert torch.allclose(moved["images"][0, 0], theirs, atol=1e-5)
+        assert batch["images"].dtype == torch.uint8 and moved["labels"]["t"].tolist() == [1]
 
 
 # ---------------------------------------------------------------- random crops
