@@ -364,15 +364,23 @@ def read_cells(path, separator=",", strict=False, by_line=False):
 
 
 def read_table(path, columns, strict=False, by_line=False):
-    """-> (header, rows) of a CSV file whose first row must name these columns; rows is as of `read_cells`.
-    The separator is what the first row has most of."""
+    """Yield ("file line n", {column: cell}) of a CSV file whose first row must name these columns. The
+    separator is what the first row has most of. Where not `strict`, what is past the last column belongs to
+    it: titles of published tables have commas without quotes."""
     head = next(read_lines(path), "")
-    rows = read_cells(path, max(",;\t|", key=head.count), strict, by_line)
+    separator = max(",;\t|", key=head.count)
+    rows = read_cells(path, separator, strict, by_line)
     header = [name.strip() for name in next(rows, ("", []))[1]]
     for name in columns:
         expect(name in header, f"{path} line 1", f"no column {name!r}; the first line must name "
                f"{', '.join(columns)} (it names: {', '.join(header)[:200] or 'nothing'})")
-    return header, rows
+    expect(len(set(header)) == len(header) and "" not in header, f"{path} line 1",
+           f"a column has no name or that of another ({', '.join(header)[:200]}); name each, or remove it")
+    last = len(header) - 1
+    for where, cells in rows:
+        expect(len(cells) == len(header) or len(cells) > len(header) and not strict, where,
+               f"{len(cells)} cells under {len(header)} columns; quote a cell that holds a comma")
+        yield where, dict(zip(header, [*cells[:last], separator.join(cells[last:])]))
 
 
 def read_list(path, fields, separator="\t"):
@@ -455,13 +463,8 @@ def _json_entries(path):
 
 
 def _csv_entries(path):
-    header, rows = read_table(path, ("image", "caption"), strict=True)
-    expect(len(set(header)) == len(header) and "" not in header, f"{path} line 1",
-           f"a column has no name or that of another ({', '.join(header)[:200]}); name each, or remove it")
-    for where, cells in rows:
-        expect(len(cells) == len(header), where,
-               f"{len(cells)} cells under {len(header)} columns; quote a cell that holds a comma")
-        labels = {name: cell.strip() for name, cell in zip(header, cells)}
+    for where, cells in read_table(path, ("image", "caption"), strict=True):
+        labels = {name: cell.strip() for name, cell in cells.items()}
         image = labels.pop("image")
         yield where, {"images": [image], "captions": [labels.pop("caption")], "default": image,
                       "id": labels.pop("id", None), "split": labels.pop("split", None), "labels": labels}
@@ -639,11 +642,9 @@ def text2shape(root):
     path = os.path.join(root, CAPTION_FILE)
     expect(os.path.isfile(path), root, f"no {CAPTION_FILE} there; without --no-download (data.load: with "
            f"download=True) it is fetched; or {text2shape_by_hand(root)}")
-    header, lines = read_table(path, ("modelId", "description", "category"))
     captions = defaultdict(list)
     category = {}
-    for _, cells in lines:
-        cell = defaultdict(str, zip(header, cells))  # a short line lacks its last cells
+    for _, cell in read_table(path, ("modelId", "description", "category")):
         captions[cell["modelId"]].append(cell["description"])
         category[cell["modelId"]] = cell["category"]
     published = _published_split(root)
@@ -675,18 +676,12 @@ def _published_split(root):
 
 def products(root):
     """Kaggle's Fashion Product Images: styles.csv and images/<id>.jpg. A picture, a title and seven tasks;
-    80/10/10 by a hash of the id. Commas in a title are not quoted: what is past the last column is title."""
+    80/10/10 by a hash of the id."""
     path = os.path.join(root, "styles.csv")
-    header, lines = read_table(path, ("id", "productDisplayName"), by_line=True)
-    expect(header[0] == "id" and header[-1] == "productDisplayName", f"{path} line 1",
-           f"expected columns id, ..., productDisplayName, in this order; it has {', '.join(header)[:200]}")
-    tasks = [column for column in header[1:-1] if column != "year"]
-    for where, cells in lines:
-        expect(len(cells) >= len(header), where, f"{len(cells)} cells under {len(header)} columns")
-        cell = dict(zip(header, cells))
-        title = ",".join(cells[len(header) - 1:])
-        labels = {task: plain(cell[task]) for task in tasks}
-        yield Row(cell["id"], None, [os.path.join(root, "images", cell["id"] + ".jpg")], [title], labels)
+    for _, cell in read_table(path, ("id", "productDisplayName"), by_line=True):
+        id, title = cell.pop("id"), cell.pop("productDisplayName")
+        labels = {task: plain(name) for task, name in cell.items() if task != "year"}
+        yield Row(id, None, [os.path.join(root, "images", id + ".jpg")], [title], labels)
 
 
 def wikipedia(root):
@@ -825,10 +820,7 @@ def msrvtt(root):
     videos = []
     for part, file, columns in (("train", "MSRVTT_train.9k.csv", ["video_id"]),
                                 ("test", "MSRVTT_JSFUSION_test.csv", ["video_id", "sentence"])):
-        header, lines = read_table(os.path.join(root, file), columns, by_line=True)
-        for where, cells in lines:
-            expect(len(cells) >= len(header), where, f"{len(cells)} cells under {len(header)} columns")
-            cell = dict(zip(header, cells))
+        for _, cell in read_table(os.path.join(root, file), columns, by_line=True):
             video = cell["video_id"].strip()
             texts = [cell["sentence"]] if part == "test" else captions[video]
             videos.append((video, part, [video], texts))
