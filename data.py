@@ -117,7 +117,7 @@ def load_splits(name_or_path, root=None, splits=SPLITS, download=False, classes=
     if name.lower().endswith((".jsonl", ".csv")):
         return finish(read_own(name, root or os.path.dirname(name)), name, splits, classes, own=True)
     if name in DATA_SETS and name.startswith("primitives"):
-        return [primitives(split, name) for split in splits]
+        return [primitives(split, name, classes) for split in splits]
     if name in DATA_SETS:
         root = root or os.path.join("data", name)
         if download:
@@ -546,63 +546,33 @@ def check_classes(count, where, task):
         note(f"{where}: {task}: {(count == 1).sum()} of {len(count)} classes have a single training instance")
 
 
-def pairs(instances, data_classes, classes):
-    """One instance for each caption, with one of the images: what is classified.
-
-    A label is the number of a class; the data's numbers become those of the model's `classes`, by name: -1
-    where there is no label or the model does not know its class.
-    """
-    number = {(task, name): c for task, names in classes.items() for c, name in enumerate(names)}
+def pairs(instances, tasks):
+    """One instance for each caption, with one of the images and a label of each task: what is classified."""
     out = []
     for x in instances:
-        labels = dict.fromkeys(classes, -1)
-        for task in classes:
-            if x.labels.get(task, -1) >= 0:
-                labels[task] = number.get((task, data_classes[task][x.labels[task]]), -1)
+        labels = {task: x.labels.get(task, -1) for task in tasks}
         for k, caption in enumerate(x.captions):
             image = x.images[k % len(x.images)]
             out.append(replace(x, images=[image], captions=[caption], labels=labels))
     return out
 
 
-def load_split(name, root, split, task, classes=None):
-    """As `load`, for one task: -> (instances that have a label of it, names of its classes). What counts as
-    the same thing, the group, becomes the class. classes: those that a model knows; others are left out."""
-    known = None if classes is None else {task: classes}
-    instances, tasks = load(name, root, split, classes=known)
-    return by_class(instances, tasks, task, name, split, classes)
-
-
-def by_class(instances, classes, task, name, split, known=None):
-    """What `load_split` makes of the instances and the {task: [class names]} of a split that is loaded
-    already. known: the names of the classes that a model knows."""
+def by_class(loaded, task, name, split):
+    """Of what `load` returns -> (instances that have a label of a task, names of its classes). What counts as
+    the same thing, the group, becomes the class."""
+    instances, classes = loaded
     names = classes.get(task, [])
     labelled = [replace(x, group=names[x.labels[task]]) for x in instances if x.labels.get(task, -1) >= 0]
-    if known is not None:
-        labelled = [x for x in labelled if x.group in known]
-    left_out = len(instances) - len(labelled)
-    if left_out:
-        note(f"{name} {split}: {left_out} of {len(instances)} instances have no known {task}; "
-             "they were left out")
+    if len(labelled) < len(instances):
+        note(f"{name} {split}: {len(instances) - len(labelled)} of {len(instances)} instances have no known "
+             f"{task}; they were left out")
     expect(labelled, name,
            f"no instance of split {split!r} has a known {task}; label some, or choose another --task")
     return labelled, names
 
 
-def class_splits(loaded, task, name):
-    """Of what `load_splits` returns -> (task, train, val, names of its classes): the instances that have a
-    class of the task (None: the first), which becomes their group. That test has such is checked here, before
-    training."""
-    (train, tasks), val, test = loaded
-    task = choose_task(tasks, task, name, train)
-    train, classes = by_class(train, tasks, task, name, "train")
-    val, _ = by_class(*val, task, name, "val", classes)
-    by_class(*test, task, name, "test", classes)
-    return task, train, val, classes
-
-
 def class_layout(instances, classes):
-    """What evaluation by class needs to know of `load_split`'s instances: the number of each one's class in
+    """What evaluation by class needs to know of `by_class`'s instances: the number of each one's class in
     `classes` (N,), how many captions it has (N,), and whether it is a query (N,)."""
     number = {name: c for c, name in enumerate(classes)}
     labels = np.array([number[x.group] for x in instances], np.int64)
@@ -1272,11 +1242,11 @@ class PrimitiveView:
 def _primitive(number, sample, query):
     views = [PrimitiveView(number, sample, view) for view in range(VIEWS)]
     captions = [primitive_caption(number, sample, k)[0] for k in range(CAPTIONS)]
-    labels = dict(zip(TASKS, _configuration(number)))
+    labels = {task: list(TASKS[task])[value] for task, value in zip(TASKS, _configuration(number))}
     return Instance(f"{number:03d}-{sample}", views, captions, labels, f"{number:03d}", query)
 
 
-def primitives(split, name="primitives"):
+def primitives(split, name="primitives", classes=None):
     """Text2Shape's primitives, made again from the published recipe: 6 solids x 14 colours x 9 sizes, 10
     samples of each. 12 views, 5 captions. Relevance: the same configuration.
 
@@ -1300,7 +1270,10 @@ def primitives(split, name="primitives"):
         if name == part or name == "primitives" and (split == "unseen" or not held_out):
             query = held_out or split != "unseen"
             instances += [_primitive(number, sample, query) for sample in samples[split]]
-    return instances, {task: list(values) for task, values in TASKS.items()}
+    if classes is None:
+        classes = {task: list(values) for task, values in TASKS.items()}
+    number_labels(instances, classes, name, split)
+    return instances, classes
 
 
 def primitives_stated(instance):

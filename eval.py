@@ -638,7 +638,7 @@ def kept(path, what, compute, device):
 def frozen_features(model, instances, classes, cache, amp="auto", workers=0):
     """data.Features of a frozen CLIP, of every view and every caption by itself.
 
-    They are computed once and kept in the folder `cache`. instances, classes: of data.load_split.
+    They are computed once and kept in the folder `cache`. instances, classes: of data.by_class.
     """
     model.eval()
     device = next(model.parameters()).device

@@ -144,6 +144,12 @@ def test_the_two_parts_of_the_built_in_shapes():
     assert {x.labels["shape"] for x in parts["source"]["train"]} == set(range(4))
     assert {x.labels["color"] for x in parts["source"]["train"]} == set(range(10))
     refused("primitives-target: no split 'unseen'", data.load, "primitives-target", split="unseen")
+    known = {"color": ["pink", "red"]}  # of a model that learned other data
+    instances, classes = data.load("primitives-target", split="val", classes=known)
+    red, pink = (list(data.COLOURS).index(colour) for colour in ("red", "pink"))
+    number = {red: 1, pink: 0}
+    assert classes == known and [x.labels for x in instances] == [
+        {"color": number.get(x.labels["color"], -1)} for x in parts["target"]["val"]]
 
 
 def test_primitives_are_deterministic():
@@ -1435,7 +1441,7 @@ def test_a_real_table_with_rare_classes(capsys):
     unseen = [sum(x.labels["product_type"] == -1 for x in part) for part in parts.values()]
     assert unseen[0] == 0 and 0 < sum(unseen[1:]) < 20
     assert "never occur in train; they count as unlabelled" in capsys.readouterr().err
-    known = data.load_split(f"{SHARED}/hm/hm.jsonl", None, "test", "product_type")[0]
+    known, _ = data.by_class(data.load(f"{SHARED}/hm/hm.jsonl", split="test"), "product_type", "hm", "test")
     assert len(known) == len(parts["test"]) - unseen[2]
 
 
