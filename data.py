@@ -17,6 +17,7 @@ import contextlib
 import csv
 import difflib
 import gc
+import gzip
 import hashlib
 import html
 import io
@@ -27,11 +28,9 @@ import multiprocessing
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import zipfile
-import zlib
 from collections import Counter, OrderedDict, defaultdict
 from dataclasses import InitVar, dataclass, field, replace
 from functools import lru_cache, partial
@@ -99,19 +98,19 @@ def seed_step(seed, step, rank=0):
 SPLITS = ("train", "val", "test")
 
 
-def load(name_or_path, root=None, split="train", download=False, classes=None):
+def load(name_or_path, root=None, split="train", classes=None):
     """-> (instances of the split, {task: [class names]}).
 
     name_or_path: a name in DATA_SETS (at the end of this file), or the path of a .jsonl or .csv file of your
     own, or of a folder of pictures. root: the data set's folder (default data/<name>); of a file of your own
     the folder of its pictures (default: the file's). split: train, val, test or all (primitives: also unseen,
-    not all). download: call `fetch_missing` first. classes: those that a model knows, in place of train's.
-    Raises DataError for anything missing or malformed.
+    not all). classes: those that a model knows, in place of train's. Raises DataError for anything missing or
+    malformed.
     """
-    return load_splits(name_or_path, root, [split], download, classes)[0]
+    return load_splits(name_or_path, root, [split], classes)[0]
 
 
-def load_splits(name_or_path, root=None, splits=SPLITS, download=False, classes=None):
+def load_splits(name_or_path, root=None, splits=SPLITS, classes=None):
     """[what `load` returns of each split]. The files are read once."""
     name = os.fspath(name_or_path)
     if name.lower().endswith((".jsonl", ".csv")):
@@ -120,8 +119,6 @@ def load_splits(name_or_path, root=None, splits=SPLITS, download=False, classes=
         return [primitives(split, name, classes) for split in splits]
     if name in DATA_SETS:
         root = root or os.path.join("data", name)
-        if download:
-            fetch_missing(name, root)
         expect(name == "text2shape" or os.path.isdir(root), root, f"no such folder, and {name} cannot be "
                "fetched automatically; give --root its folder (README.md shows the layout)")
         return finish(DATA_SETS[name](root), root, splits, classes, strict=name in KARPATHY)
@@ -610,8 +607,8 @@ def text2shape(root):
     views/<modelId>/*.png (used instead of rendering).
     """
     path = os.path.join(root, CAPTION_FILE)
-    expect(os.path.isfile(path), root, f"no {CAPTION_FILE} there; without --no-download (data.load: with "
-           f"download=True) it is fetched; or {text2shape_by_hand(root)}")
+    expect(os.path.isfile(path), root, f"no {CAPTION_FILE} there; without --no-download (in Python, by "
+           f"data.fetch_missing) it is fetched; or {text2shape_by_hand(root)}")
     captions = defaultdict(list)
     category = {}
     for _, cell in read_table(path, ("modelId", "description", "category")):
@@ -923,9 +920,8 @@ def text2shape_by_hand(root):
 
 
 def fetch_missing(name, root=None):
-    """Fetch a data set into its folder (default data/<name>) where it is not there and that is possible: of
-    the known ones only text2shape. A folder with captions and with voxels or views is taken as it is, also
-    without the published split. Raises DataError where it cannot be fetched."""
+    """Fetch text2shape, and nothing else, into its folder (default data/<name>) where it is not there. A
+    folder with captions and with voxels or views is taken as it is, also without the published split."""
     if name != "text2shape":
         return
     root = root or os.path.join("data", name)
@@ -948,24 +944,18 @@ def fetch_missing(name, root=None):
 
 
 def unpack(archive, root):
-    """Unpack voxels and splits of a zip: only names of the published layout, never outside `root`."""
+    """Unpack the voxels and splits of a zip into `root`; other names than theirs are not looked at."""
+    wanted = re.compile(rf"(?:.*/)?({VOXEL_FOLDER}/(\w+)/\2\.nrrd)|(?:(?!primitives/)[\w-]+/)*"
+                        f"({'|'.join(map(re.escape, SPLIT_FILES))})")
     with reading(archive, f"delete it and run the command again; or {text2shape_by_hand(root)}"):
         with zipfile.ZipFile(archive) as z:
             expect(z.testzip() is None, archive, "damaged; delete it and run the command again")
-            for info in z.infolist():
-                parts = info.filename.split("/")
-                if len(parts) >= 3 and parts[-3] == VOXEL_FOLDER and parts[-1] == parts[-2] + ".nrrd":
-                    target = os.path.join(root, *parts[-3:])
-                elif parts[-1] in SPLIT_FILES and parts[-2:-1] != ["primitives"]:
-                    target = os.path.join(root, parts[-1])
-                else:
-                    continue
-                expect(".." not in parts and "\\" not in info.filename, archive,
-                       f"{info.filename!r} is no name of the published archive; delete it")
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                with z.open(info) as source, open(target + ".part", "wb") as f:
-                    shutil.copyfileobj(source, f)
-                os.replace(target + ".part", target)
+            for name in z.namelist():
+                if found := wanted.fullmatch(name):
+                    target = os.path.join(root, found[1] or found[3])
+                    os.makedirs(os.path.dirname(target), exist_ok=True)
+                    with open(target, "wb") as f:
+                        f.write(z.read(name))
 
 
 # ---------------------------------------------------------------- voxels and their views
@@ -974,27 +964,13 @@ def read_nrrd(path):
     """A Text2Shape voxel file: uint8 (n, n, n, 4), axes x, y (up), z, RGBA. Raises DataError.
 
     NRRD: header, blank line, data."""
-    try:
-        with open(path, "rb") as f:
-            start = f.read(1 << 16)
-            blank = re.search(rb"\r?\n\r?\n", start)
-            expect(start.startswith(b"NRRD000") and blank, path, "not an NRRD file; get it again")
-            n, encoding, axes = _nrrd_header(path, start[:blank.start()].decode("latin1"))
-            need = 4 * n ** 3
-            f.seek(blank.end())
-            body = f.read(need + (need >> 10) + (1 << 16))  # even what does not compress grows by less
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
-    if encoding != "raw":
-        unzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        try:
-            body = unzip.decompress(body, need + 1)  # never more than the sizes promise
-        except zlib.error as e:
-            raise DataError(f"{path}: damaged gzip data ({e}); get the file again") from None
-        expect(unzip.eof or len(body) != need, path,  # the checksum lies behind the last byte
-               "the gzip data ends before its checksum; the file is truncated, get it again")
-    expect(len(body) == need, path,
-           f"holds {len(body)} bytes of voxels, its sizes need {need}; the file is truncated or wrong")
+    with reading(path, "expected a voxel file of Text2Shape; get it again"), open(path, "rb") as f:
+        header, *body = re.split(rb"\r?\n\r?\n", f.read(), maxsplit=1)
+        expect(header.startswith(b"NRRD000") and body, path, "not an NRRD file; get it again")
+        n, encoding, axes = _nrrd_header(path, header.decode("latin1"))
+        body = body[0] if encoding == "raw" else gzip.decompress(body[0])
+    expect(len(body) == 4 * n ** 3, path, f"holds {len(body)} bytes of voxels, its sizes need {4 * n ** 3}; "
+           "the file is truncated or wrong")
     voxels = np.frombuffer(body, np.uint8).reshape(n, n, n, 4)  # the file's first axis varies fastest
     voxels = voxels.transpose(*2 - abs(axes).argmax(0), 3)
     return np.ascontiguousarray(voxels[tuple(slice(None, None, sign) for sign in axes.sum(0))])
@@ -1007,28 +983,21 @@ def _nrrd_header(path, header):
     for line in header.split("\n"):
         name, _, value = line.partition(": ")  # a comment or a key:=value has no such name
         fields[name.strip().lower()] = value.strip()
-    expect("data file" not in fields and "datafile" not in fields, path,
-           "its voxels are in another file (the header names a data file); expected both in one")
-    kind = fields.get("type", "?")[:100]
-    expect(kind.lower() in ("uint8", "unsigned char", "uchar", "uint8_t"), path,
-           f"type {kind}; expected uint8 RGBA voxels")
-    sizes = fields.get("sizes", "?").split()
-    n = int(sizes[1]) if len(sizes) == 4 and re.fullmatch("[0-9]{1,3}", sizes[1]) else 0
-    expect(1 <= n <= 512 and sizes == ["4", str(n), str(n), str(n)], path,
-           f"sizes {' '.join(sizes)[:100]}; expected 4 n n n (channel and three axes), n up to 512")
-    encoding = fields.get("encoding", "?")[:100].lower()
-    expect(encoding in ("gzip", "gz", "raw"), path, f"encoding {encoding}; expected gzip or raw")
+    for name, pattern, expected in (("type", "uint8|unsigned char|uchar|uint8_t", "uint8 RGBA voxels"),
+                                    ("sizes", r"4\s+([1-9][0-9]{0,2})\s+\1\s+\1", "4 n n n, channel and axes"),
+                                    ("encoding", "gzip|gz|raw", "gzip or raw, in the same file")):
+        value = fields.get(name, "?")
+        expect(re.fullmatch(pattern, value), path, f"{name} {value[:100]}; expected {expected}")
     stated = fields.get("space directions", "none (0,1,0) (0,0,1) (1,0,0)")  # as Text2Shape's: y, z, x
-    try:
-        vectors = re.fullmatch("none" + r"\s*\(([^,()]+),([^,()]+),([^,()]+)\)" * 3, stated).groups()
-        along = np.array(vectors, float).reshape(3, 3)
-    except (AttributeError, ValueError):  # no match, no numbers
-        along = np.zeros((3, 3))
-    length = abs(along)
-    axes = np.where(length > 1e-3 * length.max(1, keepdims=True), np.sign(along), 0).astype(int)
-    expect((abs(axes).sum(0) == 1).all() and (abs(axes).sum(1) == 1).all(), path,
-           f"space directions {stated[:100]}; expected none and three vectors, along x, y and z in any order")
-    return n, encoding, axes
+    vectors = re.findall(r"\(([^,()]+),([^,()]+),([^,()]+)\)", stated)
+    with reading(path, "expected space directions of none and three vectors, along x, y and z in any order"):
+        along = np.array(vectors, float)  # (3, 3)
+        length = abs(along)
+        axes = np.where(length > 1e-3 * length.max(1, keepdims=True), np.sign(along), 0).astype(int)
+        one_each = [abs(axes).sum(axis).tolist() == [1, 1, 1] for axis in (0, 1)]
+        if not all(one_each) or not stated.startswith("none"):
+            raise ValueError(stated[:100])
+    return int(fields["sizes"].split()[1]), fields["encoding"], axes
 
 
 VIEWS = 12  # a turntable: one view every 30 degrees,

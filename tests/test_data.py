@@ -788,9 +788,9 @@ def test_unknown_names_and_missing_roots(tmp_path):
     refused("unknown data set 'flicker8k': known are primitives, .*flickr8k", data.load, "flicker8k")
     refused("unknown data set '.*': known are primitives", data.load, "\n\x1b?")
     nowhere = str(tmp_path / "nowhere")
-    for download in (False, True):  # what cannot be fetched is not asked for
-        refused("nowhere: no such folder, and coco cannot be fetched automatically; give --root",
-                data.load, "coco", nowhere, download=download)
+    data.fetch_missing("coco", nowhere)  # what cannot be fetched is not asked for
+    refused("nowhere: no such folder, and coco cannot be fetched automatically; give --root",
+            data.load, "coco", nowhere)
     refused(f"nowhere: no captions.tablechair.csv there; without --no-download .* put {data.TEXT2SHAPE_URL}"
             f".*{data.VOXEL_FOLDER}.zip.* into {nowhere} by hand", data.load, "text2shape", nowhere)
     refused("nowhere.csv: No such file", data.load, nowhere + ".csv")
@@ -857,26 +857,22 @@ def test_nrrd_equals_pynrrd(tmp_path, axes, signs):
 
 
 GOOD_NRRD, RAW_NRRD = nrrd(cube(1)), nrrd(cube(1), "raw")
-BAD_SIZES = ["3 6 6 6", "4 6 6", "4 -6 -6 -6", "4 0 0 0", "4 \xb2 \xb2 \xb2", "4 513 513 513",
-             "4 " + " ".join(["9" * 5000] * 3)]
+BAD_SIZES = ["3 6 6 6", "4 6 6", "4 6 6 7", "4 0 0 0", "4 \xb2 \xb2 \xb2", "4 " + " ".join(["9" * 5000] * 3)]
 BAD_DIRECTIONS = [
     "none (1,0,0)", "none (1,0,0) (0,1,0) (0,0,1) (0,0,0)", "(1,0,0) (0,1,0) (0,0,1) none", "",
-    "none (1,0,0) (0,1,0) (0,1,0)", "none (1,0,0) (0,1,0) (0,0,0)", "none (1,0,0) (0,1,0) (0,0,nan)",
-    "none (1,0,0) (0,1,0.1) (0,-0.1,1)", "none (1,0,0) (0,1,0) (0,0,x)", "none (1,0,0) (0,1,0) (0,0)",
-    "none (1e999,0,0) (0,1,0) (0,0,1)", "none (" + "1" * 5000]
+    "none (1,0,0) (0,1,0) (0,1,0)", "none (1,0,0) (0,1,0) (0,0,nan)", "none (1,0,0) (0,1,0.1) (0,-0.1,1)",
+    "none (1,0,0) (0,1,0) (0,0,x)", "none (1e999,0,0) (0,1,0) (0,0,1)", "none (" + "1" * 5000]
 BAD_NRRD = [
     (b"", "not an NRRD"), (b"PK" + GOOD_NRRD, "not an NRRD"), (b"NRRD0004\n" + b"a" * 100000, "not an NRRD"),
     (nrrd(cube(1), kind="float"), "type float"), (GOOD_NRRD.replace(b"type:", b"tipe:"), r"type \?"),
-    (nrrd(cube(1), sizes="4 6 6 7"), "sizes 4 6 6 7; expected 4 n n n"),
     *[(nrrd(cube(1), sizes=sizes), "sizes .*; expected 4 n n n") for sizes in BAD_SIZES],
-    *[(nrrd(cube(1), directions=f"space directions: {stated}"), "space directions .*; expected none and")
+    *[(nrrd(cube(1), directions=f"space directions: {stated}"), "refused.*expected space directions of none")
       for stated in BAD_DIRECTIONS],
-    (nrrd(cube(1), "hex"), "encoding hex"), (nrrd(cube(1), extra=["data file: b.raw"]), "in another file"),
-    (GOOD_NRRD[:-300], "truncated"), (GOOD_NRRD[:-4], "truncated"),
-    (GOOD_NRRD[:-8] + bytes([GOOD_NRRD[-8] ^ 1]) + GOOD_NRRD[-7:], "damaged gzip"),
-    (GOOD_NRRD[:400] + bytes(9) + GOOD_NRRD[409:], "damaged gzip"),
-    (RAW_NRRD[:-1], "holds 863 bytes of voxels, its sizes need 864"), (RAW_NRRD + b"x", "holds 865"),
-    (GOOD_NRRD[:GOOD_NRRD.index(b"\n\n") + 2] + gzip.compress(bytes(50 << 20)), "holds 865 bytes")]
+    (nrrd(cube(1), "hex"), "encoding hex; expected gzip or raw, in the same file"),
+    (GOOD_NRRD[:-300], "ended before the end-of-stream"), (GOOD_NRRD[:-4], "ended before"),
+    (GOOD_NRRD[:-8] + bytes([GOOD_NRRD[-8] ^ 1]) + GOOD_NRRD[-7:], "CRC check failed.*get it again"),
+    (GOOD_NRRD[:400] + bytes(9) + GOOD_NRRD[409:], "damaged"),
+    (RAW_NRRD[:-1], "holds 863 bytes of voxels, its sizes need 864"), (RAW_NRRD + b"x", "holds 865")]
 
 
 def test_broken_nrrd(tmp_path):
@@ -1124,10 +1120,15 @@ def server(tmp_path, monkeypatch):
     return files
 
 
+def fetch_and_load(root, split="train"):
+    data.fetch_missing("text2shape", str(root))
+    return data.load("text2shape", str(root), split)[0]
+
+
 def test_download_and_once_only(server, tmp_path, capsys):
     root = str(tmp_path / "new" / "root")
     for _ in range(2):
-        instances, _ = data.load("text2shape", root, "val", download=True)
+        instances = fetch_and_load(root, "val")
         assert [x.id for x in instances] == MODELS[4:6]
         assert data.pixels(instances[0].images[0], 8).shape == (8, 8, 3)
         assert server["asked"] == [VOXELS, SPLITS, TABLE]
@@ -1143,28 +1144,26 @@ def test_download_and_once_only(server, tmp_path, capsys):
 
 def test_interrupted_unpacking_starts_again(server, tmp_path, monkeypatch):
     root = str(tmp_path / "root")
-    replace = os.replace
-    targets = []
+    read = zipfile.ZipFile.read
+    names = []
 
-    def stop(source, target):
-        targets.append(target)
-        if target.endswith(".nrrd") and len(targets) > 5:
+    def stop(archive, name):
+        names.append(name)
+        if len(names) > 5:
             raise KeyboardInterrupt
-        replace(source, target)
+        return read(archive, name)
     with monkeypatch.context() as m:
-        m.setattr(os, "replace", stop)
+        m.setattr(zipfile.ZipFile, "read", stop)
         with pytest.raises(KeyboardInterrupt):
-            data.load("text2shape", root, download=True)
+            fetch_and_load(root)
     assert os.path.isdir(os.path.join(root, data.VOXEL_FOLDER))
     del server[VOXELS]  # it is there, and unpacked again
-    assert len(data.load("text2shape", root, download=True)[0]) == 4
+    assert len(fetch_and_load(root)) == 4
 
 
 def test_download_errors(server, tmp_path):
     root = tmp_path / "root"
-
-    def load():
-        return data.load("text2shape", str(root), "train", download=True)[0]
+    load = functools.partial(fetch_and_load, root)
     voxels = server[VOXELS]
     del server[VOXELS]
     refused("solid.zip could not be fetched; put .* into .*root by hand", load)  # clip's error, as data's
@@ -1215,14 +1214,12 @@ def test_archives_write_only_inside_the_root(tmp_path):
     def unpack(*names):
         (tmp_path / "a.zip").write_bytes(zipped({name: b"x" for name in names}))
         data.unpack(str(tmp_path / "a.zip"), str(tmp_path / "root"))
-    for name in (f"{folder}/../...nrrd", f"../../{folder}/a/a.nrrd", f"x/../{data.SPLIT_FILES[0]}",
-                 f"{folder}/a\\b/a\\b.nrrd"):
-        refused("is no name of the published archive", unpack, name)
     outside = tmp_path / "outside"
     unpack("../evil.txt", f"{outside}/evil.nrrd", f"{folder}/a/b.nrrd", "evil/processed_captions_train.py",
-           f"/{folder}/a/a.nrrd", f"{outside}/processed_captions_val.p")
+           f"{folder}/../...nrrd", f"{folder}/a\\b/a\\b.nrrd", f"{folder}/../a/../a.nrrd",
+           f"../../{folder}/a/a.nrrd", f"{outside}/processed_captions_val.p")
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert files == ["a.zip", f"root/{folder}/a/a.nrrd", "root/processed_captions_val.p"]
+    assert files == ["a.zip", f"root/{folder}/a/a.nrrd"]
 
 
 # ---------------------------------------------------------------- your own data
