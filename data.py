@@ -195,15 +195,11 @@ def _note_repeats(rows, where):
 
 def _classes(rows, where, own):
     """{task: [names]} that the training rows state (where there are none, all rows)."""
-    trained = any(row.split == "train" for row in rows)
-    named = {}  # in the order of the data
-    missing = 0
-    for row in rows:
+    named = defaultdict(Counter)  # task -> how many rows name each class
+    for row in [row for row in rows if row.split == "train"] or rows:
         for task, name in row.labels.items():
-            names = named.setdefault(task, Counter())
-            missing += name is None
-            if name is not None and (row.split == "train" or not trained):
-                names[name] += 1
+            named[task].update([] if name is None else [name])
+    missing = sum(name is None for row in rows for name in row.labels.values())
     if missing:
         note(f"{where}: {missing} labels are missing (empty, NaN, None, NA or null)")
     classes = {}
@@ -728,12 +724,9 @@ def fashiongen(root):
         path = os.path.join(root, f"fashiongen_256_256_{name}.h5")
         products = {}
         with reading(path, "expected the published file of Fashion-Gen"), h5py.File(path, "r") as f:
-            shape = f["input_image"].shape
-            expect(shape[1:] == (256, 256, 3) and f["input_image"].dtype == np.uint8, path,
-                   f"pictures of shape {shape}; expected uint8 (pictures, 256, 256, 3)")
             keys = ("productID", "name", "description", "category")
             columns = [f["input_" + key][:].ravel() for key in keys]
-            for id, *texts, k in zip(*columns, range(shape[0]), strict=True):
+            for id, *texts, k in zip(*columns, range(len(f["input_image"])), strict=True):
                 title, description, category = [text.decode("latin1") for text in texts]
                 row = Row(str(id), part, [], [f"{title}. {description}"], {"category": category}, category)
                 products.setdefault(id, row).images.append(H5View(path, k))
@@ -984,7 +977,7 @@ def _nrrd_header(path, header):
         name, _, value = line.partition(": ")  # a comment or a key:=value has no such name
         fields[name.strip().lower()] = value.strip()
     for name, pattern, expected in (("type", "uint8|unsigned char|uchar|uint8_t", "uint8 RGBA voxels"),
-                                    ("sizes", r"4\s+([1-9][0-9]{0,2})\s+\1\s+\1", "4 n n n, channel and axes"),
+                                    ("sizes", r"4\s+([1-9]\d{0,2})\s+\1\s+\1", "4 n n n, channel and axes"),
                                     ("encoding", "gzip|gz|raw", "gzip or raw, in the same file")):
         value = fields.get(name, "?")
         expect(re.fullmatch(pattern, value), path, f"{name} {value[:100]}; expected {expected}")
@@ -1372,34 +1365,28 @@ class Features:
         return self.labels, self.captions, self.query
 
 
-def _npz(path):
-    with np.load(path, allow_pickle=False) as content:
-        return dict(content)
-
-
 def read_features(path):
     """Features in place of pictures and texts: a .npz, or a pickle as CLIP4CMR's, of a dict with image (N,
     Di), text (N, Dt), label (N,) and optional ids (N,; default: row numbers). -> the same dict, features
     float32. Raises DataError where they do not fit together."""
-    with reading(path, "expected a .npz or .pkl with image (N, Di), text (N, Dt), label (N,) and ids (N,)"):
+    advice = "expected a .npz or .pkl with image (N, Di), text (N, Dt), label (N,) and ids (N,)"
+    with reading(path, advice), open(path, "rb") as f:
         pickled = path.endswith((".pkl", ".p", ".pickle"))
-        content = read_pickle(path) if pickled else _npz(path)
-        absent = [key for key in ("image", "text", "label") if key not in content]
-        expect(not absent, path, f"no {', '.join(absent)} in it; features need image, text and label")
+        content = read_pickle(path) if pickled else np.load(f, allow_pickle=False)
         arrays = {key: np.asarray(content[key]) for key in ("image", "text", "label")}
-        arrays["ids"] = np.asarray(content.get("ids", np.arange(arrays["label"].size)))
-    for key in ("label", "image", "text", "ids"):  # the label first: the others must have as many rows
+        arrays["ids"] = np.asarray(content["ids"] if "ids" in content else np.arange(arrays["label"].size))
+    for key in ("image", "text"):
         array = arrays[key]
-        if key in ("image", "text"):
-            expect(array.ndim == 2 and array.dtype.kind in "fiu" and array.size, path,
-                   f"{key} is {array.dtype} of shape {array.shape}; expected numbers (N, width)")
-            with np.errstate(over="ignore"):  # what is too large becomes infinite
-                arrays[key] = array = array.astype(np.float32, copy=False)
-            bad = ~np.isfinite(array).all(1)
-            expect(not bad.any(), path, f"{key} row {bad.argmax()} holds a NaN or an infinite number "
-                   f"({bad.sum()} such rows); remove them")
-        else:
-            arrays[key] = array = _names(path, key, array)
+        expect(array.ndim == 2 and array.dtype.kind in "fiu" and array.size, path,
+               f"{key} is {array.dtype} of shape {array.shape}; expected numbers (N, width)")
+        with np.errstate(over="ignore"):  # what is too large becomes infinite
+            arrays[key] = array.astype(np.float32, copy=False)
+        bad = ~np.isfinite(arrays[key]).all(1)
+        expect(not bad.any(), path, f"{key} row {bad.argmax()} holds a NaN or an infinite number "
+               f"({bad.sum()} such rows); remove them")
+    for key in ("label", "ids"):
+        arrays[key] = _names(path, key, arrays[key])
+    for key, array in arrays.items():
         expect(len(array) == len(arrays["label"]), path,
                f"{len(array)} rows of {key}, but {len(arrays['label'])} labels; a row needs all of them")
     return arrays
@@ -1415,10 +1402,8 @@ def _names(path, key, array):
     expect(array.ndim == 1 and array.dtype.kind in "iuUSO" and array.size, path,
            f"{key} is {array.dtype} of shape {array.shape}; expected one class or id a row (N,)")
     if array.dtype.kind in "SO":  # Python 2's strings are bytes
-        names = [str(x, "utf-8", "replace") if isinstance(x, bytes) else x for x in array.tolist()]
-        valid = all(isinstance(x, (str, int, float, type(None))) for x in names)
-        expect(valid, path, f"{key} holds other things than names")
-        array = np.array([str(x) for x in names])
+        names = [str(x, "utf-8", "replace") if isinstance(x, bytes) else str(x) for x in array.tolist()]
+        array = np.array(names)
     return array
 
 
@@ -1509,11 +1494,8 @@ class RegionView:
     def features(self):
         return np.array(_rows_of(self.path, "regions, width")[self.row], dtype=np.float32)
 
-    def has_clip_input(self):
-        return self.embedding is not None
-
     def clip_input(self):
-        """CLIP's embedding of the image, float32 (D,)."""
+        """CLIP's embedding of the image, float32 (D,), where there is one."""
         path, row = self.embedding
         return np.array(_rows_of(path, "D")[row], dtype=np.float32)
 
@@ -1728,6 +1710,12 @@ def default_crop(name, instances, pretrained):
 
 # ---------------------------------------------------------------- batches
 
+def shared_memory(kind, *shape):
+    """An array of zeros that forked workers fill for each other; pages that are not written cost nothing."""
+    size = math.prod(shape)
+    return np.frombuffer(mmap.mmap(-1, size * np.dtype(kind).itemsize), kind, size).reshape(shape)
+
+
 @dataclass(eq=False, repr=False)
 class Loader:
     """Batches of instances.
@@ -1801,23 +1789,14 @@ class Loader:
             self.area = math.ceil((self.image_size + 2) ** 2 / (self.crop * RATIOS[0]))
             sided = re.compile(r"\b(left|right)\b", re.IGNORECASE)
             self.mirror = [not any(map(sided.search, x.captions)) for x in self.instances]
-        self.cached = not self.regions and self.first_image[-1] * self.area * 3 <= self.cache_bytes
         self.cache = None
-        if self.cached:
-            self._make_cache()
-
-    def _make_cache(self):
-        """Anonymous shared memory: forked workers fill it for each other; unwritten pages cost nothing."""
-        def shared(kind, *shape):
-            size = math.prod(shape) * np.dtype(kind).itemsize
-            return np.frombuffer(mmap.mmap(-1, max(1, size)), kind, math.prod(shape)).reshape(shape)
-
         total = int(self.first_image[-1])
-        self.cache = shared(np.uint8, total, self.area * 3)
-        self.sides = shared(np.int32, total, 2)  # height and width
-        self.filled = shared(np.uint8, total)
+        if not self.regions and 0 < total * self.area * 3 <= self.cache_bytes:
+            self.cache = shared_memory(np.uint8, total, self.area * 3)
+            self.sides = shared_memory(np.int32, total, 2)  # height and width
+            self.filled = shared_memory(np.uint8, total)
 
-    def __getstate__(self):  # where workers are spawned, not forked, each has a cache of its own
+    def __getstate__(self):  # workers that are spawned, not forked, do not share it
         return self.__dict__ | {"cache": None, "sides": None, "filled": None}
 
     def __len__(self):
@@ -1826,16 +1805,14 @@ class Loader:
 
     def _decoded(self, i, k):
         """Image k of instance i: uint8 (size, size, 3), or where crops are taken from it (h, w, 3)."""
-        if self.cached and self.cache is None:
-            self._make_cache()
         at = self.first_image[i] + k
-        if self.cached and self.filled[at]:
+        if self.cache is not None and self.filled[at]:
             h, w = self.sides[at]
             return self.cache[at, :h * w * 3].reshape(h, w, 3)
         image = self.instances[i].images[k]
         picture = (crop_source(image, self.area) if self.crop
                    else pixels(image, self.image_size, self.config))
-        if self.cached:
+        if self.cache is not None:
             self.cache[at, :picture.size] = picture.ravel()
             self.sides[at] = picture.shape[:2]
             self.filled[at] = 1  # after the pixels, so that no other worker sees half a picture
@@ -1869,7 +1846,8 @@ class Loader:
         return i, images, captions
 
     def make(self, step):
-        """The batch of global step `step` (epoch = step // len(self)), this process's part."""
+        """The batch of global step `step` (epoch = step // len(self)), this process's part. It is made from
+        (seed, step) alone, so that workers, resumed runs and several processes agree."""
         epoch, at = divmod(step, len(self))
         order = _shuffled(self.samples, self.seed, epoch) if self.train else np.arange(self.samples)
         part = self.batch_size // self.world
@@ -1880,10 +1858,9 @@ class Loader:
         B = len(index)
         V = self.views or max((len(views) for _, views, _ in drawn), default=1)
         L = self.captions or max((len(captions) for _, _, captions in drawn), default=1)
-        if self.regions:
-            images = np.zeros((B, V, *self.instances[0].images[0].features().shape), np.float32)
-        else:
-            images = np.zeros((B, V, self.image_size, self.image_size, 3), np.uint8)
+        first = self.instances[0].images[0]
+        shape = first.features().shape if self.regions else (self.image_size, self.image_size, 3)
+        images = np.zeros((B, V, *shape), np.float32 if self.regions else np.uint8)
         image_mask = np.zeros((B, V), bool)
         caption = np.full((B, L), -1, np.int64)
         for b, (i, views, captions) in enumerate(drawn):
@@ -1905,10 +1882,16 @@ class Loader:
             "labels": {task: classes[index] for task, classes in self.labels.items()},
             "index": torch.from_numpy(index),
         }
-        if self.regions and self.instances[0].images[0].has_clip_input():  # regions are one view of an image
+        if self.regions and first.embedding:  # regions are one view of an image
             rows = [self.instances[i].images[0].clip_input() for i in index]
             batch["clip_input"] = torch.from_numpy(np.stack(rows)[:, None])
         return batch
+
+    def _make_or_error(self, step):
+        try:
+            return self.make(step)
+        except DataError as e:  # a worker's exception would arrive wrapped in its traceback
+            return e
 
     def batches(self, start=0, stop=None, every=1):
         """Yield the batches of steps start..stop-1, through epochs; stop None: the end of the first.
@@ -1918,9 +1901,9 @@ class Loader:
         steps = range(start, len(self) if stop is None else stop, every)
         forked = self.workers and steps and sys.platform == "linux"  # forked workers share the cache
         batches = iter(torch.utils.data.DataLoader(
-            _Batches(self),
-            sampler=steps,
+            steps,
             batch_size=None,
+            collate_fn=self._make_or_error,
             num_workers=min(self.workers, len(steps)),
             multiprocessing_context="fork" if forked else None,
             worker_init_fn=_ignore_signals,
@@ -1933,20 +1916,6 @@ class Loader:
                 yield batch
         finally:
             del batches  # ends the workers now, though a traceback may hold this frame
-
-
-class _Batches(torch.utils.data.Dataset):
-    """A Loader as torch's workers want it: batch number `step` is made from (seed, step) alone, so that
-    workers, resumed runs and several processes agree."""
-
-    def __init__(self, loader):
-        self.loader = loader
-
-    def __getitem__(self, step):
-        try:
-            return self.loader.make(step)
-        except DataError as e:  # a worker's exception would arrive wrapped in its traceback
-            return e
 
 
 def _ignore_signals(worker):

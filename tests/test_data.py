@@ -480,7 +480,7 @@ def test_loader_is_the_same_for_all_workers_and_starts(crop, tmp_path):
     assert len(plain) == 5 and len(loader(instances)) == 2
     for kwargs in (dict(workers=1), dict(workers=2), dict(cache_bytes=0), dict(cache_bytes=0, workers=2)):
         again = loader(instances, crop=crop, **kwargs)
-        assert again.cached == ("cache_bytes" not in kwargs)
+        assert (again.cache is None) == ("cache_bytes" in kwargs)
         assert all(map(equal, plain, again.batches(0, 5))) and all(map(equal, plain[3:], again.batches(3, 5)))
     assert list(loader(instances, workers=2).batches(4, 4)) == []
     assert torch.equal(before, torch.get_rng_state())  # a resumed run must not draw from it once more
@@ -651,8 +651,8 @@ def test_what_is_kept_fills_the_smallest_crop(tmp_path):
     small = data.crop_source(picture(tmp_path / "small.png", 0, (20, 14)), 5000)
     assert np.array_equal(small, data.open_image(str(tmp_path / "small.png")))  # never made larger
     assert data.crop_source(picture(tmp_path / "thin.png", 0, (5000, 1)), 600).shape == (1, 600, 3)
-    cached = [loader(instances, 1, 1, 1, crop=crop, cache_bytes=8 * 8 * 3).cached for crop in (1, 0.9, 0.5)]
-    assert cached == [True, False, False]  # more memory than allowed
+    caches = [loader(instances, 1, 1, 1, crop=crop, cache_bytes=8 * 8 * 3).cache for crop in (1, 0.9, 0.5)]
+    assert [cache is None for cache in caches] == [False, True, True]  # more memory than allowed
 
 
 def test_crops_change_with_epoch_view_and_pair_and_only_in_training(tmp_path):
