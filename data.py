@@ -21,6 +21,7 @@ import gzip
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import mmap
@@ -39,6 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import nn
 
 import clip
 
@@ -241,8 +243,6 @@ def _instances(rows, classes, where, split, strict):
             left_out += 1
             continue
         empty += len(captions) - len(texts)
-        for image in row.images if split == "test" else ():
-            expect_whole(image)
         labels = {task: name for task, name in row.labels.items() if name is not None}
         instances.append(Instance(row.id, row.images, texts, labels, row.group))
     if left_out or empty:
@@ -651,13 +651,14 @@ def wikipedia(root):
     """Rasiwasia et al. 2010: {train,test}set_txt_img_cat.list (text id, image id, category from 1),
     categories.list, images/<category>/<id>.jpg, texts/<id>.xml. 2,173 / 693, val out of train. Relevance: the
     category."""
-    names = [name for (name,) in read_list(os.path.join(root, "categories.list"), 1)]
+    names = {}
+    for (name,) in read_list(os.path.join(root, "categories.list"), 1):
+        names[str(len(names) + 1)] = name
     for part in ("train", "test"):
         for text, image, category in read_list(os.path.join(root, f"{part}set_txt_img_cat.list"), 3):
-            valid = re.fullmatch("[0-9]{1,3}", category) and 1 <= int(category) <= len(names)
-            expect(valid, root, f"category {category[:20]!r} of text {text[:40]!r}; "
+            expect(category in names, root, f"category {category[:20]!r} of text {text[:40]!r}; "
                    f"categories.list names {len(names)}, counted from 1")
-            name = names[int(category) - 1]
+            name = names[category]
             picture = os.path.join(root, "images", name, image + ".jpg")
             captions = (os.path.join(root, "texts", text + ".xml"), _wikipedia_texts)
             yield Row(f"{image}-{text}", part, [picture], captions, {"category": name}, group=name)
@@ -733,12 +734,6 @@ def fashiongen(root):
         yield from products.values()
 
 
-@lru_cache(maxsize=4)
-def _h5_images(file, process):
-    import h5py
-    return h5py.File(file, "r")["input_image"]  # one handle per process: HDF5's do not survive a fork
-
-
 @dataclass(frozen=True)
 class H5View:
     """Row `row` of the pictures in a Fashion-Gen file."""
@@ -746,8 +741,10 @@ class H5View:
     row: int
 
     def __call__(self, size):
+        import h5py
         with reading(self.file, f"picture {self.row}; what is damaged may only show here"):
-            image = _h5_images(self.file, os.getpid())[self.row]
+            with h5py.File(self.file) as f:  # opened here, since an open file does not survive a fork
+                image = f["input_image"][self.row]
         return Image.fromarray(square(Image.fromarray(image), size))
 
 
@@ -815,12 +812,10 @@ def didemo(root):
         for moment in read_json(path, shape, "DiDeMo's [{video, description}]"):
             by_name[moment["video"]].append(moment["description"])
             by_stem[os.path.splitext(moment["video"])[0]].append(moment["description"])
-        names = [name for (name,) in read_list(os.path.join(root, part + "_list.txt"), 1)]
-        stem_of = {name: name if name in by_stem else os.path.splitext(name)[0] for name in names}
-        times = Counter(stem_of.values())
-        for name, stem in stem_of.items():
+        for (name,) in read_list(os.path.join(root, part + "_list.txt"), 1):
+            stem = name if name in by_stem else os.path.splitext(name)[0]
             captions = by_name.get(name) or by_stem.get(stem, [])
-            videos.append((stem if times[stem] == 1 else name, part, [name, stem], captions))
+            videos.append((name, part, [name, stem], captions))
     return _video_rows(root, videos, paragraph=True)
 
 
@@ -1109,17 +1104,9 @@ FRACTIONS = (0.30, 0.57, 0.86)  # of the grid's side, for the three heights and 
 JITTER = 0.05  # +- of the grid's side
 COLOUR_JITTER = 14  # +- levels of 256
 GRID = 32
-CONFIGURATIONS = 6 * 14 * 3 * 3
+CONFIGURATIONS = list(itertools.product(range(6), range(14), range(3), range(3)))  # 756, of indices of TASKS
 CAPTIONS = 5
 PRIMITIVES_SEED = 2018
-
-
-def _configuration(number):
-    """0..755 -> indices of (shape, colour, height, width)."""
-    number, width = divmod(number, 3)
-    number, height = divmod(number, 3)
-    shape, colour = divmod(number, 14)
-    return shape, colour, height, width
 
 
 def _solid(shape, h, w):
@@ -1147,7 +1134,7 @@ def _solid(shape, h, w):
 @lru_cache(maxsize=16)
 def primitive_voxels(number, sample):
     """uint8 (32, 32, 32, 4): the voxels of one sample of a configuration, its size and colour perturbed."""
-    shape, colour, height, width = _configuration(number)
+    shape, colour, height, width = CONFIGURATIONS[number]
     rng = np.random.default_rng([PRIMITIVES_SEED, number, sample])
     h = GRID / 2 * (FRACTIONS[height] + rng.uniform(-JITTER, JITTER))
     w = GRID / 2 * (FRACTIONS[width] + rng.uniform(-JITTER, JITTER))
@@ -1164,7 +1151,7 @@ def primitive_caption(number, sample, k):
     rng = np.random.default_rng([PRIMITIVES_SEED + 1, number, sample, k])
     left_out = rng.choice(4, rng.choice(3, p=(0.3, 0.4, 0.3)), replace=False, p=(0.15, 0.15, 0.35, 0.35))
     word = {}
-    for i, (task, value) in enumerate(zip(TASKS, _configuration(number))):
+    for i, (task, value) in enumerate(zip(TASKS, CONFIGURATIONS[number])):
         words = [list(COLOURS)[value]] if task == "color" else list(TASKS[task].values())[value]
         word[task] = "" if i in left_out else words[rng.integers(len(words))]
     noun = word["shape"] or ("object", "thing", "shape")[rng.integers(3)]
@@ -1204,7 +1191,7 @@ class PrimitiveView:
 def _primitive(number, sample, query):
     views = [PrimitiveView(number, sample, view) for view in range(VIEWS)]
     captions = [primitive_caption(number, sample, k)[0] for k in range(CAPTIONS)]
-    labels = {task: list(TASKS[task])[value] for task, value in zip(TASKS, _configuration(number))}
+    labels = {task: list(TASKS[task])[value] for task, value in zip(TASKS, CONFIGURATIONS[number])}
     return Instance(f"{number:03d}-{sample}", views, captions, labels, f"{number:03d}", query)
 
 
@@ -1225,8 +1212,7 @@ def primitives(split, name="primitives", classes=None):
         samples["unseen"] = (9,)
     expect(split in samples, name, f"no split {split!r}; it has {', '.join(samples)}")
     instances = []
-    for number in range(CONFIGURATIONS):
-        shape, colour, _, _ = _configuration(number)
+    for number, (shape, colour, _, _) in enumerate(CONFIGURATIONS):
         held_out = shape % 3 == colour % 3  # two of the six shapes of every colour: 252 configurations
         part = "primitives-source" if shape < 4 and colour < 10 else "primitives-target"
         if name == part or name == "primitives" and (split == "unseen" or not held_out):
@@ -1296,10 +1282,8 @@ class SharedTerms:
         number = {term: k for k, term in enumerate(count)}
 
         def padded(rows):
-            out = torch.full((len(rows), max(map(len, rows))), len(number), dtype=torch.int32)
-            for numbers, terms in zip(out.numpy(), rows):
-                numbers[:len(terms)] = [number[term] for term in terms]
-            return out.to(device)
+            rows = [torch.tensor([number[term] for term in terms], dtype=torch.int32) for terms in rows]
+            return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=len(number)).to(device)
         self.captions = padded(of_captions)
         self.instances = padded(of_instances)
         idf = [math.log((len(of_instances) + 1) / count[term]) for term in number]
@@ -1503,12 +1487,11 @@ class RegionView:
         raise DataError(f"{self.path}: region features have no picture to show")
 
 
+@dataclass
 class Regions:
-    """Region features (..., regions, width) with CLIP's embedding of the same images, clip_input (..., D)."""
-
-    def __init__(self, features, clip_input):
-        self.features = features
-        self.clip_input = clip_input
+    """Region features with CLIP's embedding of the same images, to index both at once."""
+    features: torch.Tensor  # (..., regions, width)
+    clip_input: torch.Tensor  # (..., D)
 
     def __getitem__(self, index):
         return Regions(self.features[index], self.clip_input[index])
@@ -1579,18 +1562,6 @@ def open_image(path):
                 raise error from None
 
 
-def expect_whole(image):
-    """Raise DataError for a test picture that is cut off, before hours of training and not after: a file that
-    does not end as JPEG and PNG do is opened."""
-    if isinstance(image, str):
-        with open(image, "rb") as f:
-            end = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(f.read(2))
-            f.seek(max(0, os.path.getsize(image) - 64))
-            whole = end and end in f.read()
-        if not whole:
-            open_image(image)
-
-
 def _rgb(image):
     tiff = image.format == "TIFF"
     image.load()
@@ -1655,10 +1626,10 @@ def pixels(image, size, config=OPENAI):
 RATIOS = (3 / 4, 4 / 3)  # width to height of random crops
 
 
-def crop_source(image, area):
-    """A path, or a callable view -> uint8 (h, w, 3) to take crops from: the whole picture, made smaller where
-    it has more than `area` pixels."""
-    image = image(round(area ** 0.5)).convert("RGB") if callable(image) else open_image(image)
+def crop_source(path, area):
+    """-> uint8 (h, w, 3) to take crops from: the whole picture, made smaller where it has more than `area`
+    pixels."""
+    image = open_image(path)
     w, h = image.size
     if w * h > area:
         scale = (area / (w * h)) ** 0.5
@@ -1702,8 +1673,7 @@ def default_crop(name, instances, pretrained):
     """The smallest share of a picture's area that training crops keep where none is asked for: of photos half
     from scratch and nine tenths with pretrained weights; None, no crops, for shapes, videos and features.
     Photos are images in files, your own data among them."""
-    photos = name not in SHAPES_AND_VIDEOS and all(isinstance(x.images[0], str) for x in instances)
-    if not photos:
+    if name in SHAPES_AND_VIDEOS or not all(isinstance(x.images[0], str) for x in instances):
         return None
     return 0.9 if pretrained else 0.5
 
@@ -1773,16 +1743,13 @@ class Loader:
         if cut:
             note(f"{cut} of {len(texts)} captions are longer than {self.context_length} tokens and were cut "
                  "(--context says how many tokens of a text are read)")
-        for kind, asked, counts in (("views", self.views, images), ("captions", self.captions, captions)):
-            few = sum(count < asked for count in counts) if self.train and asked else 0
-            if few:
-                note(f"{few} of {n} instances have fewer than {asked} {kind}; all they have is used")
         self.labels = {}  # task -> int64 (N,)
         for task in sorted({task for x in self.instances for task in x.labels}):
             self.labels[task] = torch.tensor([x.labels.get(task, -1) for x in self.instances])
         self.regions = n > 0 and isinstance(self.instances[0].images[0], RegionView)  # floats, not pixels
         self.crop = self.crop if self.train and self.crop and self.crop < 1 else None
-        expect(not self.regions or not self.crop, "--crop", "region features have no pictures to crop")
+        expect(not self.crop or isinstance(self.instances[0].images[0], str), "--crop",
+               "only pictures in files can be cropped; leave it out")
         self.area = self.image_size ** 2  # pixels that are kept of a picture
         if self.crop:
             # the shorter side of the smallest crop is sqrt(area * crop * 3/4); 2 more pixels for rounding
@@ -1852,7 +1819,7 @@ class Loader:
         order = _shuffled(self.samples, self.seed, epoch) if self.train else np.arange(self.samples)
         part = self.batch_size // self.world
         begin = at * self.batch_size + self.rank * part
-        samples = order[begin:min(begin + part, (at + 1) * self.batch_size)]
+        samples = order[begin:begin + part]
         drawn = [self._draw(epoch, sample) for sample in samples]
         index = np.array([i for i, _, _ in drawn], np.int64)
         B = len(index)

@@ -188,7 +188,7 @@ def test_primitive_captions_state_only_true_attributes():
 
 def test_primitive_colours_and_sizes_are_visible():
     for number in range(0, 756, 5):
-        shape, colour, height, width = data._configuration(number)
+        shape, colour, height, width = data.CONFIGURATIONS[number]
         voxels = data.primitive_voxels(number, number % 10)
         solid = voxels[..., 3] > 0
         away = voxels[solid][0, :3].astype(int) - list(data.COLOURS.values())[colour]
@@ -519,10 +519,9 @@ def test_two_ranks_make_one_batch(tmp_path):
     refused("--batch-size 3: no multiple of the 2 processes", loader, instances, world=2)
 
 
-def test_loader_draws_without_replacement_and_masks(tmp_path, capsys):
+def test_loader_draws_without_replacement_and_masks(tmp_path):
     instances = photos(tmp_path, views=(1, 2, 3, 4), captions=(1, 3, 5, 2))
     batches = loader(instances, batch_size=4, views=3, captions=3)
-    assert "2 of 4 instances have fewer than 3 views" in capsys.readouterr().err
     known = {}
     for i, x in enumerate(instances):
         for k, path in enumerate(x.images):
@@ -694,7 +693,7 @@ def test_which_data_is_cropped_by_default(tmp_path):
     regions = [Instance("a", [data.RegionView("a.npy", 0)], ["a"])]
     for other in (primitives("val"), regions, [Instance("a", [data.H5View("a.h5", 0)], ["a"])]):
         assert data.default_crop("flickr30k", other, False) is None
-    refused("--crop: region features have no pictures", loader, regions, 1, crop=0.5)
+    refused("--crop: only pictures in files can be cropped", loader, regions, 1, crop=0.5)
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps({"images": [f"{i}-0.png"], "captions": ["x"], "split": split}) + "\n"
                             for i, split in enumerate(("train", "val", "test"))))
@@ -1417,18 +1416,6 @@ def test_a_class_of_your_own_data_that_train_lacks_is_unlabelled(mine, capsys):
     said = capsys.readouterr().err
     for split, unseen in (("val", 2), ("test", 1)):
         assert said.count(f"mine.csv: {unseen} labels of split {split} never occur in train") == 1
-
-
-@pytest.mark.parametrize("name", ["4.jpg", "4.png", "4.webp"])
-def test_a_test_picture_that_is_cut_off_is_found_before_training(name, mine, tmp_path):
-    path = picture(tmp_path / name, 4, (90, 60))
-    text = f"image,caption,split\n0.png,a,train\n1.png,b,val\n{name},c,test\n"
-    assert len(mine(text, "test")[0]) == 1
-    with open(path, "rb") as f:
-        content = f.read()
-    with open(path, "wb") as f:
-        f.write(content[:len(content) // 2])
-    refused(f"{name}: ", mine, text, "test")
 
 
 @pytest.mark.skipif(not os.path.isdir(f"{SHARED}/hm"), reason="needs ../shared/data/hm")

@@ -56,11 +56,12 @@ def test_didemo(ending, tmp_path):
     shared = 0
     for part, names in lists.items():
         moments = read_json(f"{REAL}/didemo/{part}_data.json")
-        assert [x.id for x in found[part]] == [os.path.splitext(name)[0] for name in names]
+        assert [x.id for x in found[part]] == names
         for x, name in zip(found[part], names):
-            wanted = (name, x.id) if part == "train" else (name,)
+            stem = os.path.splitext(name)[0]
+            wanted = (name, stem) if part == "train" else (name,)
             own = [m["description"] for m in moments if m["video"] in wanted]
-            shared += len({m["video"] for m in moments if os.path.splitext(m["video"])[0] == x.id}) - 1
+            shared += len({m["video"] for m in moments if os.path.splitext(m["video"])[0] == stem}) - 1
             assert x.captions == [" ".join(" ".join(own).split())] and own
     assert shared == 8
 
@@ -73,8 +74,8 @@ def test_two_listed_names_of_one_stem_are_two_videos(tmp_path):
     write(tmp_path / "val_list.txt", "\n".join([*listed, second]))
     frames(tmp_path, *[os.path.splitext(name)[0] for name in listed])
     found = {x.id: x.captions[0] for x in data.load("didemo", str(tmp_path), "val")[0]}
-    pair = [name for name in [*listed, second] if os.path.splitext(name)[0] == os.path.splitext(second)[0]]
-    assert len(found) == 20 and len(pair) == 2 and found[pair[0]] != found[pair[1]]
+    first = next(name for name in listed if os.path.splitext(name)[0] == os.path.splitext(second)[0])
+    assert len(found) == 20 and found[first] != found[second]
 
 
 def test_didemo_with_crlf_and_a_byte_order_mark(tmp_path):

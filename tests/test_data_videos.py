@@ -83,7 +83,7 @@ def test_didemo_joins_a_paragraph(tmp_path):
         write(tmp_path / f"{split}_list.txt", f"{split}@1.mp4\n")
         frames(tmp_path, f"{split}@1", 2)
     for split, part in splits("didemo", tmp_path).items():
-        assert [(x.id, x.captions) for x in part] == [(f"{split}@1", [" ".join(WORDS)])]
+        assert [(x.id, x.captions) for x in part] == [(f"{split}@1.mp4", [" ".join(WORDS)])]
     write(tmp_path / "val_data.json", [{"video": "a"}])
     refused("val_data.json: expected DiDeMo's", data.load, "didemo", str(tmp_path))
 
