@@ -123,7 +123,7 @@ def load_splits(name_or_path, root=None, splits=SPLITS, classes=None):
         root = root or os.path.join("data", name)
         expect(name == "text2shape" or os.path.isdir(root), root, f"no such folder, and {name} cannot be "
                "fetched automatically; give --root its folder (README.md shows the layout)")
-        return finish(DATA_SETS[name](root), root, splits, classes, strict=name in KARPATHY)
+        return finish(DATA_SETS[name](root), root, splits, classes)
     expect(os.path.isdir(name), f"unknown data set {name!r}", f"known are {', '.join(DATA_SETS)}; or give "
            "the path of a .jsonl or .csv file, or of a folder of pictures to search")
     return [(read_gallery(name, split), {}) for split in splits]
@@ -151,13 +151,13 @@ def hash_tenth(id):
     return int(hashlib.sha1(str(id).encode()).hexdigest()[:8], 16) % 10
 
 
-def finish(rows, where, splits, classes=None, own=False, strict=False):
+def finish(rows, where, splits, classes=None, own=False):
     """-> [(instances, {task: [class names]}) of each split] of what a reader yields; "all" is every row.
 
     A row's split is the one it states. Where no row states any, it is 80/10/10 by a hash of the id; where
     none says val, val is the last tenth of train. Empty captions go; a row without a caption or a picture is
-    left out, and a note counts them. own, strict: a picture that is not there is an error. classes: those of
-    train, unless they are given.
+    left out, and a note counts them. own: in a file of one's own a picture that is not there is an error.
+    classes: those of train, unless they are given.
     """
     gc.disable()  # looking for cycles among millions of new objects takes longer than reading them
     try:
@@ -176,7 +176,7 @@ def finish(rows, where, splits, classes=None, own=False, strict=False):
         _note_repeats(rows, where)
         if classes is None:
             classes = _classes(rows, where, own)
-        return [(_instances(rows, classes, where, split, own or strict), classes) for split in splits]
+        return [(_instances(rows, classes, where, split, own), classes) for split in splits]
     finally:
         gc.enable()
 
@@ -218,7 +218,7 @@ def _classes(rows, where, own):
     return classes
 
 
-def _instances(rows, classes, where, split, strict):
+def _instances(rows, classes, where, split, own):
     """The instances of a split; what has no picture or no text is left out, and said."""
     chosen = [row for row in rows if split in (row.split, "all")]
     present = ", ".join(sorted({row.split for row in rows}))
@@ -230,9 +230,9 @@ def _instances(rows, classes, where, split, strict):
     for row in chosen:
         captions = row.captions
         lacks = next((x for x in row.images if isinstance(x, str) and not os.path.isfile(x)), None)
-        if lacks and strict:
-            raise DataError(f"{row.where or where}: picture {absence(lacks)} (backslashes, capitals and "
-                            "Unicode's normal form matter; what has an address, download it)")
+        if lacks and own:
+            raise DataError(f"{row.where}: picture {absence(lacks)} (backslashes, capitals and Unicode's "
+                            "normal form matter; what has an address, download it)")
         if isinstance(captions, tuple):
             file, read = captions
             lacks = lacks or (None if os.path.isfile(file) else file)
@@ -596,12 +596,8 @@ def karpathy(root, name):
 
 def text2shape(root):
     """Chen et al. 2018, "Text2Shape", arXiv 1803.08495: chairs and tables of ShapeNet as coloured voxels,
-    about five descriptions each. Relevance: the same shape. Labels: category.
-
-    Reads captions.tablechair.csv, <folder>/<modelId>/<modelId>.nrrd, and where present
-    processed_captions_{train,val,test}.p (the published split; else 80/10/10 by a hash of modelId) and
-    views/<modelId>/*.png (used instead of rendering).
-    """
+    about five descriptions each. Relevance: the same shape. Labels: category. Views are rendered, unless
+    views/<modelId>/*.png are there. The split is the published one or, without its files, by a hash."""
     path = os.path.join(root, CAPTION_FILE)
     expect(os.path.isfile(path), root, f"no {CAPTION_FILE} there; without --no-download (in Python, by "
            f"data.fetch_missing) it is fetched; or {text2shape_by_hand(root)}")
@@ -675,10 +671,8 @@ def pascal_sentence(root):
     its published script writes. 20 classes of 50, by name 40 / 5 / 5 of each. Relevance: the class. Each line
     is a caption; CLIP4CMR's authors take 50 words of all five as one, for which --features with their files
     is the faithful path."""
-    classes = list_folder(os.path.join(root, "dataset"))
-    expect(classes, root, f"no pictures; {absence(os.path.join(root, 'dataset', '<class>', '<id>.jpg'))}")
-    for name in classes:
-        files = list_folder(os.path.join(root, "dataset", name), PICTURES)
+    for name in list_folder(os.path.join(root, "dataset")) or ["<class>"]:
+        files = list_folder(os.path.join(root, "dataset", name), PICTURES) or ["<id>.jpg"]
         for i, file in enumerate(files):
             part = TENTHS[10 * i // len(files)]
             stem = os.path.join(root, "sentence", name, os.path.splitext(file)[0])
@@ -789,12 +783,11 @@ def msvd(root):
     about 40 captions to a video."""
     path = os.path.join(root, "raw-captions.pkl")
     captions = read_pickle(path)
-    expect(fits(captions, {str: [(list, tuple, str)]}), path,
-           "not a dict of lists of captions, each a list of words; get it again")
+    expect(fits(captions, {str: [list]}), path, "expected {video: captions, each a list of words}")
     videos = []
     for part in SPLITS:
         for (video,) in read_list(os.path.join(root, part + "_list.txt"), 1):
-            texts = [x if isinstance(x, str) else " ".join(map(str, x)) for x in captions.get(video, ())]
+            texts = [" ".join(map(str, words)) for words in captions.get(video, ())]
             videos.append((video, part, [video], texts))
     return _video_rows(root, videos)
 
@@ -1028,13 +1021,12 @@ def _rays(grid, size, view, odd, bulky):
 
 def render(voxels, view, size):
     """One view of a voxel grid, with its solid part in the middle. voxels: uint8 (n, n, n, 4), x right, y up,
-    z to the viewer at view 0; view: 0..11 -> uint8 (size, size, 3). Raises DataError for another shape.
+    z to the viewer at view 0; view: 0..11 -> uint8 (size, size, 3).
 
     Each pixel takes the first voxel of its ray with alpha over 127, white where none is. It is shaded by the
     slope of the blurred solid just before: within a thin plate, that has no slope.
     """
     grid = voxels.shape[0]
-    expect(voxels.shape == (grid, grid, grid, 4), f"voxels of shape {voxels.shape}", "expected (n, n, n, 4)")
     image = np.full((size * size, 3), 255, np.uint8)
     solid = voxels[..., 3] > 127
     if solid.any():
@@ -1238,15 +1230,12 @@ def primitives_oracle(instances):
     is often wrong: its score is the ceiling of every model.
     """
     values = np.array([list(x.labels.values()) for x in instances])  # (N, 4)
-    scores = np.zeros((sum(len(x.captions) for x in instances), len(instances)), np.float32)
-    row = 0
+    scores = []
     for x, value in zip(instances, values):
-        for attributes in primitives_stated(x):
-            stated = list(attributes)
+        for stated in map(list, primitives_stated(x)):
             fit = (values[:, stated] == value[stated]).all(1)
-            scores[row] = fit / fit.sum()
-            row += 1
-    return torch.from_numpy(scores)
+            scores.append(fit / fit.sum())
+    return torch.from_numpy(np.array(scores, np.float32))
 
 
 def word_terms(instances):

@@ -278,12 +278,6 @@ def test_renderer_equals_ray_marching(grid, size, view):
         assert np.abs(ours - loops).max() <= 1  # float32 against float64, cut to whole levels
 
 
-def test_renderer_smallest_and_wrong():
-    empty = np.zeros((6, 6, 6, 4), np.uint8)
-    assert data.render(empty + np.uint8(200), 2, 1).shape == (1, 1, 3)
-    refused(r"shape \(6, 6, 5, 4\)", data.render, empty[:, :, :5], 0, 8)
-
-
 def extent(image):
     """(first, last) row, (first, last) column of what is not white."""
     ink = (image != 255).any(-1)

@@ -62,7 +62,6 @@ def test_msrvtt(tmp_path, capsys):
 def test_msvd(tmp_path):
     lists = {"train": ["a_1_5", "b_2_9"], "val": ["c_0_3"], "test": ["d_4_8"]}
     captions = {video: [w.split() for w in WORDS] for videos in lists.values() for video in videos}
-    captions["a_1_5"][0] = " ".join(captions["a_1_5"][0])  # as some have it
     for split, videos in lists.items():
         write(tmp_path / f"{split}_list.txt", "\n".join(videos) + "\n")
         for video in videos:
@@ -72,8 +71,9 @@ def test_msvd(tmp_path):
         found = splits("msvd", tmp_path)
         assert {split: [x.id for x in part] for split, part in found.items()} == lists
         assert found["test"][0].captions == list(WORDS)
-    (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps([1, 2]))
-    refused("raw-captions.pkl: not a dict of lists of captions", data.load, "msvd", str(tmp_path))
+    for other in ([1, 2], {"a_1_5": ["a text"]}):
+        (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps(other))
+        refused("raw-captions.pkl: expected {video: captions", data.load, "msvd", str(tmp_path))
 
 
 def test_didemo_joins_a_paragraph(tmp_path):
