@@ -42,19 +42,6 @@ def test_products(tmp_path, capsys):
         refused(f"styles.csv {said}", data.load, "products", str(tmp_path), "train")
 
 
-def test_a_class_that_train_lacks_is_unlabelled(tmp_path, capsys):
-    for i in range(40):
-        picture(tmp_path / "images" / f"{i}.jpg")
-    in_train = [data.hash_tenth(i) < 8 for i in range(40)]
-    rows = [f"{i},{'Men' if in_train[i] else 'Unisex'},a,b,c,d,e,2011,f,title {i}\n" for i in range(40)]
-    write(tmp_path / "styles.csv", COLUMNS + "".join(rows))
-    found, classes = by_id("products", tmp_path)
-    assert classes["gender"] == ["Men"]
-    assert all(x.labels["gender"] == (0 if split == "train" else -1) for split, x in found.values())
-    assert {split for split, _ in found.values()} == {"train", "val", "test"}
-    assert "never occur in train" in capsys.readouterr().err
-
-
 def test_wikipedia(tmp_path):
     write(tmp_path / "categories.list", "art\nbiology\n")
     lists = {"train": [(f"t{i}", f"i{i}", 1 + i % 2) for i in range(30)],
@@ -109,23 +96,6 @@ def test_lists_of_ids_and_labels(name, tmp_path):
     refused("n0_9.json: expected a JSON string", data.load, name, str(tmp_path), "test")
     os.unlink(tmp_path / "split" / "valid.txt")
     refused("valid.txt: No such file; .* holds", data.load, name, str(tmp_path), "test")
-
-
-def test_food101(tmp_path):
-    for part, count in (("train", 30), ("test", 4)):
-        rows = []
-        for i in range(count):
-            name = ("apple_pie", "sushi")[i % 2]
-            picture(tmp_path / "images" / part / name / f"{name}_{i}.jpg")
-            rows.append(f'{name}_{i}.jpg,"How to, {i}",{name}\n')
-        write(tmp_path / "texts" / f"{part}_titles.csv", "".join(rows))
-    train, val, test = splits("food101", tmp_path).values()
-    assert [x.captions for x in test] == [[f"How to, {i}"] for i in range(4)]
-    assert [x.group for x in test] == ["apple_pie", "sushi"] * 2
-    assert len({x.id for x in train + val}) == len(train) + len(val) == 30 and val
-    assert data.load("food101", str(tmp_path), "test")[1] == {"class": ["apple_pie", "sushi"]}
-    write(tmp_path / "texts" / "test_titles.csv", "sushi_1.jpg,sushi\n")
-    refused("test_titles.csv line 1: 2 cells, expected file, title", data.load, "food101", str(tmp_path))
 
 
 def test_fashiongen(tmp_path, monkeypatch):
