@@ -396,11 +396,7 @@ def list_folder(folder, endings=("",)):
         return []
     names = [name for name in sorted(os.listdir(folder)) if name.lower().endswith(endings)
              and not name.startswith(".") and name.lower() not in ("thumbs.db", "desktop.ini")]
-    return sorted(names, key=_numbered)
-
-
-def _numbered(name):
-    return re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name)
+    return sorted(names, key=partial(re.sub, "[0-9]+", lambda digits: digits[0].zfill(20)))
 
 
 # ---------------------------------------------------------------- your own data: .jsonl, .csv, a folder
@@ -1180,13 +1176,6 @@ class PrimitiveView:
         return Image.fromarray(render(primitive_voxels(self.number, self.sample), self.view, size))
 
 
-def _primitive(number, sample, query):
-    views = [PrimitiveView(number, sample, view) for view in range(VIEWS)]
-    captions = [primitive_caption(number, sample, k)[0] for k in range(CAPTIONS)]
-    labels = {task: list(TASKS[task])[value] for task, value in zip(TASKS, CONFIGURATIONS[number])}
-    return Instance(f"{number:03d}-{sample}", views, captions, labels, f"{number:03d}", query)
-
-
 def primitives(split, name="primitives", classes=None):
     """Text2Shape's primitives, made again from the published recipe: 6 solids x 14 colours x 9 sizes, 10
     samples of each. 12 views, 5 captions. Relevance: the same configuration.
@@ -1207,9 +1196,14 @@ def primitives(split, name="primitives", classes=None):
     for number, (shape, colour, _, _) in enumerate(CONFIGURATIONS):
         held_out = shape % 3 == colour % 3  # two of the six shapes of every colour: 252 configurations
         part = "primitives-source" if shape < 4 and colour < 10 else "primitives-target"
-        if name == part or name == "primitives" and (split == "unseen" or not held_out):
-            query = held_out or split != "unseen"
-            instances += [_primitive(number, sample, query) for sample in samples[split]]
+        if name != part and (name != "primitives" or held_out and split != "unseen"):
+            continue
+        for sample in samples[split]:
+            views = [PrimitiveView(number, sample, view) for view in range(VIEWS)]
+            captions = [primitive_caption(number, sample, k)[0] for k in range(CAPTIONS)]
+            labels = {task: list(TASKS[task])[value] for task, value in zip(TASKS, CONFIGURATIONS[number])}
+            instances.append(Instance(f"{number:03d}-{sample}", views, captions, labels, f"{number:03d}",
+                                      query=held_out or split != "unseen"))
     if classes is None:
         classes = {task: list(values) for task, values in TASKS.items()}
     number_labels(instances, classes, name, split)
@@ -1357,27 +1351,23 @@ def read_features(path):
         bad = ~np.isfinite(arrays[key]).all(1)
         expect(not bad.any(), path, f"{key} row {bad.argmax()} holds a NaN or an infinite number "
                f"({bad.sum()} such rows); remove them")
-    for key in ("label", "ids"):
-        arrays[key] = _names(path, key, arrays[key])
+    for key in ("label", "ids"):  # integers or strings; a column (N, 1) and whole floats are read too
+        array = arrays[key]
+        if array.ndim == 2 and array.shape[1] == 1:
+            array = array[:, 0]
+        with np.errstate(invalid="ignore"):
+            if array.dtype.kind in "fb" and (array == array.astype(np.int64)).all():
+                array = array.astype(np.int64)
+        expect(array.ndim == 1 and array.dtype.kind in "iuUSO" and array.size, path,
+               f"{key} is {array.dtype} of shape {array.shape}; expected one class or id a row (N,)")
+        if array.dtype.kind in "SO":  # Python 2's strings are bytes
+            texts = (x.decode("utf-8", "replace") if isinstance(x, bytes) else x for x in array.tolist())
+            array = np.array(list(map(str, texts)))
+        arrays[key] = array
     for key, array in arrays.items():
         expect(len(array) == len(arrays["label"]), path,
                f"{len(array)} rows of {key}, but {len(arrays['label'])} labels; a row needs all of them")
     return arrays
-
-
-def _names(path, key, array):
-    """Labels or ids (N,) as integers or strings; a column (N, 1) and whole floats are read too."""
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    with np.errstate(invalid="ignore"):
-        if array.dtype.kind in "fb" and (array == array.astype(np.int64)).all():
-            array = array.astype(np.int64)
-    expect(array.ndim == 1 and array.dtype.kind in "iuUSO" and array.size, path,
-           f"{key} is {array.dtype} of shape {array.shape}; expected one class or id a row (N,)")
-    if array.dtype.kind in "SO":  # Python 2's strings are bytes
-        names = [str(x, "utf-8", "replace") if isinstance(x, bytes) else str(x) for x in array.tolist()]
-        array = np.array(names)
-    return array
 
 
 def feature_splits(paths, root):

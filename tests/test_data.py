@@ -186,18 +186,6 @@ def test_primitive_captions_state_only_true_attributes():
     assert np.allclose(shares, (0.3, 0.4, 0.3), atol=0.03)
 
 
-def test_primitive_colours_and_sizes_are_visible():
-    for number in range(0, 756, 5):
-        shape, colour, height, width = data.CONFIGURATIONS[number]
-        voxels = data.primitive_voxels(number, number % 10)
-        solid = voxels[..., 3] > 0
-        away = voxels[solid][0, :3].astype(int) - list(data.COLOURS.values())[colour]
-        assert np.abs(away).max() <= data.COLOUR_JITTER
-        x, y, z = (np.ptp(axis) + 1 for axis in np.nonzero(solid))
-        assert x == z
-        assert abs(y / 32 - data.FRACTIONS[height]) < 0.16 and abs(x / 32 - data.FRACTIONS[width]) < 0.16
-
-
 def test_oracle_equals_brute_force():
     some = primitives("unseen")[:300:7] + primitives("test")[::40]
     scores = data.primitives_oracle(some)
@@ -284,25 +272,6 @@ def extent(image):
     return [line.nonzero()[0][[0, -1]] for line in (ink.any(1), ink.any(0))]
 
 
-def test_renderer_orientation():
-    """One voxel alone: y is up, x right, z to the viewer at view 0, and view k has turned by 30 k degrees."""
-    def place(x, y, z, view, n=15, size=90):
-        voxels = np.zeros((n, n, n, 4), np.uint8)
-        voxels[[0, -1, x], [0, -1, y], [0, -1, z], 3] = 255  # two corners, so that the middle is the grid's
-        voxels[x, y, z, 1] = 200
-        row, column = np.argwhere(data.render(voxels, view, size)[..., 1] % 255 > 0).mean(0)
-        return column - (size - 1) / 2, (size - 1) / 2 - row  # right, up
-    assert np.allclose(place(7, 7, 7, 0), 0, atol=1)
-    assert place(7, 12, 7, 0)[1] > 15 and place(7, 2, 7, 0)[1] < -15
-    assert place(12, 7, 7, 0)[0] > 15 and place(2, 7, 7, 0)[0] < -15
-    assert place(7, 7, 12, 0)[1] < -5  # seen from above, what is nearer lies lower
-    voxel = 90 / (1.5731 * 15)
-    for k in range(12):
-        angle = math.radians(30 * k)
-        assert place(12, 7, 7, k)[0] == pytest.approx(5 * voxel * math.cos(angle), abs=1.5)
-        assert place(7, 7, 12, k)[0] == pytest.approx(-5 * voxel * math.sin(angle), abs=1.5)
-
-
 # ---------------------------------------------------------------- pictures
 
 def test_square_equals_torchvision():
@@ -380,8 +349,6 @@ def test_bad_pictures_are_named(tmp_path):
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
     bomb += chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     for name, content, said in (("short.jpg", good[:len(good) // 2], "truncated"),
-                                ("zero.jpg", b"", "cannot identify"),
-                                ("text.jpg", b"hello", "cannot identify"),
                                 ("bomb.png", bomb, "decompression bomb")):
         (tmp_path / name).write_bytes(content)
         refused(f"{name}: .*{said}.*; replace it", data.open_image, str(tmp_path / name))
@@ -758,11 +725,9 @@ def test_nrrd_axes(tmp_path):
     assert np.argwhere(data.read_nrrd(str(path))).tolist() == [[x, y, z, 0]]
 
 
-@pytest.mark.parametrize("axes, signs", [((1, 2, 0), (1, 1, 1)), ((0, 2, 1), (1, -1, 1)),
-                                         ((2, 0, 1), (-1, 1, -1))])
-def test_nrrd_equals_pynrrd(tmp_path, axes, signs):
+def test_nrrd_equals_pynrrd(tmp_path):
     pynrrd = pytest.importorskip("nrrd")
-    (tmp_path / "a.nrrd").write_bytes(nrrd(cube(3), axes=axes, signs=signs))
+    (tmp_path / "a.nrrd").write_bytes(nrrd(cube(3), axes=(2, 0, 1), signs=(-1, 1, -1)))
     for path in [str(tmp_path / "a.nrrd"), *REAL_SHAPES]:
         theirs, header = pynrrd.read(path)  # axes as in the file
         directions = header["space directions"][1:]
@@ -861,8 +826,11 @@ def test_text2shape_without_splits_voxels_or_with_views(tmp_path, capsys):
 
 @pytest.mark.skipif(not REAL_SHAPES, reason="needs ../shared/data/text2shape")
 def test_real_shapes_are_whole_and_in_the_middle():
-    for path in REAL_SHAPES:
-        voxels = data.read_nrrd(path) & np.uint8([0, 0, 0, 255])  # black: all that is solid can be seen
+    parts = splits("text2shape", REAL)
+    assert [len(part) for part in parts.values()] == [5, 1, 1]
+    for x in itertools.chain(*parts.values()):
+        voxels = data.read_nrrd(x.images[0].file) & np.uint8([0, 0, 0, 255])  # black: all that is solid shows
+        assert sorted(image.view for image in x.images) == list(range(12))
         for view in range(12):
             (top, bottom), (left, right) = extent(data.render(voxels, view, 64))
             assert min(top, left) > 0 and max(bottom, right) < 63
@@ -897,15 +865,6 @@ def test_real_shapes_look_like_their_reference():
                         assert means[0] @ means[1] > 0.995 * math.prod(map(np.linalg.norm, means))  # colours
     upright = differ.pop(((0, 1, 2), 1, 1))
     assert len(differ) == 23 and upright < 0.85 * min(differ.values())
-
-
-@pytest.mark.skipif(not REAL_SHAPES, reason="needs ../shared/data/text2shape")
-def test_real_text2shape():
-    parts = splits("text2shape", REAL)
-    assert [len(part) for part in parts.values()] == [5, 1, 1]
-    for x in itertools.chain(*parts.values()):
-        views = [data.pixels(image, 32) for image in x.images]
-        assert len(views) == 12 and len({view.tobytes() for view in views}) > 5
 
 
 def test_broken_text2shape(tmp_path):
@@ -1163,43 +1122,31 @@ def test_jsonl(mine, tmp_path):
     assert [(x.id, x.labels) for x in test] == [("t", {"color": 1})] and classes["color"] == ["blue", "red"]
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "csv"])
-def test_bytes_per_pair_and_one_reading(ending, tmp_path, monkeypatch):
+def test_bytes_per_pair(tmp_path):
     """A million pairs take what 5,000 here do, 200 times: what reading leaves, its peak, and the Loader."""
     picture(tmp_path / "0.png", 0, (4, 3))
     n = 5000
     caption = "a dog that is number {} runs over the grass of a field and looks back at somebody"
-    rows = [{"id": str(i), "image": "0.png", "caption": caption.format(i), "split": "train"}
-            for i in range(n)]
-    rows[-1]["split"], rows[-2]["split"] = "val", "test"
-    if ending == "csv":
-        text = "".join(",".join(row.values()) + "\n" for row in [dict(zip(rows[0], rows[0])), *rows])
-    else:
-        as_lists = ({"images": [row.pop("image")], "captions": [row.pop("caption")]} | row for row in rows)
-        text = lines(*as_lists)
-    (tmp_path / f"mine.{ending}").write_text(text)
-    read = []
-    read_lines = data.read_lines
-    monkeypatch.setattr(data, "read_lines", lambda path: read.append(path) or read_lines(path))
+    parts = ["val", "test"] + ["train"] * (n - 2)
+    rows = "".join(f"{i},0.png,{caption.format(i)},{part}\n" for i, part in enumerate(parts))
+    write(tmp_path / "mine.csv", "id,image,caption,split\n" + rows)
     tracemalloc.start()
-    splits = data.load_splits(str(tmp_path / f"mine.{ending}"))
+    splits = data.load_splits(str(tmp_path / "mine.csv"))
     left, peak = tracemalloc.get_traced_memory()
     loader = data.Loader(splits[0][0], clip.Tokenizer([]), 32, 8, 4, 1, 1, train=True, cache_bytes=0)
     with_loader, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(read) <= 2 and [len(instances) for instances, _ in splits] == [n - 2, 1, 1] and len(loader) > 0
+    assert [len(instances) for instances, _ in splits] == [n - 2, 1, 1] and len(loader) > 0
     assert left < 660 * n and peak < 1200 * n and with_loader - left < 245 * n
 
 
 @pytest.mark.parametrize("row, said", [
     ("{", "not JSON"), ("[" * 100_000, "not JSON"),
-    ("[]", 'expected an object with "images" and "captions", each a list'),
     ({"images": "0.png"}, 'expected an object with "images"'), ({"captions": "c"}, "each a list"),
     ({"extra": 1}, "unknown key 'extra'; known are id, images"),
     ({"labels": ["red"]}, '"labels" must be an object'),
     ({"labels": {"color": ["red"]}}, r"color = \['red'\] must be a string or a number"),
     ({"id": ["a"]}, "id = .* must be a string"), ({"group": {}}, "group = {} must be"),
-    ({"split": [1]}, "split = .* must be"),
     ({"split": "valid"}, "split 'valid'; it must be train, val or test"),
     ({"images": []}, "no picture"), ({"images": [3]}, "no picture, or one that is no path"),
     ({"images": [""]}, "no picture"), ({"images": ["gone.png"]}, "picture .*gone.png: No such file"),
@@ -1296,14 +1243,11 @@ def test_a_folder_of_pictures_can_be_searched(tmp_path):
     ("image,caption\n,a\n", "line 2: no picture"),
     ("image,caption,split\n0.png,a,val\ngone.png,b,val\n", "line 3: picture .*gone.png: No such file"),
     ('image,caption\n0.png,"a\nb,c\n', "line [23]: not CSV.*is a quote left open"),
-    ('image,caption\n0.png,"' + "x" * 140_000 + '"\n', "line 2: not CSV.*field"),
     ('image,caption\n0.png,"a" b\n', "line 2: not CSV"),
     (b"image,caption\n0.png,caf\xe9\n", "line 2: cannot be read.*UTF-8"),
     ("image,caption,split\n\0.png,a,val\n", r"line 2: (picture .*\?.png: No such file|not CSV)"),
     ("image,caption,id,color\n0.png,a,1,red\n1.png,b,1,blue\n",
      "line 3: another label or split than at .*line 2, for the same id '1'"),
-    ("image,caption,id,split\n0.png,a,1,train\n1.png,b,1,val\n", "line 3: another label or split"),
-    ("image,caption,split\n0.png,a,train\n1.png,b,\n", "line 3: no split, while other rows"),
     ("image,caption,split\n0.png,a,dev\n", "line 2: split 'dev'"),
     ("image,caption,split\n0.png,a,train\n", "no rows in split 'val'; it has train; add some")])
 def test_broken_csv(mine, text, said):
