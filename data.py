@@ -1486,11 +1486,11 @@ def _rows_of(path, axes):
         return array
 
 
-def load_regions(name, root, split, clip_input=True):
+def load_regions(name, root, split):
     """As `load`, of region features in place of pictures: <root>/precomp/{train,dev,test}_ims.npy (images,
     36, 2048), memory-mapped, and _caps.txt, five captions to an image, in order (SCAN's files; where each row
-    of features stands five times, each fifth is read). COCO's test is `testall` where that is there.
-    clip_input: CLIP's embeddings of the images are read too, from _clip.npy (images, D), where it is."""
+    of features stands five times, each fifth is read). COCO's test is `testall` where that is there. CLIP's
+    embeddings of the images are read from _clip.npy (images, D), where it is."""
     files = {"train": "train", "val": "dev", "test": "test"}
     expect(split in files, "--regions", f"no split {split!r}; it has {', '.join(files)}")
     base = os.path.join(root or os.path.join("data", name), "precomp", files[split])
@@ -1509,7 +1509,7 @@ def load_regions(name, root, split, clip_input=True):
     for i in np.linspace(0, images - 1, 10).astype(int) * step:
         expect((features[i:i + step] == features[i]).all(), base + "_ims.npy", "as many rows as captions, "
                f"but rows {i} to {i + 4} differ: one caption to an image is not supported, only five are")
-    embeddings = base + "_clip.npy" if clip_input and os.path.exists(base + "_clip.npy") else None
+    embeddings = base + "_clip.npy" if os.path.exists(base + "_clip.npy") else None
     expect(not embeddings or len(_rows_of(embeddings, "D")) == images, embeddings,
            f"expected a row for each of the {images} images of {base}_caps.txt")
     instances = []
@@ -1739,11 +1739,10 @@ class Loader:
         total = int(self.first_image[-1])
         if not self.regions and 0 < total * self.area * 3 <= self.cache_bytes:
             self.cache = shared_memory(np.uint8, total, self.area * 3)
-            self.sides = shared_memory(np.int32, total, 2)  # height and width
-            self.filled = shared_memory(np.uint8, total)
+            self.sides = shared_memory(np.int32, total, 2)  # height and width; 0 where none is kept yet
 
     def __getstate__(self):  # workers that are spawned, not forked, do not share it
-        return self.__dict__ | {"cache": None, "sides": None, "filled": None}
+        return self.__dict__ | {"cache": None, "sides": None}
 
     def __len__(self):
         """Batches per epoch."""
@@ -1752,7 +1751,7 @@ class Loader:
     def _decoded(self, i, k):
         """Image k of instance i: uint8 (size, size, 3), or where crops are taken from it (h, w, 3)."""
         at = self.first_image[i] + k
-        if self.cache is not None and self.filled[at]:
+        if self.cache is not None and self.sides[at].all():
             h, w = self.sides[at]
             return self.cache[at, :h * w * 3].reshape(h, w, 3)
         image = self.instances[i].images[k]
@@ -1760,8 +1759,7 @@ class Loader:
                    else pixels(image, self.image_size, self.config))
         if self.cache is not None:
             self.cache[at, :picture.size] = picture.ravel()
-            self.sides[at] = picture.shape[:2]
-            self.filled[at] = 1  # after the pixels, so that no other worker sees half a picture
+            self.sides[at] = picture.shape[:2]  # after the pixels, so that no worker sees half a picture
         return picture
 
     def _shown(self, epoch, sample, i, k):

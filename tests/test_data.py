@@ -415,7 +415,7 @@ def test_loader_workers_fill_the_cache(tmp_path):
     instances = photos(tmp_path)
     twice = loader(instances, workers=1, train=False, views=None)
     first = list(twice.batches())
-    assert twice.filled[:twice.first_image[-1]].all()
+    assert twice.sides.all()
     for x in instances:
         for path in x.images:
             os.unlink(path)
