@@ -310,7 +310,7 @@ def test_thresholds_are_those_of_the_same_model_on_val(things, tmp_path):
     main(arguments(things, "--out", tmp_path, "--epochs", 3, "--eval-every", 1, "--precision", 0.3))
     for name in ("best.pt", "last.pt"):
         model, checkpoint = eval.restore(tmp_path / name, "cpu")
-        val = pairs(*data.load(things, split="val"), checkpoint["classes"])
+        val = pairs(data.load(things, split="val")[0], checkpoint["classes"])
         probabilities, labels, _ = eval.predict(model, eval.evaluation_loader(model, val), "off")
         for task, classifier in zip(("seen", "told"), model.classifiers):
             expected = eval.precision_thresholds(probabilities[task], labels[task], 0.3)
