@@ -1256,6 +1256,16 @@ def test_a_class_of_your_own_data_that_train_lacks_is_unlabelled(mine, capsys):
         assert said.count(f"mine.csv: {unseen} labels of split {split} never occur in train") == 1
 
 
+@pytest.mark.parametrize("name", ["4.jpg", "4.png", "4.webp"])
+def test_a_test_picture_that_is_cut_off_is_found_before_training(name, mine, tmp_path):
+    path = tmp_path / name
+    picture(path, 4, (90, 60))
+    text = f"image,caption,split\n0.png,a,train\n1.png,b,val\n{name},c,test\n"
+    assert len(mine(text, "test")[0]) == 1
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    refused(f"{name}: ", mine, text, "test")
+
+
 @pytest.mark.skipif(not os.path.isdir(f"{SHARED}/hm"), reason="needs ../shared/data/hm")
 def test_a_real_table_with_rare_classes(capsys):
     parts = splits(f"{SHARED}/hm/hm.jsonl", "")
