@@ -17,9 +17,11 @@ import contextlib
 import csv
 import difflib
 import gc
+import gzip
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import mmap
@@ -27,11 +29,9 @@ import multiprocessing
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import zipfile
-import zlib
 from collections import Counter, OrderedDict, defaultdict
 from dataclasses import InitVar, dataclass, field, replace
 from functools import lru_cache, partial
@@ -40,6 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import nn
 
 import clip
 
@@ -99,32 +100,30 @@ def seed_step(seed, step, rank=0):
 SPLITS = ("train", "val", "test")
 
 
-def load(name_or_path, root=None, split="train", download=False, classes=None):
+def load(name_or_path, root=None, split="train", classes=None):
     """-> (instances of the split, {task: [class names]}).
 
     name_or_path: a name in DATA_SETS (at the end of this file), or the path of a .jsonl or .csv file of your
     own, or of a folder of pictures. root: the data set's folder (default data/<name>); of a file of your own
     the folder of its pictures (default: the file's). split: train, val, test or all (primitives: also unseen,
-    not all). download: call `fetch_missing` first. classes: those that a model knows, in place of train's.
-    Raises DataError for anything missing or malformed.
+    not all). classes: those that a model knows, in place of train's. Raises DataError for anything missing or
+    malformed.
     """
-    return load_splits(name_or_path, root, [split], download, classes)[0]
+    return load_splits(name_or_path, root, [split], classes)[0]
 
 
-def load_splits(name_or_path, root=None, splits=SPLITS, download=False, classes=None):
+def load_splits(name_or_path, root=None, splits=SPLITS, classes=None):
     """[what `load` returns of each split]. The files are read once."""
     name = os.fspath(name_or_path)
     if name.lower().endswith((".jsonl", ".csv")):
         return finish(read_own(name, root or os.path.dirname(name)), name, splits, classes, own=True)
     if name in DATA_SETS and name.startswith("primitives"):
-        return [primitives(split, name) for split in splits]
+        return [primitives(split, name, classes) for split in splits]
     if name in DATA_SETS:
         root = root or os.path.join("data", name)
-        if download:
-            fetch_missing(name, root)
         expect(name == "text2shape" or os.path.isdir(root), root, f"no such folder, and {name} cannot be "
                "fetched automatically; give --root its folder (README.md shows the layout)")
-        return finish(DATA_SETS[name](root), root, splits, classes, strict=name in KARPATHY)
+        return finish(DATA_SETS[name](root), root, splits, classes)
     expect(os.path.isdir(name), f"unknown data set {name!r}", f"known are {', '.join(DATA_SETS)}; or give "
            "the path of a .jsonl or .csv file, or of a folder of pictures to search")
     return [(read_gallery(name, split), {}) for split in splits]
@@ -152,13 +151,13 @@ def hash_tenth(id):
     return int(hashlib.sha1(str(id).encode()).hexdigest()[:8], 16) % 10
 
 
-def finish(rows, where, splits, classes=None, own=False, strict=False):
+def finish(rows, where, splits, classes=None, own=False):
     """-> [(instances, {task: [class names]}) of each split] of what a reader yields; "all" is every row.
 
     A row's split is the one it states. Where no row states any, it is 80/10/10 by a hash of the id; where
     none says val, val is the last tenth of train. Empty captions go; a row without a caption or a picture is
-    left out, and a note counts them. own, strict: a picture that is not there is an error. classes: those of
-    train, unless they are given.
+    left out, and a note counts them. own: in a file of one's own a picture that is not there is an error.
+    classes: those of train, unless they are given.
     """
     gc.disable()  # looking for cycles among millions of new objects takes longer than reading them
     try:
@@ -177,7 +176,7 @@ def finish(rows, where, splits, classes=None, own=False, strict=False):
         _note_repeats(rows, where)
         if classes is None:
             classes = _classes(rows, where, own)
-        return [(_instances(rows, classes, where, split, own or strict), classes) for split in splits]
+        return [(_instances(rows, classes, where, split, own), classes) for split in splits]
     finally:
         gc.enable()
 
@@ -198,15 +197,11 @@ def _note_repeats(rows, where):
 
 def _classes(rows, where, own):
     """{task: [names]} that the training rows state (where there are none, all rows)."""
-    trained = any(row.split == "train" for row in rows)
-    named = {}  # in the order of the data
-    missing = 0
-    for row in rows:
+    named = defaultdict(Counter)  # task -> how many rows name each class
+    for row in [row for row in rows if row.split == "train"] or rows:
         for task, name in row.labels.items():
-            names = named.setdefault(task, Counter())
-            missing += name is None
-            if name is not None and (row.split == "train" or not trained):
-                names[name] += 1
+            named[task].update([] if name is None else [name])
+    missing = sum(name is None for row in rows for name in row.labels.values())
     if missing:
         note(f"{where}: {missing} labels are missing (empty, NaN, None, NA or null)")
     classes = {}
@@ -223,7 +218,7 @@ def _classes(rows, where, own):
     return classes
 
 
-def _instances(rows, classes, where, split, strict):
+def _instances(rows, classes, where, split, own):
     """The instances of a split; what has no picture or no text is left out, and said."""
     chosen = [row for row in rows if split in (row.split, "all")]
     present = ", ".join(sorted({row.split for row in rows}))
@@ -235,9 +230,9 @@ def _instances(rows, classes, where, split, strict):
     for row in chosen:
         captions = row.captions
         lacks = next((x for x in row.images if isinstance(x, str) and not os.path.isfile(x)), None)
-        if lacks and strict:
-            raise DataError(f"{row.where or where}: picture {absence(lacks)} (backslashes, capitals and "
-                            "Unicode's normal form matter; what has an address, download it)")
+        if lacks and own:
+            raise DataError(f"{row.where}: picture {absence(lacks)} (backslashes, capitals and Unicode's "
+                            "normal form matter; what has an address, download it)")
         if isinstance(captions, tuple):
             file, read = captions
             lacks = lacks or (None if os.path.isfile(file) else file)
@@ -364,15 +359,23 @@ def read_cells(path, separator=",", strict=False, by_line=False):
 
 
 def read_table(path, columns, strict=False, by_line=False):
-    """-> (header, rows) of a CSV file whose first row must name these columns; rows is as of `read_cells`.
-    The separator is what the first row has most of."""
+    """Yield ("file line n", {column: cell}) of a CSV file whose first row must name these columns. The
+    separator is what the first row has most of. Where not `strict`, what is past the last column belongs to
+    it: titles of published tables have commas without quotes."""
     head = next(read_lines(path), "")
-    rows = read_cells(path, max(",;\t|", key=head.count), strict, by_line)
+    separator = max(",;\t|", key=head.count)
+    rows = read_cells(path, separator, strict, by_line)
     header = [name.strip() for name in next(rows, ("", []))[1]]
     for name in columns:
         expect(name in header, f"{path} line 1", f"no column {name!r}; the first line must name "
                f"{', '.join(columns)} (it names: {', '.join(header)[:200] or 'nothing'})")
-    return header, rows
+    expect(len(set(header)) == len(header) and "" not in header, f"{path} line 1",
+           f"a column has no name or that of another ({', '.join(header)[:200]}); name each, or remove it")
+    last = len(header) - 1
+    for where, cells in rows:
+        expect(len(cells) == len(header) or len(cells) > len(header) and not strict, where,
+               f"{len(cells)} cells under {len(header)} columns; quote a cell that holds a comma")
+        yield where, dict(zip(header, [*cells[:last], separator.join(cells[last:])]))
 
 
 def read_list(path, fields, separator="\t"):
@@ -395,11 +398,7 @@ def list_folder(folder, endings=("",)):
         return []
     names = [name for name in sorted(os.listdir(folder)) if name.lower().endswith(endings)
              and not name.startswith(".") and name.lower() not in ("thumbs.db", "desktop.ini")]
-    return sorted(names, key=_numbered)
-
-
-def _numbered(name):
-    return re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name)
+    return sorted(names, key=partial(re.sub, "[0-9]+", lambda digits: digits[0].zfill(20)))
 
 
 # ---------------------------------------------------------------- your own data: .jsonl, .csv, a folder
@@ -455,13 +454,8 @@ def _json_entries(path):
 
 
 def _csv_entries(path):
-    header, rows = read_table(path, ("image", "caption"), strict=True)
-    expect(len(set(header)) == len(header) and "" not in header, f"{path} line 1",
-           f"a column has no name or that of another ({', '.join(header)[:200]}); name each, or remove it")
-    for where, cells in rows:
-        expect(len(cells) == len(header), where,
-               f"{len(cells)} cells under {len(header)} columns; quote a cell that holds a comma")
-        labels = {name: cell.strip() for name, cell in zip(header, cells)}
+    for where, cells in read_table(path, ("image", "caption"), strict=True):
+        labels = {name: cell.strip() for name, cell in cells.items()}
         image = labels.pop("image")
         yield where, {"images": [image], "captions": [labels.pop("caption")], "default": image,
                       "id": labels.pop("id", None), "split": labels.pop("split", None), "labels": labels}
@@ -543,63 +537,33 @@ def check_classes(count, where, task):
         note(f"{where}: {task}: {(count == 1).sum()} of {len(count)} classes have a single training instance")
 
 
-def pairs(instances, data_classes, classes):
-    """One instance for each caption, with one of the images: what is classified.
-
-    A label is the number of a class; the data's numbers become those of the model's `classes`, by name: -1
-    where there is no label or the model does not know its class.
-    """
-    number = {(task, name): c for task, names in classes.items() for c, name in enumerate(names)}
+def pairs(instances, tasks):
+    """One instance for each caption, with one of the images and a label of each task: what is classified."""
     out = []
     for x in instances:
-        labels = dict.fromkeys(classes, -1)
-        for task in classes:
-            if x.labels.get(task, -1) >= 0:
-                labels[task] = number.get((task, data_classes[task][x.labels[task]]), -1)
+        labels = {task: x.labels.get(task, -1) for task in tasks}
         for k, caption in enumerate(x.captions):
             image = x.images[k % len(x.images)]
             out.append(replace(x, images=[image], captions=[caption], labels=labels))
     return out
 
 
-def load_split(name, root, split, task, classes=None):
-    """As `load`, for one task: -> (instances that have a label of it, names of its classes). What counts as
-    the same thing, the group, becomes the class. classes: those that a model knows; others are left out."""
-    known = None if classes is None else {task: classes}
-    instances, tasks = load(name, root, split, classes=known)
-    return by_class(instances, tasks, task, name, split, classes)
-
-
-def by_class(instances, classes, task, name, split, known=None):
-    """What `load_split` makes of the instances and the {task: [class names]} of a split that is loaded
-    already. known: the names of the classes that a model knows."""
+def by_class(loaded, task, name, split):
+    """Of what `load` returns -> (instances that have a label of a task, names of its classes). What counts as
+    the same thing, the group, becomes the class."""
+    instances, classes = loaded
     names = classes.get(task, [])
     labelled = [replace(x, group=names[x.labels[task]]) for x in instances if x.labels.get(task, -1) >= 0]
-    if known is not None:
-        labelled = [x for x in labelled if x.group in known]
-    left_out = len(instances) - len(labelled)
-    if left_out:
-        note(f"{name} {split}: {left_out} of {len(instances)} instances have no known {task}; "
-             "they were left out")
+    if len(labelled) < len(instances):
+        note(f"{name} {split}: {len(instances) - len(labelled)} of {len(instances)} instances have no known "
+             f"{task}; they were left out")
     expect(labelled, name,
            f"no instance of split {split!r} has a known {task}; label some, or choose another --task")
     return labelled, names
 
 
-def class_splits(loaded, task, name):
-    """Of what `load_splits` returns -> (task, train, val, names of its classes): the instances that have a
-    class of the task (None: the first), which becomes their group. That test has such is checked here, before
-    training."""
-    (train, tasks), val, test = loaded
-    task = choose_task(tasks, task, name, train)
-    train, classes = by_class(train, tasks, task, name, "train")
-    val, _ = by_class(*val, task, name, "val", classes)
-    by_class(*test, task, name, "test", classes)
-    return task, train, val, classes
-
-
 def class_layout(instances, classes):
-    """What evaluation by class needs to know of `load_split`'s instances: the number of each one's class in
+    """What evaluation by class needs to know of `by_class`'s instances: the number of each one's class in
     `classes` (N,), how many captions it has (N,), and whether it is a query (N,)."""
     number = {name: c for c, name in enumerate(classes)}
     labels = np.array([number[x.group] for x in instances], np.int64)
@@ -630,20 +594,14 @@ def karpathy(root, name):
 
 def text2shape(root):
     """Chen et al. 2018, "Text2Shape", arXiv 1803.08495: chairs and tables of ShapeNet as coloured voxels,
-    about five descriptions each. Relevance: the same shape. Labels: category.
-
-    Reads captions.tablechair.csv, <folder>/<modelId>/<modelId>.nrrd, and where present
-    processed_captions_{train,val,test}.p (the published split; else 80/10/10 by a hash of modelId) and
-    views/<modelId>/*.png (used instead of rendering).
-    """
+    about five descriptions each. Relevance: the same shape. Labels: category. Views are rendered, unless
+    views/<modelId>/*.png are there. The split is the published one or, without its files, by a hash."""
     path = os.path.join(root, CAPTION_FILE)
-    expect(os.path.isfile(path), root, f"no {CAPTION_FILE} there; without --no-download (data.load: with "
-           f"download=True) it is fetched; or {text2shape_by_hand(root)}")
-    header, lines = read_table(path, ("modelId", "description", "category"))
+    expect(os.path.isfile(path), root, f"no {CAPTION_FILE} there; without --no-download (in Python, by "
+           f"data.fetch_missing) it is fetched; or {text2shape_by_hand(root)}")
     captions = defaultdict(list)
     category = {}
-    for _, cells in lines:
-        cell = defaultdict(str, zip(header, cells))  # a short line lacks its last cells
+    for _, cell in read_table(path, ("modelId", "description", "category")):
         captions[cell["modelId"]].append(cell["description"])
         category[cell["modelId"]] = cell["category"]
     published = _published_split(root)
@@ -675,31 +633,26 @@ def _published_split(root):
 
 def products(root):
     """Kaggle's Fashion Product Images: styles.csv and images/<id>.jpg. A picture, a title and seven tasks;
-    80/10/10 by a hash of the id. Commas in a title are not quoted: what is past the last column is title."""
+    80/10/10 by a hash of the id."""
     path = os.path.join(root, "styles.csv")
-    header, lines = read_table(path, ("id", "productDisplayName"), by_line=True)
-    expect(header[0] == "id" and header[-1] == "productDisplayName", f"{path} line 1",
-           f"expected columns id, ..., productDisplayName, in this order; it has {', '.join(header)[:200]}")
-    tasks = [column for column in header[1:-1] if column != "year"]
-    for where, cells in lines:
-        expect(len(cells) >= len(header), where, f"{len(cells)} cells under {len(header)} columns")
-        cell = dict(zip(header, cells))
-        title = ",".join(cells[len(header) - 1:])
-        labels = {task: plain(cell[task]) for task in tasks}
-        yield Row(cell["id"], None, [os.path.join(root, "images", cell["id"] + ".jpg")], [title], labels)
+    for _, cell in read_table(path, ("id", "productDisplayName"), by_line=True):
+        id, title = cell.pop("id"), cell.pop("productDisplayName")
+        labels = {task: plain(name) for task, name in cell.items() if task != "year"}
+        yield Row(id, None, [os.path.join(root, "images", id + ".jpg")], [title], labels)
 
 
 def wikipedia(root):
     """Rasiwasia et al. 2010: {train,test}set_txt_img_cat.list (text id, image id, category from 1),
     categories.list, images/<category>/<id>.jpg, texts/<id>.xml. 2,173 / 693, val out of train. Relevance: the
     category."""
-    names = [name for (name,) in read_list(os.path.join(root, "categories.list"), 1)]
+    names = {}
+    for (name,) in read_list(os.path.join(root, "categories.list"), 1):
+        names[str(len(names) + 1)] = name
     for part in ("train", "test"):
         for text, image, category in read_list(os.path.join(root, f"{part}set_txt_img_cat.list"), 3):
-            valid = re.fullmatch("[0-9]{1,3}", category) and 1 <= int(category) <= len(names)
-            expect(valid, root, f"category {category[:20]!r} of text {text[:40]!r}; "
+            expect(category in names, root, f"category {category[:20]!r} of text {text[:40]!r}; "
                    f"categories.list names {len(names)}, counted from 1")
-            name = names[int(category) - 1]
+            name = names[category]
             picture = os.path.join(root, "images", name, image + ".jpg")
             captions = (os.path.join(root, "texts", text + ".xml"), _wikipedia_texts)
             yield Row(f"{image}-{text}", part, [picture], captions, {"category": name}, group=name)
@@ -716,10 +669,8 @@ def pascal_sentence(root):
     its published script writes. 20 classes of 50, by name 40 / 5 / 5 of each. Relevance: the class. Each line
     is a caption; CLIP4CMR's authors take 50 words of all five as one, for which --features with their files
     is the faithful path."""
-    classes = list_folder(os.path.join(root, "dataset"))
-    expect(classes, root, f"no pictures; {absence(os.path.join(root, 'dataset', '<class>', '<id>.jpg'))}")
-    for name in classes:
-        files = list_folder(os.path.join(root, "dataset", name), PICTURES)
+    for name in list_folder(os.path.join(root, "dataset")) or ["<class>"]:
+        files = list_folder(os.path.join(root, "dataset", name), PICTURES) or ["<id>.jpg"]
         for i, file in enumerate(files):
             part = TENTHS[10 * i // len(files)]
             stem = os.path.join(root, "sentence", name, os.path.splitext(file)[0])
@@ -754,48 +705,6 @@ def food101(root):
             yield Row(file, part, [picture], [",".join(title)], {"class": name}, group=name)
 
 
-def fashiongen(root):
-    """Fashion-Gen (Rostamzadeh et al. 2018, arXiv 1806.08317): fashiongen_256_256_{train,validation}.h5, read
-    with h5py. The views of one product are one instance, its name and description the caption; val out of
-    train, test is the validation file. Relevance: the category."""
-    try:
-        import h5py
-    except ImportError:
-        raise DataError("fashiongen is read with h5py, which is not installed; pip install h5py") from None
-    for part, name in (("train", "train"), ("test", "validation")):
-        path = os.path.join(root, f"fashiongen_256_256_{name}.h5")
-        products = {}
-        with reading(path, "expected the published file of Fashion-Gen"), h5py.File(path, "r") as f:
-            shape = f["input_image"].shape
-            expect(shape[1:] == (256, 256, 3) and f["input_image"].dtype == np.uint8, path,
-                   f"pictures of shape {shape}; expected uint8 (pictures, 256, 256, 3)")
-            keys = ("productID", "name", "description", "category")
-            columns = [f["input_" + key][:].ravel() for key in keys]
-            for id, *texts, k in zip(*columns, range(shape[0]), strict=True):
-                title, description, category = [text.decode("latin1") for text in texts]
-                row = Row(str(id), part, [], [f"{title}. {description}"], {"category": category}, category)
-                products.setdefault(id, row).images.append(H5View(path, k))
-        yield from products.values()
-
-
-@lru_cache(maxsize=4)
-def _h5_images(file, process):
-    import h5py
-    return h5py.File(file, "r")["input_image"]  # one handle per process: HDF5's do not survive a fork
-
-
-@dataclass(frozen=True)
-class H5View:
-    """Row `row` of the pictures in a Fashion-Gen file."""
-    file: str
-    row: int
-
-    def __call__(self, size):
-        with reading(self.file, f"picture {self.row}; what is damaged may only show here"):
-            image = _h5_images(self.file, os.getpid())[self.row]
-        return Image.fromarray(square(Image.fromarray(image), size))
-
-
 def _video_rows(root, videos, paragraph=False):
     """Yield the Row of each of `videos`: (id, split, names that the video may have, captions). Its images are
     frames/<name>/*.jpg (or .png), of a folder with or without a file's ending; paragraph: its captions become
@@ -825,10 +734,7 @@ def msrvtt(root):
     videos = []
     for part, file, columns in (("train", "MSRVTT_train.9k.csv", ["video_id"]),
                                 ("test", "MSRVTT_JSFUSION_test.csv", ["video_id", "sentence"])):
-        header, lines = read_table(os.path.join(root, file), columns, by_line=True)
-        for where, cells in lines:
-            expect(len(cells) >= len(header), where, f"{len(cells)} cells under {len(header)} columns")
-            cell = dict(zip(header, cells))
+        for _, cell in read_table(os.path.join(root, file), columns, by_line=True):
             video = cell["video_id"].strip()
             texts = [cell["sentence"]] if part == "test" else captions[video]
             videos.append((video, part, [video], texts))
@@ -840,12 +746,11 @@ def msvd(root):
     about 40 captions to a video."""
     path = os.path.join(root, "raw-captions.pkl")
     captions = read_pickle(path)
-    expect(fits(captions, {str: [(list, tuple, str)]}), path,
-           "not a dict of lists of captions, each a list of words; get it again")
+    expect(fits(captions, {str: [list]}), path, "expected {video: captions, each a list of words}")
     videos = []
     for part in SPLITS:
         for (video,) in read_list(os.path.join(root, part + "_list.txt"), 1):
-            texts = [x if isinstance(x, str) else " ".join(map(str, x)) for x in captions.get(video, ())]
+            texts = [" ".join(map(str, words)) for words in captions.get(video, ())]
             videos.append((video, part, [video], texts))
     return _video_rows(root, videos)
 
@@ -863,12 +768,10 @@ def didemo(root):
         for moment in read_json(path, shape, "DiDeMo's [{video, description}]"):
             by_name[moment["video"]].append(moment["description"])
             by_stem[os.path.splitext(moment["video"])[0]].append(moment["description"])
-        names = [name for (name,) in read_list(os.path.join(root, part + "_list.txt"), 1)]
-        stem_of = {name: name if name in by_stem else os.path.splitext(name)[0] for name in names}
-        times = Counter(stem_of.values())
-        for name, stem in stem_of.items():
+        for (name,) in read_list(os.path.join(root, part + "_list.txt"), 1):
+            stem = name if name in by_stem else os.path.splitext(name)[0]
             captions = by_name.get(name) or by_stem.get(stem, [])
-            videos.append((stem if times[stem] == 1 else name, part, [name, stem], captions))
+            videos.append((name, part, [name, stem], captions))
     return _video_rows(root, videos, paragraph=True)
 
 
@@ -961,9 +864,8 @@ def text2shape_by_hand(root):
 
 
 def fetch_missing(name, root=None):
-    """Fetch a data set into its folder (default data/<name>) where it is not there and that is possible: of
-    the known ones only text2shape. A folder with captions and with voxels or views is taken as it is, also
-    without the published split. Raises DataError where it cannot be fetched."""
+    """Fetch text2shape, and nothing else, into its folder (default data/<name>) where it is not there. A
+    folder with captions and with voxels or views is taken as it is, also without the published split."""
     if name != "text2shape":
         return
     root = root or os.path.join("data", name)
@@ -986,24 +888,18 @@ def fetch_missing(name, root=None):
 
 
 def unpack(archive, root):
-    """Unpack voxels and splits of a zip: only names of the published layout, never outside `root`."""
+    """Unpack the voxels and splits of a zip into `root`; other names than theirs are not looked at."""
+    wanted = re.compile(rf"(?:.*/)?({VOXEL_FOLDER}/(\w+)/\2\.nrrd)|(?:(?!primitives/)[\w-]+/)*"
+                        f"({'|'.join(map(re.escape, SPLIT_FILES))})")
     with reading(archive, f"delete it and run the command again; or {text2shape_by_hand(root)}"):
         with zipfile.ZipFile(archive) as z:
             expect(z.testzip() is None, archive, "damaged; delete it and run the command again")
-            for info in z.infolist():
-                parts = info.filename.split("/")
-                if len(parts) >= 3 and parts[-3] == VOXEL_FOLDER and parts[-1] == parts[-2] + ".nrrd":
-                    target = os.path.join(root, *parts[-3:])
-                elif parts[-1] in SPLIT_FILES and parts[-2:-1] != ["primitives"]:
-                    target = os.path.join(root, parts[-1])
-                else:
-                    continue
-                expect(".." not in parts and "\\" not in info.filename, archive,
-                       f"{info.filename!r} is no name of the published archive; delete it")
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                with z.open(info) as source, open(target + ".part", "wb") as f:
-                    shutil.copyfileobj(source, f)
-                os.replace(target + ".part", target)
+            for name in z.namelist():
+                if found := wanted.fullmatch(name):
+                    target = os.path.join(root, found[1] or found[3])
+                    os.makedirs(os.path.dirname(target), exist_ok=True)
+                    with open(target, "wb") as f:
+                        f.write(z.read(name))
 
 
 # ---------------------------------------------------------------- voxels and their views
@@ -1012,27 +908,13 @@ def read_nrrd(path):
     """A Text2Shape voxel file: uint8 (n, n, n, 4), axes x, y (up), z, RGBA. Raises DataError.
 
     NRRD: header, blank line, data."""
-    try:
-        with open(path, "rb") as f:
-            start = f.read(1 << 16)
-            blank = re.search(rb"\r?\n\r?\n", start)
-            expect(start.startswith(b"NRRD000") and blank, path, "not an NRRD file; get it again")
-            n, encoding, axes = _nrrd_header(path, start[:blank.start()].decode("latin1"))
-            need = 4 * n ** 3
-            f.seek(blank.end())
-            body = f.read(need + (need >> 10) + (1 << 16))  # even what does not compress grows by less
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
-    if encoding != "raw":
-        unzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        try:
-            body = unzip.decompress(body, need + 1)  # never more than the sizes promise
-        except zlib.error as e:
-            raise DataError(f"{path}: damaged gzip data ({e}); get the file again") from None
-        expect(unzip.eof or len(body) != need, path,  # the checksum lies behind the last byte
-               "the gzip data ends before its checksum; the file is truncated, get it again")
-    expect(len(body) == need, path,
-           f"holds {len(body)} bytes of voxels, its sizes need {need}; the file is truncated or wrong")
+    with reading(path, "expected a voxel file of Text2Shape; get it again"), open(path, "rb") as f:
+        header, *body = re.split(rb"\r?\n\r?\n", f.read(), maxsplit=1)
+        expect(header.startswith(b"NRRD000") and body, path, "not an NRRD file; get it again")
+        n, encoding, axes = _nrrd_header(path, header.decode("latin1"))
+        body = body[0] if encoding == "raw" else gzip.decompress(body[0])
+    expect(len(body) == 4 * n ** 3, path, f"holds {len(body)} bytes of voxels, its sizes need {4 * n ** 3}; "
+           "the file is truncated or wrong")
     voxels = np.frombuffer(body, np.uint8).reshape(n, n, n, 4)  # the file's first axis varies fastest
     voxels = voxels.transpose(*2 - abs(axes).argmax(0), 3)
     return np.ascontiguousarray(voxels[tuple(slice(None, None, sign) for sign in axes.sum(0))])
@@ -1045,28 +927,21 @@ def _nrrd_header(path, header):
     for line in header.split("\n"):
         name, _, value = line.partition(": ")  # a comment or a key:=value has no such name
         fields[name.strip().lower()] = value.strip()
-    expect("data file" not in fields and "datafile" not in fields, path,
-           "its voxels are in another file (the header names a data file); expected both in one")
-    kind = fields.get("type", "?")[:100]
-    expect(kind.lower() in ("uint8", "unsigned char", "uchar", "uint8_t"), path,
-           f"type {kind}; expected uint8 RGBA voxels")
-    sizes = fields.get("sizes", "?").split()
-    n = int(sizes[1]) if len(sizes) == 4 and re.fullmatch("[0-9]{1,3}", sizes[1]) else 0
-    expect(1 <= n <= 512 and sizes == ["4", str(n), str(n), str(n)], path,
-           f"sizes {' '.join(sizes)[:100]}; expected 4 n n n (channel and three axes), n up to 512")
-    encoding = fields.get("encoding", "?")[:100].lower()
-    expect(encoding in ("gzip", "gz", "raw"), path, f"encoding {encoding}; expected gzip or raw")
+    for name, pattern, expected in (("type", "uint8|unsigned char|uchar|uint8_t", "uint8 RGBA voxels"),
+                                    ("sizes", r"4\s+([1-9]\d{0,2})\s+\1\s+\1", "4 n n n, channel and axes"),
+                                    ("encoding", "gzip|gz|raw", "gzip or raw, in the same file")):
+        value = fields.get(name, "?")
+        expect(re.fullmatch(pattern, value), path, f"{name} {value[:100]}; expected {expected}")
     stated = fields.get("space directions", "none (0,1,0) (0,0,1) (1,0,0)")  # as Text2Shape's: y, z, x
-    try:
-        vectors = re.fullmatch("none" + r"\s*\(([^,()]+),([^,()]+),([^,()]+)\)" * 3, stated).groups()
-        along = np.array(vectors, float).reshape(3, 3)
-    except (AttributeError, ValueError):  # no match, no numbers
-        along = np.zeros((3, 3))
-    length = abs(along)
-    axes = np.where(length > 1e-3 * length.max(1, keepdims=True), np.sign(along), 0).astype(int)
-    expect((abs(axes).sum(0) == 1).all() and (abs(axes).sum(1) == 1).all(), path,
-           f"space directions {stated[:100]}; expected none and three vectors, along x, y and z in any order")
-    return n, encoding, axes
+    vectors = re.findall(r"\(([^,()]+),([^,()]+),([^,()]+)\)", stated)
+    with reading(path, "expected space directions of none and three vectors, along x, y and z in any order"):
+        along = np.array(vectors, float)  # (3, 3)
+        length = abs(along)
+        axes = np.where(length > 1e-3 * length.max(1, keepdims=True), np.sign(along), 0).astype(int)
+        one_each = [abs(axes).sum(axis).tolist() == [1, 1, 1] for axis in (0, 1)]
+        if not all(one_each) or not stated.startswith("none"):
+            raise ValueError(stated[:100])
+    return int(fields["sizes"].split()[1]), fields["encoding"], axes
 
 
 VIEWS = 12  # a turntable: one view every 30 degrees,
@@ -1109,13 +984,12 @@ def _rays(grid, size, view, odd, bulky):
 
 def render(voxels, view, size):
     """One view of a voxel grid, with its solid part in the middle. voxels: uint8 (n, n, n, 4), x right, y up,
-    z to the viewer at view 0; view: 0..11 -> uint8 (size, size, 3). Raises DataError for another shape.
+    z to the viewer at view 0; view: 0..11 -> uint8 (size, size, 3).
 
     Each pixel takes the first voxel of its ray with alpha over 127, white where none is. It is shaded by the
     slope of the blurred solid just before: within a thin plate, that has no slope.
     """
     grid = voxels.shape[0]
-    expect(voxels.shape == (grid, grid, grid, 4), f"voxels of shape {voxels.shape}", "expected (n, n, n, 4)")
     image = np.full((size * size, 3), 255, np.uint8)
     solid = voxels[..., 3] > 127
     if solid.any():
@@ -1185,17 +1059,9 @@ FRACTIONS = (0.30, 0.57, 0.86)  # of the grid's side, for the three heights and 
 JITTER = 0.05  # +- of the grid's side
 COLOUR_JITTER = 14  # +- levels of 256
 GRID = 32
-CONFIGURATIONS = 6 * 14 * 3 * 3
+CONFIGURATIONS = list(itertools.product(range(6), range(14), range(3), range(3)))  # 756, of indices of TASKS
 CAPTIONS = 5
 PRIMITIVES_SEED = 2018
-
-
-def _configuration(number):
-    """0..755 -> indices of (shape, colour, height, width)."""
-    number, width = divmod(number, 3)
-    number, height = divmod(number, 3)
-    shape, colour = divmod(number, 14)
-    return shape, colour, height, width
 
 
 def _solid(shape, h, w):
@@ -1223,7 +1089,7 @@ def _solid(shape, h, w):
 @lru_cache(maxsize=16)
 def primitive_voxels(number, sample):
     """uint8 (32, 32, 32, 4): the voxels of one sample of a configuration, its size and colour perturbed."""
-    shape, colour, height, width = _configuration(number)
+    shape, colour, height, width = CONFIGURATIONS[number]
     rng = np.random.default_rng([PRIMITIVES_SEED, number, sample])
     h = GRID / 2 * (FRACTIONS[height] + rng.uniform(-JITTER, JITTER))
     w = GRID / 2 * (FRACTIONS[width] + rng.uniform(-JITTER, JITTER))
@@ -1240,7 +1106,7 @@ def primitive_caption(number, sample, k):
     rng = np.random.default_rng([PRIMITIVES_SEED + 1, number, sample, k])
     left_out = rng.choice(4, rng.choice(3, p=(0.3, 0.4, 0.3)), replace=False, p=(0.15, 0.15, 0.35, 0.35))
     word = {}
-    for i, (task, value) in enumerate(zip(TASKS, _configuration(number))):
+    for i, (task, value) in enumerate(zip(TASKS, CONFIGURATIONS[number])):
         words = [list(COLOURS)[value]] if task == "color" else list(TASKS[task].values())[value]
         word[task] = "" if i in left_out else words[rng.integers(len(words))]
     noun = word["shape"] or ("object", "thing", "shape")[rng.integers(3)]
@@ -1277,14 +1143,7 @@ class PrimitiveView:
         return Image.fromarray(render(primitive_voxels(self.number, self.sample), self.view, size))
 
 
-def _primitive(number, sample, query):
-    views = [PrimitiveView(number, sample, view) for view in range(VIEWS)]
-    captions = [primitive_caption(number, sample, k)[0] for k in range(CAPTIONS)]
-    labels = dict(zip(TASKS, _configuration(number)))
-    return Instance(f"{number:03d}-{sample}", views, captions, labels, f"{number:03d}", query)
-
-
-def primitives(split, name="primitives"):
+def primitives(split, name="primitives", classes=None):
     """Text2Shape's primitives, made again from the published recipe: 6 solids x 14 colours x 9 sizes, 10
     samples of each. 12 views, 5 captions. Relevance: the same configuration.
 
@@ -1301,14 +1160,21 @@ def primitives(split, name="primitives"):
         samples["unseen"] = (9,)
     expect(split in samples, name, f"no split {split!r}; it has {', '.join(samples)}")
     instances = []
-    for number in range(CONFIGURATIONS):
-        shape, colour, _, _ = _configuration(number)
+    for number, (shape, colour, _, _) in enumerate(CONFIGURATIONS):
         held_out = shape % 3 == colour % 3  # two of the six shapes of every colour: 252 configurations
         part = "primitives-source" if shape < 4 and colour < 10 else "primitives-target"
-        if name == part or name == "primitives" and (split == "unseen" or not held_out):
-            query = held_out or split != "unseen"
-            instances += [_primitive(number, sample, query) for sample in samples[split]]
-    return instances, {task: list(values) for task, values in TASKS.items()}
+        if name != part and (name != "primitives" or held_out and split != "unseen"):
+            continue
+        for sample in samples[split]:
+            views = [PrimitiveView(number, sample, view) for view in range(VIEWS)]
+            captions = [primitive_caption(number, sample, k)[0] for k in range(CAPTIONS)]
+            labels = {task: list(TASKS[task])[value] for task, value in zip(TASKS, CONFIGURATIONS[number])}
+            instances.append(Instance(f"{number:03d}-{sample}", views, captions, labels, f"{number:03d}",
+                                      query=held_out or split != "unseen"))
+    if classes is None:
+        classes = {task: list(values) for task, values in TASKS.items()}
+    number_labels(instances, classes, name, split)
+    return instances, classes
 
 
 def primitives_stated(instance):
@@ -1325,15 +1191,12 @@ def primitives_oracle(instances):
     is often wrong: its score is the ceiling of every model.
     """
     values = np.array([list(x.labels.values()) for x in instances])  # (N, 4)
-    scores = np.zeros((sum(len(x.captions) for x in instances), len(instances)), np.float32)
-    row = 0
+    scores = []
     for x, value in zip(instances, values):
-        for attributes in primitives_stated(x):
-            stated = list(attributes)
+        for stated in map(list, primitives_stated(x)):
             fit = (values[:, stated] == value[stated]).all(1)
-            scores[row] = fit / fit.sum()
-            row += 1
-    return torch.from_numpy(scores)
+            scores.append(fit / fit.sum())
+    return torch.from_numpy(np.array(scores, np.float32))
 
 
 def word_terms(instances):
@@ -1369,10 +1232,8 @@ class SharedTerms:
         number = {term: k for k, term in enumerate(count)}
 
         def padded(rows):
-            out = torch.full((len(rows), max(map(len, rows))), len(number), dtype=torch.int32)
-            for numbers, terms in zip(out.numpy(), rows):
-                numbers[:len(terms)] = [number[term] for term in terms]
-            return out.to(device)
+            rows = [torch.tensor([number[term] for term in terms], dtype=torch.int32) for terms in rows]
+            return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=len(number)).to(device)
         self.captions = padded(of_captions)
         self.instances = padded(of_instances)
         idf = [math.log((len(of_instances) + 1) / count[term]) for term in number]
@@ -1438,54 +1299,42 @@ class Features:
         return self.labels, self.captions, self.query
 
 
-def _npz(path):
-    with np.load(path, allow_pickle=False) as content:
-        return dict(content)
-
-
 def read_features(path):
     """Features in place of pictures and texts: a .npz, or a pickle as CLIP4CMR's, of a dict with image (N,
     Di), text (N, Dt), label (N,) and optional ids (N,; default: row numbers). -> the same dict, features
     float32. Raises DataError where they do not fit together."""
-    with reading(path, "expected a .npz or .pkl with image (N, Di), text (N, Dt), label (N,) and ids (N,)"):
+    advice = "expected a .npz or .pkl with image (N, Di), text (N, Dt), label (N,) and ids (N,)"
+    with reading(path, advice), open(path, "rb") as f:
         pickled = path.endswith((".pkl", ".p", ".pickle"))
-        content = read_pickle(path) if pickled else _npz(path)
-        absent = [key for key in ("image", "text", "label") if key not in content]
-        expect(not absent, path, f"no {', '.join(absent)} in it; features need image, text and label")
+        content = read_pickle(path) if pickled else np.load(f, allow_pickle=False)
         arrays = {key: np.asarray(content[key]) for key in ("image", "text", "label")}
-        arrays["ids"] = np.asarray(content.get("ids", np.arange(arrays["label"].size)))
-    for key in ("label", "image", "text", "ids"):  # the label first: the others must have as many rows
+        arrays["ids"] = np.asarray(content["ids"] if "ids" in content else np.arange(arrays["label"].size))
+    for key in ("image", "text"):
         array = arrays[key]
-        if key in ("image", "text"):
-            expect(array.ndim == 2 and array.dtype.kind in "fiu" and array.size, path,
-                   f"{key} is {array.dtype} of shape {array.shape}; expected numbers (N, width)")
-            with np.errstate(over="ignore"):  # what is too large becomes infinite
-                arrays[key] = array = array.astype(np.float32, copy=False)
-            bad = ~np.isfinite(array).all(1)
-            expect(not bad.any(), path, f"{key} row {bad.argmax()} holds a NaN or an infinite number "
-                   f"({bad.sum()} such rows); remove them")
-        else:
-            arrays[key] = array = _names(path, key, array)
+        expect(array.ndim == 2 and array.dtype.kind in "fiu" and array.size, path,
+               f"{key} is {array.dtype} of shape {array.shape}; expected numbers (N, width)")
+        with np.errstate(over="ignore"):  # what is too large becomes infinite
+            arrays[key] = array.astype(np.float32, copy=False)
+        bad = ~np.isfinite(arrays[key]).all(1)
+        expect(not bad.any(), path, f"{key} row {bad.argmax()} holds a NaN or an infinite number "
+               f"({bad.sum()} such rows); remove them")
+    for key in ("label", "ids"):  # integers or strings; a column (N, 1) and whole floats are read too
+        array = arrays[key]
+        if array.ndim == 2 and array.shape[1] == 1:
+            array = array[:, 0]
+        with np.errstate(invalid="ignore"):
+            if array.dtype.kind in "fb" and (array == array.astype(np.int64)).all():
+                array = array.astype(np.int64)
+        expect(array.ndim == 1 and array.dtype.kind in "iuUSO" and array.size, path,
+               f"{key} is {array.dtype} of shape {array.shape}; expected one class or id a row (N,)")
+        if array.dtype.kind in "SO":  # Python 2's strings are bytes
+            texts = (x.decode("utf-8", "replace") if isinstance(x, bytes) else x for x in array.tolist())
+            array = np.array(list(map(str, texts)))
+        arrays[key] = array
+    for key, array in arrays.items():
         expect(len(array) == len(arrays["label"]), path,
                f"{len(array)} rows of {key}, but {len(arrays['label'])} labels; a row needs all of them")
     return arrays
-
-
-def _names(path, key, array):
-    """Labels or ids (N,) as integers or strings; a column (N, 1) and whole floats are read too."""
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    with np.errstate(invalid="ignore"):
-        if array.dtype.kind in "fb" and (array == array.astype(np.int64)).all():
-            array = array.astype(np.int64)
-    expect(array.ndim == 1 and array.dtype.kind in "iuUSO" and array.size, path,
-           f"{key} is {array.dtype} of shape {array.shape}; expected one class or id a row (N,)")
-    if array.dtype.kind in "SO":  # Python 2's strings are bytes
-        names = [str(x, "utf-8", "replace") if isinstance(x, bytes) else x for x in array.tolist()]
-        valid = all(isinstance(x, (str, int, float, type(None))) for x in names)
-        expect(valid, path, f"{key} holds other things than names")
-        array = np.array([str(x) for x in names])
-    return array
 
 
 def feature_splits(paths, root):
@@ -1575,11 +1424,8 @@ class RegionView:
     def features(self):
         return np.array(_rows_of(self.path, "regions, width")[self.row], dtype=np.float32)
 
-    def has_clip_input(self):
-        return self.embedding is not None
-
     def clip_input(self):
-        """CLIP's embedding of the image, float32 (D,)."""
+        """CLIP's embedding of the image, float32 (D,), where there is one."""
         path, row = self.embedding
         return np.array(_rows_of(path, "D")[row], dtype=np.float32)
 
@@ -1587,12 +1433,11 @@ class RegionView:
         raise DataError(f"{self.path}: region features have no picture to show")
 
 
+@dataclass
 class Regions:
-    """Region features (..., regions, width) with CLIP's embedding of the same images, clip_input (..., D)."""
-
-    def __init__(self, features, clip_input):
-        self.features = features
-        self.clip_input = clip_input
+    """Region features with CLIP's embedding of the same images, to index both at once."""
+    features: torch.Tensor  # (..., regions, width)
+    clip_input: torch.Tensor  # (..., D)
 
     def __getitem__(self, index):
         return Regions(self.features[index], self.clip_input[index])
@@ -1608,11 +1453,11 @@ def _rows_of(path, axes):
         return array
 
 
-def load_regions(name, root, split, clip_input=True):
+def load_regions(name, root, split):
     """As `load`, of region features in place of pictures: <root>/precomp/{train,dev,test}_ims.npy (images,
     36, 2048), memory-mapped, and _caps.txt, five captions to an image, in order (SCAN's files; where each row
-    of features stands five times, each fifth is read). COCO's test is `testall` where that is there.
-    clip_input: CLIP's embeddings of the images are read too, from _clip.npy (images, D), where it is."""
+    of features stands five times, each fifth is read). COCO's test is `testall` where that is there. CLIP's
+    embeddings of the images are read from _clip.npy (images, D), where it is."""
     files = {"train": "train", "val": "dev", "test": "test"}
     expect(split in files, "--regions", f"no split {split!r}; it has {', '.join(files)}")
     base = os.path.join(root or os.path.join("data", name), "precomp", files[split])
@@ -1631,7 +1476,7 @@ def load_regions(name, root, split, clip_input=True):
     for i in np.linspace(0, images - 1, 10).astype(int) * step:
         expect((features[i:i + step] == features[i]).all(), base + "_ims.npy", "as many rows as captions, "
                f"but rows {i} to {i + 4} differ: one caption to an image is not supported, only five are")
-    embeddings = base + "_clip.npy" if clip_input and os.path.exists(base + "_clip.npy") else None
+    embeddings = base + "_clip.npy" if os.path.exists(base + "_clip.npy") else None
     expect(not embeddings or len(_rows_of(embeddings, "D")) == images, embeddings,
            f"expected a row for each of the {images} images of {base}_caps.txt")
     instances = []
@@ -1644,6 +1489,9 @@ def load_regions(name, root, split, clip_input=True):
 
 
 # ---------------------------------------------------------------- pictures
+
+OPENAI = clip.MODELS["ViT-B/32"][0]  # its Config says how pictures become pixels where no other is given
+
 
 def open_image(path):
     """A picture as RGB: EXIF rotation applied, more than 8 bits of grey scaled by their range, transparency
@@ -1704,37 +1552,42 @@ def _without_metadata(content):
     return b"".join(kept) + content[at:]
 
 
-def square(image, size):
-    """RGB picture -> uint8 (size, size, 3): bicubic resize of the shorter side, centre crop; the same pixels
-    as torchvision's Resize and CenterCrop. Of a very long picture only what is kept is resized (1 x 5,000
-    would otherwise grow to gigabytes); Pillow may then take rows and columns in the other order, and its
-    rounding between the two shows."""
-    if image.size == (size, size):
-        return np.asarray(image)
+def square(image, size, config=OPENAI):
+    """RGB picture -> uint8 (size, size, 3): the shorter side is resized, the middle is kept (or, where a
+    CLIP's configuration says so, the picture is squashed); the same pixels as torchvision's Resize and
+    CenterCrop. Of a very long picture only what is kept is resized (1 x 5,000 would otherwise grow to
+    gigabytes); Pillow may then take rows and columns in the other order, and its rounding between the two
+    shows."""
+    how = Image.Resampling[config.interpolation.upper()]
+    if config.squash:
+        return np.asarray(image.resize((size, size), how))
     w, h = image.size
     short = min(w, h)
-    wide, high = (size if side == short else int(size * side / short) for side in (w, h))
+    resize = config.image_resize or size  # of the shorter side
+    wide, high = (resize if side == short else int(resize * side / short) for side in (w, h))
     left = round((wide - size) / 2)
     top = round((high - size) / 2)
     if max(w, h) <= 64 * short:
-        resized = image.resize((wide, high), Image.Resampling.BICUBIC)
+        resized = image.resize((wide, high), how)
         return np.asarray(resized.crop((left, top, left + size, top + size)))
     box = (left * w / wide, top * h / high, (left + size) * w / wide, (top + size) * h / high)
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.asarray(image.resize((size, size), how, box=box))
 
 
-def pixels(image, size):
+def pixels(image, size, config=OPENAI):
     """A path, or a callable view -> uint8 (size, size, 3)."""
-    return square(image(size).convert("RGB") if callable(image) else open_image(image), size)
+    if callable(image):
+        return np.asarray(image(size).convert("RGB"))
+    return square(open_image(image), size, config)
 
 
 RATIOS = (3 / 4, 4 / 3)  # width to height of random crops
 
 
-def crop_source(image, area):
-    """A path, or a callable view -> uint8 (h, w, 3) to take crops from: the whole picture, made smaller where
-    it has more than `area` pixels."""
-    image = image(round(area ** 0.5)).convert("RGB") if callable(image) else open_image(image)
+def crop_source(path, area):
+    """-> uint8 (h, w, 3) to take crops from: the whole picture, made smaller where it has more than `area`
+    pixels."""
+    image = open_image(path)
     w, h = image.size
     if w * h > area:
         scale = (area / (w * h)) ** 0.5
@@ -1765,12 +1618,12 @@ def crop_box(w, h, smallest, rng):
     return (w - width) // 2, (h - height) // 2, width, height
 
 
-def random_crop(picture, size, smallest, rng, mirror):
+def random_crop(picture, size, smallest, rng, mirror, config=OPENAI):
     """uint8 (h, w, 3) -> (size, size, 3): a random part of a picture (see `crop_box`), made square, and where
     `mirror` allows it flipped left to right half of the time."""
     left, top, width, height = crop_box(picture.shape[1], picture.shape[0], smallest, rng)
     part = Image.fromarray(picture[top:top + height, left:left + width])
-    part = np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
+    part = np.asarray(part.resize((size, size), Image.Resampling[config.interpolation.upper()]))
     return part[:, ::-1] if mirror and rng.random() < 0.5 else part
 
 
@@ -1778,13 +1631,18 @@ def default_crop(name, instances, pretrained):
     """The smallest share of a picture's area that training crops keep where none is asked for: of photos half
     from scratch and nine tenths with pretrained weights; None, no crops, for shapes, videos and features.
     Photos are images in files, your own data among them."""
-    photos = name not in SHAPES_AND_VIDEOS and all(isinstance(x.images[0], str) for x in instances)
-    if not photos:
+    if name in SHAPES_AND_VIDEOS or not all(isinstance(x.images[0], str) for x in instances):
         return None
     return 0.9 if pretrained else 0.5
 
 
 # ---------------------------------------------------------------- batches
+
+def shared_memory(kind, *shape):
+    """An array of zeros that forked workers fill for each other; pages that are not written cost nothing."""
+    size = math.prod(shape)
+    return np.frombuffer(mmap.mmap(-1, size * np.dtype(kind).itemsize), kind, size).reshape(shape)
+
 
 @dataclass(eq=False, repr=False)
 class Loader:
@@ -1798,6 +1656,7 @@ class Loader:
     A batch is a dict of tensors. An instance with fewer views or captions than asked for has its rest masked.
 
       images        uint8 (B, V, 3, S, S); of `load_regions` float32 (B, V, regions, width)
+      mean_std      float32 (2, 3, 1, 1): the mean and std of the pixels in 0..1 that the CLIP was trained on
       image_mask    bool (B, V)
       tokens        int32 (B, L, context_length)
       caption_mask  bool (B, L)
@@ -1822,6 +1681,7 @@ class Loader:
     frames: int = None  # instead of views, at most this many images, taken evenly and in order (video)
     pairs: bool = False  # an epoch shows every caption once, with its instance, not every instance once
     crop: float = None  # in training: the smallest share of the area in random crops; None, 0 or 1: no crops
+    config: clip.Config = OPENAI  # of the CLIP: how its pictures are resized, and the mean and std of pixels
 
     def __post_init__(self, tokenizer):
         n = len(self.instances)
@@ -1841,40 +1701,27 @@ class Loader:
         if cut:
             note(f"{cut} of {len(texts)} captions are longer than {self.context_length} tokens and were cut "
                  "(--context says how many tokens of a text are read)")
-        for kind, asked, counts in (("views", self.views, images), ("captions", self.captions, captions)):
-            few = sum(count < asked for count in counts) if self.train and asked else 0
-            if few:
-                note(f"{few} of {n} instances have fewer than {asked} {kind}; all they have is used")
         self.labels = {}  # task -> int64 (N,)
         for task in sorted({task for x in self.instances for task in x.labels}):
             self.labels[task] = torch.tensor([x.labels.get(task, -1) for x in self.instances])
         self.regions = n > 0 and isinstance(self.instances[0].images[0], RegionView)  # floats, not pixels
         self.crop = self.crop if self.train and self.crop and self.crop < 1 else None
-        expect(not self.regions or not self.crop, "--crop", "region features have no pictures to crop")
+        expect(not self.crop or isinstance(self.instances[0].images[0], str), "--crop",
+               "only pictures in files can be cropped; leave it out")
         self.area = self.image_size ** 2  # pixels that are kept of a picture
         if self.crop:
             # the shorter side of the smallest crop is sqrt(area * crop * 3/4); 2 more pixels for rounding
             self.area = math.ceil((self.image_size + 2) ** 2 / (self.crop * RATIOS[0]))
             sided = re.compile(r"\b(left|right)\b", re.IGNORECASE)
             self.mirror = [not any(map(sided.search, x.captions)) for x in self.instances]
-        self.cached = not self.regions and self.first_image[-1] * self.area * 3 <= self.cache_bytes
         self.cache = None
-        if self.cached:
-            self._make_cache()
-
-    def _make_cache(self):
-        """Anonymous shared memory: forked workers fill it for each other; unwritten pages cost nothing."""
-        def shared(kind, *shape):
-            size = math.prod(shape) * np.dtype(kind).itemsize
-            return np.frombuffer(mmap.mmap(-1, max(1, size)), kind, math.prod(shape)).reshape(shape)
-
         total = int(self.first_image[-1])
-        self.cache = shared(np.uint8, total, self.area * 3)
-        self.sides = shared(np.int32, total, 2)  # height and width
-        self.filled = shared(np.uint8, total)
+        if not self.regions and 0 < total * self.area * 3 <= self.cache_bytes:
+            self.cache = shared_memory(np.uint8, total, self.area * 3)
+            self.sides = shared_memory(np.int32, total, 2)  # height and width; 0 where none is kept yet
 
-    def __getstate__(self):  # where workers are spawned, not forked, each has a cache of its own
-        return self.__dict__ | {"cache": None, "sides": None, "filled": None}
+    def __getstate__(self):  # workers that are spawned, not forked, do not share it
+        return self.__dict__ | {"cache": None, "sides": None}
 
     def __len__(self):
         """Batches per epoch."""
@@ -1882,18 +1729,16 @@ class Loader:
 
     def _decoded(self, i, k):
         """Image k of instance i: uint8 (size, size, 3), or where crops are taken from it (h, w, 3)."""
-        if self.cached and self.cache is None:
-            self._make_cache()
         at = self.first_image[i] + k
-        if self.cached and self.filled[at]:
+        if self.cache is not None and self.sides[at].all():
             h, w = self.sides[at]
             return self.cache[at, :h * w * 3].reshape(h, w, 3)
         image = self.instances[i].images[k]
-        picture = crop_source(image, self.area) if self.crop else pixels(image, self.image_size)
-        if self.cached:
+        picture = (crop_source(image, self.area) if self.crop
+                   else pixels(image, self.image_size, self.config))
+        if self.cache is not None:
             self.cache[at, :picture.size] = picture.ravel()
-            self.sides[at] = picture.shape[:2]
-            self.filled[at] = 1  # after the pixels, so that no other worker sees half a picture
+            self.sides[at] = picture.shape[:2]  # after the pixels, so that no worker sees half a picture
         return picture
 
     def _shown(self, epoch, sample, i, k):
@@ -1904,7 +1749,7 @@ class Loader:
         if self.crop:
             # k + 1, because numpy takes numbers that end in 0 for the same as without it: those of `_draw`
             rng = np.random.default_rng([self.seed, epoch, sample, k + 1])
-            picture = random_crop(picture, self.image_size, self.crop, rng, self.mirror[i])
+            picture = random_crop(picture, self.image_size, self.crop, rng, self.mirror[i], self.config)
         return picture
 
     def _draw(self, epoch, sample):
@@ -1924,21 +1769,21 @@ class Loader:
         return i, images, captions
 
     def make(self, step):
-        """The batch of global step `step` (epoch = step // len(self)), this process's part."""
+        """The batch of global step `step` (epoch = step // len(self)), this process's part. It is made from
+        (seed, step) alone, so that workers, resumed runs and several processes agree."""
         epoch, at = divmod(step, len(self))
         order = _shuffled(self.samples, self.seed, epoch) if self.train else np.arange(self.samples)
         part = self.batch_size // self.world
         begin = at * self.batch_size + self.rank * part
-        samples = order[begin:min(begin + part, (at + 1) * self.batch_size)]
+        samples = order[begin:begin + part]
         drawn = [self._draw(epoch, sample) for sample in samples]
         index = np.array([i for i, _, _ in drawn], np.int64)
         B = len(index)
         V = self.views or max((len(views) for _, views, _ in drawn), default=1)
         L = self.captions or max((len(captions) for _, _, captions in drawn), default=1)
-        if self.regions:
-            images = np.zeros((B, V, *self.instances[0].images[0].features().shape), np.float32)
-        else:
-            images = np.zeros((B, V, self.image_size, self.image_size, 3), np.uint8)
+        first = self.instances[0].images[0]
+        shape = first.features().shape if self.regions else (self.image_size, self.image_size, 3)
+        images = np.zeros((B, V, *shape), np.float32 if self.regions else np.uint8)
         image_mask = np.zeros((B, V), bool)
         caption = np.full((B, L), -1, np.int64)
         for b, (i, views, captions) in enumerate(drawn):
@@ -1952,6 +1797,7 @@ class Loader:
         images = torch.from_numpy(images)
         batch = {
             "images": images if self.regions else images.permute(0, 1, 4, 2, 3),
+            "mean_std": torch.tensor([self.config.image_mean, self.config.image_std])[:, :, None, None],
             "image_mask": torch.from_numpy(image_mask),
             "tokens": tokens,
             "caption_mask": caption >= 0,
@@ -1959,10 +1805,16 @@ class Loader:
             "labels": {task: classes[index] for task, classes in self.labels.items()},
             "index": torch.from_numpy(index),
         }
-        if self.regions and self.instances[0].images[0].has_clip_input():  # regions are one view of an image
+        if self.regions and first.embedding:  # regions are one view of an image
             rows = [self.instances[i].images[0].clip_input() for i in index]
             batch["clip_input"] = torch.from_numpy(np.stack(rows)[:, None])
         return batch
+
+    def _make_or_error(self, step):
+        try:
+            return self.make(step)
+        except DataError as e:  # a worker's exception would arrive wrapped in its traceback
+            return e
 
     def batches(self, start=0, stop=None, every=1):
         """Yield the batches of steps start..stop-1, through epochs; stop None: the end of the first.
@@ -1972,9 +1824,9 @@ class Loader:
         steps = range(start, len(self) if stop is None else stop, every)
         forked = self.workers and steps and sys.platform == "linux"  # forked workers share the cache
         batches = iter(torch.utils.data.DataLoader(
-            _Batches(self),
-            sampler=steps,
+            steps,
             batch_size=None,
+            collate_fn=self._make_or_error,
             num_workers=min(self.workers, len(steps)),
             multiprocessing_context="fork" if forked else None,
             worker_init_fn=_ignore_signals,
@@ -1987,20 +1839,6 @@ class Loader:
                 yield batch
         finally:
             del batches  # ends the workers now, though a traceback may hold this frame
-
-
-class _Batches(torch.utils.data.Dataset):
-    """A Loader as torch's workers want it: batch number `step` is made from (seed, step) alone, so that
-    workers, resumed runs and several processes agree."""
-
-    def __init__(self, loader):
-        self.loader = loader
-
-    def __getitem__(self, step):
-        try:
-            return self.loader.make(step)
-        except DataError as e:  # a worker's exception would arrive wrapped in its traceback
-            return e
 
 
 def _ignore_signals(worker):
@@ -2031,8 +1869,7 @@ def to_device(batch, device):
         moved[key] = batch[key].to(device, non_blocking=True)
     moved["labels"] = {task: labels.to(device, non_blocking=True) for task, labels in batch["labels"].items()}
     if moved["images"].dtype == torch.uint8:
-        mean = torch.tensor(clip.IMAGE_MEAN, device=device).view(3, 1, 1) * 255
-        std = torch.tensor(clip.IMAGE_STD, device=device).view(3, 1, 1) * 255
+        mean, std = moved["mean_std"] * 255
         moved["images"] = (moved["images"].float() - mean) / std
     if "clip_input" in moved:
         moved["images"] = Regions(moved["images"], moved.pop("clip_input"))
@@ -2055,7 +1892,6 @@ DATA_SETS = {  # each a function of the root that yields Rows; the built-in shap
     "nus-wide": id_label_lists,
     "xmedianet": id_label_lists,
     "food101": food101,
-    "fashiongen": fashiongen,
     "msrvtt": msrvtt,
     "msvd": msvd,
     "didemo": didemo,

@@ -529,7 +529,7 @@ def evaluation_loader(model, instances, workers=0, **options):
     most = min(max(len(x.images) for x in instances), options.get("frames") or math.inf)
     config = model.config
     return data.Loader(instances, tokenizer_of(model), config.context_length, config.image_resolution,
-                       max(1, 256 // most), workers=workers, **options)
+                       max(1, 256 // most), workers=workers, config=config, **options)
 
 
 def evaluate(model, instances, amp="auto", workers=0, loader=None):
@@ -638,7 +638,7 @@ def kept(path, what, compute, device):
 def frozen_features(model, instances, classes, cache, amp="auto", workers=0):
     """data.Features of a frozen CLIP, of every view and every caption by itself.
 
-    They are computed once and kept in the folder `cache`. instances, classes: of data.load_split.
+    They are computed once and kept in the folder `cache`. instances, classes: of data.by_class.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -1328,7 +1328,7 @@ def training_loader(args, instances, model, **options):
     config = model.config
     return data.Loader(instances, tokenizer_of(model), config.context_length, config.image_resolution,
                        args.batch_size, train=True, seed=args.seed, workers=args.workers, rank=rank,
-                       world=world, crop=args.crop, **options)
+                       world=world, crop=args.crop, config=config, **options)
 
 
 def tokenizer_of(model):

@@ -178,7 +178,11 @@ def load_features(args, device):
     if args.features:
         splits, classes = data.feature_splits(args.features, args.root)
         return None, splits["train"], splits["val"], classes
-    args.task, train, val, classes = data.class_splits(eval.load_splits(args), args.task, args.data)
+    train, val, test = eval.load_splits(args)
+    args.task = data.choose_task(train[1], args.task, args.data, train[0])
+    train, classes = data.by_class(train, args.task, args.data, "train")
+    val, _ = data.by_class(val, args.task, args.data, "val")
+    data.by_class(test, args.task, args.data, "test")  # that there are any is checked before training
     args.crop = None  # a frozen CLIP sees each picture once
     clip_model = eval.build_or_load(args, train, device).requires_grad_(False)
     train = eval.frozen_features(clip_model, train, classes, args.cache, args.amp, args.workers)
@@ -403,7 +407,8 @@ def embed_split(model, checkpoint, args):
         instances = [data.Instance(f"{args.split} {row}", [], [""], group=classes[label])
                      for row, label in enumerate(features.labels)]
     else:
-        instances, _ = data.load_split(args.data, args.root, args.split, run.task, classes)
+        loaded = data.load(args.data, args.root, args.split, classes={run.task: classes})
+        instances, _ = data.by_class(loaded, run.task, args.data, args.split)
         features = eval.frozen_features(model.clip, instances, classes, run.cache, args.amp, args.workers)
     return eval.Embedded(instances, *embed_features(model, features), {}, classes)
 

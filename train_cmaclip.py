@@ -232,10 +232,10 @@ def main(argv=None):
     args = settings(argv)
     device = eval.join(args)
     rank, _ = eval.processes()
-    (train, train_classes), val, test = eval.load_splits(args)
+    (train, train_classes), (val, _), (test, _) = eval.load_splits(args)
     classes = data.choose_tasks(train_classes, args.tasks, args.data, train)
-    val = data.pairs(*val, classes)
-    for split, part in (("val", val), ("test", data.pairs(*test, classes))):
+    val = data.pairs(val, classes)
+    for split, part in (("val", val), ("test", data.pairs(test, classes))):
         data.expect(any(max(x.labels.values()) >= 0 for x in part), args.data,
                     f"no instance of split {split!r} has a label of {', '.join(classes)}; label some")
     clip_model = eval.build_or_load(args, train, device).requires_grad_(not args.freeze)
@@ -299,7 +299,8 @@ def evaluation(model, checkpoint, args):
     """What the model reaches on a split -> (rows, the text of a table). rows: as in `eval.task_table`."""
     s = checkpoint["settings"]
     classes = checkpoint["classes"]
-    pairs = data.pairs(*data.load(args.data, args.root, args.split), classes)
+    instances, _ = data.load(args.data, args.root, args.split, classes=classes)
+    pairs = data.pairs(instances, classes)
     thresholds = [classifier.threshold.cpu() for classifier in model.classifiers]
     loader = eval.evaluation_loader(model, pairs, args.workers)
     probabilities, labels, weights = eval.predict(model, loader, args.amp)
@@ -327,8 +328,8 @@ def attention_picture(model, checkpoint, args, path):
     if not (model.sequence_wise or model.modality_wise):
         raise clip.CheckpointError(f"--attention: --fusion {model.fusion} has no attention between the "
                                    "modalities; cma, sequence and modality do")
-    pairs = data.pairs(*data.load(args.data, args.root, args.split), checkpoint["classes"])
-    eval.draw_attention(path, model, pairs)
+    instances, _ = data.load(args.data, args.root, args.split, classes=checkpoint["classes"])
+    eval.draw_attention(path, model, data.pairs(instances, checkpoint["classes"]))
 
 
 if __name__ == "__main__":

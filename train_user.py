@@ -355,7 +355,7 @@ def check_regions(model, *splits):
         data.expect(view.features().shape[1] == width, view.path,
                     f"features of another width than the training split's, which is {width}")
         width = model.config.embed_dim
-        data.expect(not model.cge or view.has_clip_input() and len(view.clip_input()) == width,
+        data.expect(not model.cge or view.embedding and len(view.clip_input()) == width,
                     view.path.replace("_ims.npy", "_clip.npy"),
                     f"CGE needs CLIP's embeddings there, float32 (images, {width}); or give --enhance sge")
 
@@ -364,7 +364,7 @@ def main(argv=None):
     args = settings(argv)
     device = eval.join(args)
     rank, _ = eval.processes()
-    load = partial(data.load_regions, clip_input=args.enhance in ("cge", "both")) if args.regions else None
+    load = data.load_regions if args.regions else None
     (train, _), (val, _), (test, _) = eval.load_splits(args, load)
     clip_model = eval.build_or_load(args, train, device)
     clip_model.requires_grad_(args.clip_lr > 0)

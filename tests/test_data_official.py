@@ -56,11 +56,12 @@ def test_didemo(ending, tmp_path):
     shared = 0
     for part, names in lists.items():
         moments = read_json(f"{REAL}/didemo/{part}_data.json")
-        assert [x.id for x in found[part]] == [os.path.splitext(name)[0] for name in names]
+        assert [x.id for x in found[part]] == names
         for x, name in zip(found[part], names):
-            wanted = (name, x.id) if part == "train" else (name,)
+            stem = os.path.splitext(name)[0]
+            wanted = (name, stem) if part == "train" else (name,)
             own = [m["description"] for m in moments if m["video"] in wanted]
-            shared += len({m["video"] for m in moments if os.path.splitext(m["video"])[0] == x.id}) - 1
+            shared += len({m["video"] for m in moments if os.path.splitext(m["video"])[0] == stem}) - 1
             assert x.captions == [" ".join(" ".join(own).split())] and own
     assert shared == 8
 
@@ -73,18 +74,8 @@ def test_two_listed_names_of_one_stem_are_two_videos(tmp_path):
     write(tmp_path / "val_list.txt", "\n".join([*listed, second]))
     frames(tmp_path, *[os.path.splitext(name)[0] for name in listed])
     found = {x.id: x.captions[0] for x in data.load("didemo", str(tmp_path), "val")[0]}
-    pair = [name for name in [*listed, second] if os.path.splitext(name)[0] == os.path.splitext(second)[0]]
-    assert len(found) == 20 and len(pair) == 2 and found[pair[0]] != found[pair[1]]
-
-
-def test_didemo_with_crlf_and_a_byte_order_mark(tmp_path):
-    copy("didemo", tmp_path)
-    for part in ("train", "val", "test"):
-        names = real_lines(f"{REAL}/didemo/{part}_list.txt")
-        write(tmp_path / f"{part}_list.txt", "\ufeff" + "\r\n".join(names))
-        write(tmp_path / f"{part}_data.json", "\ufeff" + (tmp_path / f"{part}_data.json").read_text())
-        frames(tmp_path, *[os.path.splitext(name)[0] for name in names])
-    assert sizes(splits("didemo", tmp_path)) == [24, 19, 25]
+    first = next(name for name in listed if os.path.splitext(name)[0] == os.path.splitext(second)[0])
+    assert len(found) == 20 and found[first] != found[second]
 
 
 @pytest.mark.parametrize("prefix", ["", "v_"])
@@ -216,3 +207,29 @@ def test_frames_are_in_order_of_number_and_hidden_files_are_none(tmp_path):
             write(tmp_path / "frames" / video / "._1.jpg", "a Mac's")
     found = splits("msvd", tmp_path)["test"][0]
     assert [os.path.basename(path) for path in found.images] == [f"{k}.jpg" for k in range(1, 12)]
+
+
+NO_SENTENCE = [3, {"filename": "a", "split": "train", "sentences": [{"raw": 4}]}, {"filename": 1}]
+
+
+@pytest.mark.parametrize("name, file, content, said", [
+    ("msvd", "raw-captions.pkl", pickle.dumps([1, 2]), "expected {video: captions, each a list of words}"),
+    ("msvd", "raw-captions.pkl", pickle.dumps({"a": ["a text"]}), "expected {video: captions"),
+    ("didemo", "val_data.json", [{"video": "a"}], "expected DiDeMo's"),
+    ("activitynet", "train.json", "{", "not JSON.*get the published file again"),
+    ("activitynet", "train.json", "[" * 100_000, "not JSON"),
+    ("activitynet", "train.json", {"v_1": ["no sentences"]}, "expected ActivityNet's"),
+    ("food101", "texts/test_titles.csv", "sushi_1.jpg,sushi\n", "2 cells, expected file, title"),
+    *[("flickr30k", "dataset_flickr30k.json", {"images": [x]}, "expected Karpathy's") for x in NO_SENTENCE]])
+def test_a_broken_file_is_named(name, file, content, said, tmp_path):
+    copy(name, tmp_path)
+    if isinstance(content, bytes):
+        (tmp_path / file).write_bytes(content)
+    else:
+        write(tmp_path / file, content)
+    refused(f"{file}.*: {said}", data.load, name, str(tmp_path))
+
+
+def test_no_frames_at_all(tmp_path):
+    copy("msvd", tmp_path)
+    refused(r"of split train, 12 of 12 rows .*frames/.*/\*.jpg: No such file", data.load, "msvd", str(tmp_path))

@@ -1,10 +1,8 @@
 """Tests of the video sets and of region features in data.py, each in a small copy of its official layout."""
 import os
-import pickle
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import clip
@@ -59,59 +57,6 @@ def test_msrvtt(tmp_path, capsys):
         refused(file + said, data.load, "msrvtt", str(tmp_path), "test")
 
 
-def test_msvd(tmp_path):
-    lists = {"train": ["a_1_5", "b_2_9"], "val": ["c_0_3"], "test": ["d_4_8"]}
-    captions = {video: [w.split() for w in WORDS] for videos in lists.values() for video in videos}
-    captions["a_1_5"][0] = " ".join(captions["a_1_5"][0])  # as some have it
-    for split, videos in lists.items():
-        write(tmp_path / f"{split}_list.txt", "\n".join(videos) + "\n")
-        for video in videos:
-            frames(tmp_path, video, 2)
-    for protocol in (0, 2, 4):
-        (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps(captions, protocol))
-        found = splits("msvd", tmp_path)
-        assert {split: [x.id for x in part] for split, part in found.items()} == lists
-        assert found["test"][0].captions == list(WORDS)
-    (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps([1, 2]))
-    refused("raw-captions.pkl: not a dict of lists of captions", data.load, "msvd", str(tmp_path))
-
-
-def test_didemo_joins_a_paragraph(tmp_path):
-    for split in ("train", "val", "test"):
-        moments = [{"video": f"{split}@1.mp4", "description": w, "times": []} for w in WORDS]
-        write(tmp_path / f"{split}_data.json", moments)
-        write(tmp_path / f"{split}_list.txt", f"{split}@1.mp4\n")
-        frames(tmp_path, f"{split}@1", 2)
-    for split, part in splits("didemo", tmp_path).items():
-        assert [(x.id, x.captions) for x in part] == [(f"{split}@1", [" ".join(WORDS)])]
-    write(tmp_path / "val_data.json", [{"video": "a"}])
-    refused("val_data.json: expected DiDeMo's", data.load, "didemo", str(tmp_path))
-
-
-def test_activitynet_joins_a_paragraph(tmp_path):
-    train, test = by_hash(20, "v_"), ["v_t1", "v_t2"]
-    for file, ids, names in (("train.json", "train_ids.json", train), ("val_1.json", "val_ids.json", test)):
-        sentences = {v: [f" {WORDS[0]}.", f"{v} ends. "] for v in names}
-        write(tmp_path / file, {v: {"timestamps": [[0, 1]], "sentences": sentences[v]} for v in names})
-        write(tmp_path / ids, names)
-    for video in [*train, "v_t1", "t2"]:  # with the prefix or without
-        frames(tmp_path, video, 1)
-    found = splits("activitynet", tmp_path)
-    assert [x.captions for x in found["test"]] == [[f"{WORDS[0]}. v_t1 ends."], [f"{WORDS[0]}. v_t2 ends."]]
-    assert found["test"][1].images[0].endswith(os.path.join("frames", "t2", "0000.jpg"))
-    assert len(found["train"]) + len(found["val"]) == 20
-    for content, said in (("{", "not JSON"), ({"v_1": ["no sentences"]}, "expected ActivityNet's")):
-        write(tmp_path / "train.json", content)
-        refused(f"train.json: {said}.*get the published file again", data.load, "activitynet", str(tmp_path))
-
-
-def test_all_frames_missing(tmp_path):
-    (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps({"x": [["a"]]}))
-    for split in ("train", "val", "test"):
-        write(tmp_path / f"{split}_list.txt", "x\n")
-    refused("of split train, 1 of 1 rows .*frames/x/\\*.jpg: No such file", data.load, "msvd", str(tmp_path))
-
-
 def test_frames_are_taken_evenly_and_in_order(tmp_path):
     instances = [data.Instance(str(count), frames(tmp_path, str(count), count), ["a"]) for count in (10, 3)]
     for train in (False, True):
@@ -133,16 +78,22 @@ def regions(root, file, rows, captions, width=6):
 
 def test_region_features(tmp_path):
     array = regions(tmp_path, "train", 3, 15)  # one row an image
-    regions(tmp_path, "dev", 10, 10)
-    np.save(tmp_path / "precomp" / "dev_ims.npy", double := array[:2].repeat(5, axis=0))  # or one a caption
+    embeddings = np.arange(18, dtype=np.float16).reshape(3, 6)
+    np.save(tmp_path / "precomp" / "train_clip.npy", embeddings)
     instances, classes = data.load_regions("flickr30k", str(tmp_path), "train")
     assert [x.captions for x in instances] == [[f"caption {5 * i + k}" for k in range(5)] for i in range(3)]
     loader = data.Loader(instances, clip.Tokenizer([]), 16, 32, 2, 1, 2, train=True, seed=3)
     batch = data.to_device(loader.make(0), "cpu")
-    assert batch["images"].shape == (2, 1, 4, 6) and classes == {}
-    assert torch.equal(batch["images"][:, 0], torch.from_numpy(array[batch["index"]]))  # untouched
+    assert batch["images"].features.shape == (2, 1, 4, 6) and classes == {}
+    shown = batch["images"][batch["image_mask"]]
+    assert np.array_equal(shown.features, array[batch["index"]])  # untouched
+    assert np.array_equal(shown.clip_input, embeddings[batch["index"]].astype(np.float32))
+    regions(tmp_path, "dev", 10, 10)
+    np.save(tmp_path / "precomp" / "dev_ims.npy", double := array[:2].repeat(5, axis=0))  # or one a caption
     val, _ = data.load_regions("flickr30k", str(tmp_path), "val")
     assert len(val) == 2 and np.array_equal(val[1].images[0].features(), double[5])
+    loader = data.Loader(val, clip.Tokenizer([]), 16, 32, 2)
+    assert np.array_equal(data.to_device(loader.make(0), "cpu")["images"][:, 0], double[::5])
     refused("no picture", data.pixels, val[0].images[0], 32)
     refused("--regions: no split 'dev'; it has train", data.load_regions, "flickr30k", str(tmp_path), "dev")
 
@@ -152,7 +103,8 @@ def test_region_features(tmp_path):
     (lambda folder: np.save(folder / "train_ims.npy", np.zeros((3, 8), np.float32)),
      r"float32 of shape \(3, 8\); expected floats \(images, regions, width\)"),
     (lambda folder: np.save(folder / "train_ims.npy", np.array([{}])), "refused, damaged or of another kind"),
-    (lambda folder: (folder / "train_ims.npy").write_bytes(b"\\x93NUMPY"), "refused, damaged or of another"),
+    (lambda folder: np.save(folder / "train_clip.npy", np.zeros((2, 6), np.float32)),
+     "train_clip.npy: expected a row for each of the 3 images"),
     (lambda folder: (folder / "train_caps.txt").unlink(), "train_caps.txt: No such file"),
     (lambda folder: regions(folder.parent, "train", 15, 15), "rows 0 to 4 differ: one caption to an image")])
 def test_region_features_refused(spoil, said, tmp_path):

@@ -485,7 +485,7 @@ def test_embeddings(names, run, squares, tmp_path):
     assert os.listdir(path.parent) == ["out.npz"] and "test" in metrics(tmp_path)
     instances, tasks = data.load(squares, split="test")
     if names[0] == "class-outer":  # instances with this label, whose groups are its classes
-        instances, _ = data.by_class(instances, tasks, "outer", "", "")
+        instances, _ = data.by_class((instances, tasks), "outer", "", "")
     with np.load(path) as found:
         assert found["ids"].tolist() == [x.id for x in instances]
         assert found["groups"].tolist() == [x.group for x in instances]
