@@ -705,6 +705,41 @@ def food101(root):
             yield Row(file, part, [picture], [",".join(title)], {"class": name}, group=name)
 
 
+def fashiongen(root):
+    """Fashion-Gen (Rostamzadeh et al. 2018, arXiv 1806.08317): fashiongen_256_256_{train,validation}.h5, read
+    with h5py. The views of one product are one instance, its name and description the caption; val out of
+    train, test is the validation file. Relevance: the category."""
+    try:
+        import h5py
+    except ImportError:
+        raise DataError("fashiongen is read with h5py, which is not installed; pip install h5py") from None
+    for part, name in (("train", "train"), ("test", "validation")):
+        path = os.path.join(root, f"fashiongen_256_256_{name}.h5")
+        products = {}
+        with reading(path, "expected the published file of Fashion-Gen"), h5py.File(path, "r") as f:
+            keys = ("productID", "name", "description", "category")
+            columns = [f["input_" + key][:].ravel() for key in keys]
+            for id, *texts, k in zip(*columns, range(len(f["input_image"])), strict=True):
+                title, description, category = [text.decode("latin1") for text in texts]
+                row = Row(str(id), part, [], [f"{title}. {description}"], {"category": category}, category)
+                products.setdefault(id, row).images.append(H5View(path, k))
+        yield from products.values()
+
+
+@dataclass(frozen=True)
+class H5View:
+    """Row `row` of the pictures in a Fashion-Gen file."""
+    file: str
+    row: int
+
+    def __call__(self, size):
+        import h5py
+        with reading(self.file, f"picture {self.row}; what is damaged may only show here"):
+            with h5py.File(self.file) as f:  # opened here, since an open file does not survive a fork
+                image = f["input_image"][self.row]
+        return Image.fromarray(square(Image.fromarray(image), size))
+
+
 def _video_rows(root, videos, paragraph=False):
     """Yield the Row of each of `videos`: (id, split, names that the video may have, captions). Its images are
     frames/<name>/*.jpg (or .png), of a folder with or without a file's ending; paragraph: its captions become
@@ -1892,6 +1927,7 @@ DATA_SETS = {  # each a function of the root that yields Rows; the built-in shap
     "nus-wide": id_label_lists,
     "xmedianet": id_label_lists,
     "food101": food101,
+    "fashiongen": fashiongen,
     "msrvtt": msrvtt,
     "msvd": msvd,
     "didemo": didemo,

@@ -612,7 +612,7 @@ def test_which_data_is_cropped_by_default(tmp_path):
     for name in ("text2shape", "msrvtt", "msvd", "didemo", "activitynet"):
         assert data.default_crop(name, files, True) is None
     regions = [Instance("a", [data.RegionView("a.npy", 0)], ["a"])]
-    for other in (primitives("val"), regions):
+    for other in (primitives("val"), regions, [Instance("a", [data.H5View("a.h5", 0)], ["a"])]):
         assert data.default_crop("flickr30k", other, False) is None
     refused("--crop: only pictures in files can be cropped", loader, regions, 1, crop=0.5)
     path = tmp_path / "mine.jsonl"
@@ -912,7 +912,7 @@ def test_pickles_that_would_run_code_are_refused(tmp_path, protocol):
         Call(open, (str(mark), "w")), Call(eval, (f"open({str(mark)!r}, 'w')",)),
         Call(np.save, (str(mark), 1)), Call(np.load, ("a",)), Call(getattr, ("a", "upper")),
         Call(__import__, ("antigravity",)),
-        Call(type, ("X", (), {})), Call(str, ([1],)), tokenizer, data.VoxelView("a", 0),
+        Call(type, ("X", (), {})), Call(str, ([1],)), tokenizer, data.H5View("a", 0),
         torch.zeros(2), np.dtype([("a", "O")]),
         forged(flagged("O8"), b"A" * 8), forged(flagged("V8"), b"A" * 8), 
         forged(np.dtype("O"), [], (3,)), forged(np.dtype("i8"), [1]), forged(np.dtype("i8"), b"short"),

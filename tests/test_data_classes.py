@@ -1,6 +1,8 @@
 """Tests of the labelled data sets in data.py: each in a small copy of its official layout."""
 import os
+import sys
 
+import numpy as np
 import pytest
 
 import data
@@ -94,6 +96,31 @@ def test_lists_of_ids_and_labels(name, tmp_path):
     refused("n0_9.json: expected a JSON string", data.load, name, str(tmp_path), "test")
     os.unlink(tmp_path / "split" / "valid.txt")
     refused("valid.txt: No such file; .* holds", data.load, name, str(tmp_path), "test")
+
+
+def test_fashiongen(tmp_path, monkeypatch):
+    h5py = pytest.importorskip("h5py")
+    for part, products in (("train", np.arange(40) // 2), ("validation", np.array([77, 77, 77, 78]))):
+        with h5py.File(tmp_path / f"fashiongen_256_256_{part}.h5", "w") as f:
+            pictures = [np.full((256, 256, 3), 10 + k, np.uint8) for k in range(len(products))]
+            f["input_image"] = np.stack(pictures)
+            f["input_productID"] = products[:, None]
+            texts = {"name": "Coat {}", "description": "Of wool, size {}", "category": "CATEGORY"}
+            for key, text in texts.items():
+                f[f"input_{key}"] = np.array([[text.format(p).encode("latin1")] for p in products])
+    train, val, test = splits("fashiongen", tmp_path).values()
+    assert [len(x.images) for x in test] == [3, 1] and test[0].captions == ["Coat 77. Of wool, size 77"]
+    assert data.load("fashiongen", str(tmp_path), "test")[1] == {"category": ["CATEGORY"]}
+    assert (data.pixels(test[0].images[2], 32) == 12).all() and len(train) + len(val) == 20
+    with h5py.File(tmp_path / "fashiongen_256_256_train.h5", "a") as f:
+        names = f["input_name"][:-1]
+        del f["input_name"]
+        f["input_name"] = names
+    refused("train.h5: refused.*argument 2 is shorter", data.load, "fashiongen", str(tmp_path), "train")
+    (tmp_path / "fashiongen_256_256_train.h5").write_bytes(b"no such thing")
+    refused("train.h5: .*; expected the published file", data.load, "fashiongen", str(tmp_path), "train")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    refused("pip install h5py", data.load, "fashiongen", str(tmp_path), "train")
 
 
 def test_an_empty_folder_says_what_is_missing(tmp_path):
