@@ -146,28 +146,37 @@ def cosine_scores(images, texts):
     """-> (text_scores, image_scores) of features of unit norm, images (N, D) and texts (C, D).
 
     These are functions of the indices of some texts (b,) -> their cosines with all images (b, N), and of the
-    indices of some images (b,) -> their cosines with all texts (b, C).
+    indices of some images (b,) -> their cosines with all texts (b, C). They compute on the CPU.
     """
-    images, texts = images.float(), texts.float()
+    images, texts = images.float().cpu(), texts.float().cpu()
     return (lambda indices: texts[indices] @ images.t()), (lambda indices: images[indices] @ texts.t())
 
 
-def retrieval_metrics(images, texts, image_group, text_group, image_query=ALL, text_query=ALL, scores=None):
-    """`ranking_metrics` of both directions, and rSum, the sum of R@1, 5 and 10 of both (0..600).
+def both_ways(metrics, scores, image_group, text_group, image_query=ALL, text_query=ALL):
+    """{way: metrics(scores, query_group, gallery_group)} of both directions.
 
-    images (N, D), texts (C, D): of unit norm, compared by their cosine; or, where the similarity is another
-    one, scores: two functions as of `cosine_scores`. image_group (N,), text_group (C,): integers.
-    image_query (N,), text_query (C,): bool, which rows are asked about (default: all); all are searched.
+    scores: two functions, as of `cosine_scores`. image_group (N,), text_group (C,): integers. image_query
+    (N,), text_query (C,): bool, which rows are asked about (default: all); all are searched.
     """
-    text_scores, image_scores = scores or cosine_scores(images, texts)
-    asked_texts = torch.arange(len(text_group))[text_query]
-    asked_images = torch.arange(len(image_group))[image_query]
-    to_image = ranking_metrics(lambda begin, end: text_scores(asked_texts[begin:end]),
-                               text_group[asked_texts], image_group)
-    to_text = ranking_metrics(lambda begin, end: image_scores(asked_images[begin:end]),
-                              image_group[asked_images], text_group)
-    recalls = [metrics[f"R@{k}"] for metrics in (to_image, to_text) for k in (1, 5, 10)]
-    return {"text_to_image": to_image, "image_to_text": to_text, "rSum": sum(recalls)}
+    out = {}
+    ways = (scores[0], text_query, text_group, image_group), (scores[1], image_query, image_group, text_group)
+    for way, (scores_of, query, group, gallery_group) in zip(WAYS, ways):
+        asked = torch.arange(len(group))[query]
+
+        def of_block(begin, end):
+            return scores_of(asked[begin:end])
+        out[way] = metrics(of_block, group[asked], gallery_group)
+    return out
+
+
+def with_rsum(row):
+    """{way: metrics} and rSum, the sum of R@1, 5 and 10 of both ways (0..600)."""
+    return row | {"rSum": sum(row[way][f"R@{k}"] for way in WAYS for k in (1, 5, 10))}
+
+
+def retrieval_metrics(scores, *groups, **more_groups):
+    """`ranking_metrics` and rSum. Arguments as of `both_ways`."""
+    return with_rsum(both_ways(ranking_metrics, scores, *groups, **more_groups))
 
 
 def chance(query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
@@ -276,25 +285,24 @@ def class_metrics(scores, query_label, gallery_label, classes):
             "precision_scope": {"scope": scopes, "precision": at_scope}}
 
 
-def class_retrieval(images, texts, labels, captions, query, classes):
+def class_retrieval(scores, labels, captions, query, classes):
     """`class_metrics` both ways and their average mAP, as rows {"model", "chance"}.
 
-    images (N, D), texts (C, D): unit norm; labels (N,); captions (N,): how many texts each instance has;
-    query bool (N,).
+    scores: two functions, as of `cosine_scores`; labels (N,); captions (N,): how many texts each instance
+    has; query bool (N,).
     """
+    def of_classes(scores, query_label, gallery_label):
+        return class_metrics(scores, query_label, gallery_label, classes)
+
+    def by_chance(scores, query_label, gallery_label):
+        return {"mAP": chance(query_label, gallery_label, average_precision=True)["mAP"]}
+
     labels, query = torch.as_tensor(labels), torch.as_tensor(query)
     owner = torch.arange(len(labels)).repeat_interleave(torch.as_tensor(captions))
-    sides = (images.cpu(), labels, query), (texts.cpu(), labels[owner], query[owner])
-    rows = {"model": {}, "chance": {}}
-    for way, side, other in (("image_to_text", *sides), ("text_to_image", *reversed(sides))):
-        features, asked_labels, asked = side
-        gallery, gallery_labels, _ = other
-        queries, asked_labels = features[asked], asked_labels[asked]
-        rows["model"][way] = class_metrics(lambda begin, end: queries[begin:end] @ gallery.t(),
-                                           asked_labels, gallery_labels, classes)
-        rows["chance"][way] = {"mAP": chance(asked_labels, gallery_labels, average_precision=True)["mAP"]}
-    for row in rows.values():
-        row["mAP"] = (row["image_to_text"]["mAP"] + row["text_to_image"]["mAP"]) / 2
+    rows = {}
+    for name, metrics in (("model", of_classes), ("chance", by_chance)):
+        row = both_ways(metrics, scores, labels, labels[owner], query, query[owner])
+        rows[name] = row | {"mAP": (row["image_to_text"]["mAP"] + row["text_to_image"]["mAP"]) / 2}
     return rows
 
 
@@ -535,7 +543,7 @@ def evaluation_loader(model, instances, workers=0, **options):
 def evaluate(model, instances, amp="auto", workers=0, loader=None):
     """Retrieval metrics of a model on instances, both ways."""
     images, texts = embed(model, instances, amp, workers, loader)
-    return retrieval_metrics(images.cpu(), texts.cpu(), **layout(instances))
+    return retrieval_metrics(cosine_scores(images, texts), **layout(instances))
 
 
 def recalls(metrics):
@@ -545,7 +553,7 @@ def recalls(metrics):
 
 
 def layout(instances):
-    """What `retrieval_metrics` needs beside features: a dict of four of its arguments."""
+    """What `both_ways` needs beside scores: a dict of its arguments."""
     numbers = {}
     group = torch.tensor([numbers.setdefault(x.group, len(numbers)) for x in instances])
     query = torch.tensor([x.query for x in instances])
@@ -566,15 +574,18 @@ class Embedded:
     texts: torch.Tensor  # (C, D), unit norm
     tasks: dict  # {task: names of its classes}, whose numbers the instances' labels are
     classes: list = None  # names of the groups, where these are classes and metrics are those by class
-    scores: tuple = None  # functions as of `cosine_scores`, where the similarity is another one
+    scores: tuple = None  # functions as of `cosine_scores`, which are these where the similarity is no other
+
+    def __post_init__(self):
+        self.scores = self.scores or cosine_scores(self.images, self.texts)
 
 
 def averaged(parts):
     """The `Embedded` of a split by several models, whose scores are the means of the models' scores.
 
-    Features are put side by side and divided by the root of the number of models. The product of such rows is
-    the mean of the models' cosines, and they have unit norm again, so that what takes features takes these.
-    Raises CheckpointError where the models do not rank the same things.
+    Features are put side by side and divided by the root of the number of models: they have unit norm again,
+    and their product is the mean of the models' cosines. Raises CheckpointError where the models do not rank
+    the same things.
     """
     first = parts[0]
     for part in parts[1:]:
@@ -585,12 +596,13 @@ def averaged(parts):
                     "classes; give models of one data set and one task")
     images = torch.cat([part.images for part in parts], dim=1) / math.sqrt(len(parts))
     texts = torch.cat([part.texts for part in parts], dim=1) / math.sqrt(len(parts))
-    scores = None
-    if any(part.scores for part in parts):  # a similarity that is no product of features
-        of_parts = [part.scores or cosine_scores(part.images, part.texts) for part in parts]
-        scores = (lambda indices: sum(text_scores(indices) for text_scores, _ in of_parts) / len(parts),
-                  lambda indices: sum(image_scores(indices) for _, image_scores in of_parts) / len(parts))
-    return Embedded(first.instances, images, texts, first.tasks, first.classes, scores)
+
+    def text_scores(indices):
+        return sum(part.scores[0](indices).cpu() for part in parts) / len(parts)
+
+    def image_scores(indices):
+        return sum(part.scores[1](indices).cpu() for part in parts) / len(parts)
+    return Embedded(first.instances, images, texts, first.tasks, first.classes, (text_scores, image_scores))
 
 
 def write_embeddings(path, embedded):
@@ -669,20 +681,32 @@ def retrieval_rows(name, embedded, fold=1000):
     """The rows of a retrieval table, {row: metrics}: "model", and those of `bounds`.
 
     For coco also "model, 1K folds": the mean over folds of 1,000 images in order, each with its own captions
-    (its 5,000 test images are published whole, 5K, and as the mean of five folds, 1K).
+    (its 5,000 test images are published whole, 5K, and as the mean of five folds, 1K). For msvd also "model,
+    by video": a video is compared with other videos by the best of their captions, as in published figures.
     """
     instances = embedded.instances
-    images, texts = embedded.images.cpu(), embedded.texts.cpu()
-    rows = {"model": retrieval_metrics(images, texts, **layout(instances), scores=embedded.scores)}
-    if name == "coco" and len(instances) > fold and not embedded.scores:
-        owner = caption_owner(instances)
+    text_scores, image_scores = embedded.scores
+    at = layout(instances)
+    rows = {"model": retrieval_metrics(embedded.scores, **at)}
+    owner = caption_owner(instances)
+    if name == "coco" and len(instances) > fold:
         folds = []
         for begin in range(0, len(instances) - fold + 1, fold):
-            captions = (owner >= begin) & (owner < begin + fold)
-            part = layout(instances[begin:begin + fold])
-            folds.append(retrieval_metrics(images[begin:begin + fold], texts[captions], **part))
-        rsum = float(np.mean([metrics["rSum"] for metrics in folds]))
-        rows["model, 1K folds"] = mean_of_metrics(folds) | {"rSum": rsum}
+            images = torch.arange(begin, begin + fold)
+            texts = torch.isin(owner, images).nonzero()[:, 0]
+            of_fold = (lambda indices: text_scores(texts[indices])[:, images],
+                       lambda indices: image_scores(images[indices])[:, texts])
+            folds.append(retrieval_metrics(of_fold, **layout(instances[begin:begin + fold])))
+        rows["model, 1K folds"] = with_rsum(mean_of_metrics(folds))
+    if name == "msvd":
+        def video_scores(begin, end):
+            of_captions = image_scores(asked[begin:end]).cpu()  # (b, C)
+            best = torch.full((len(of_captions), len(instances)), -math.inf)  # (b, N)
+            return best.scatter_reduce(1, owner.expand_as(of_captions), of_captions, "amax")
+        group = at["image_group"]
+        asked = at["image_query"].nonzero()[:, 0]
+        to_video = ranking_metrics(video_scores, group[asked], group)
+        rows["model, by video"] = with_rsum(rows["model"] | {"image_to_text": to_video})
     return rows | bounds(name, instances)
 
 
@@ -705,7 +729,7 @@ def bounds(name, instances, draws=5, seed=0):
         for _ in range(draws):
             noisy = probability + 1e3 * torch.rand(probability.shape, generator=generator)
             scores = (lambda indices: noisy[indices]), (lambda indices: noisy[:, indices].t())
-            results.append(retrieval_metrics(None, None, **groups, scores=scores))
+            results.append(retrieval_metrics(scores, **groups))
         rows["ceiling"] = mean_of_metrics(results)
     return rows
 
@@ -1840,17 +1864,17 @@ def zero_shot(model, embedded, prompts):
 
 def retrieval_evaluation(embedded, args, title="model"):
     """As `evaluation`, of an `Embedded`. title: what the row is called."""
-    instances, images, texts = embedded.instances, embedded.images, embedded.texts
+    instances = embedded.instances
     clip.expect(not args.gallery or instances[0].images, "--gallery",
                 "this model was trained on features from files; there are no pictures to show")
     if embedded.classes:
         labels_captions_query = data.class_layout(instances, embedded.classes)
-        rows = class_retrieval(images, texts, *labels_captions_query, embedded.classes)
+        rows = class_retrieval(embedded.scores, *labels_captions_query, embedded.classes)
     else:
         rows = retrieval_rows(args.data, embedded)
     rows = {row.replace("model", title): metrics for row, metrics in rows.items()}
     named = {f"{args.split} {row}": metrics for row, metrics in rows.items()}
-    ranked = f"{len(instances):,} instances, {len(texts):,} captions"
+    ranked = f"{len(instances):,} instances, {len(embedded.texts):,} captions"
     if embedded.classes:
         text = f"{class_table(named)}\n{args.split}: {ranked}"
     else:
@@ -1860,7 +1884,7 @@ def retrieval_evaluation(embedded, args, title="model"):
         reached, ceiling = (rows[row]["text_to_image"]["R@1"] for row in (title, "ceiling"))
         text += f", {100 * reached / ceiling:.0f}% of the ceiling's text-to-shape RR@1"
     if args.gallery:
-        draw_gallery(args.gallery, instances, embedded.scores or cosine_scores(images, texts))
+        draw_gallery(args.gallery, instances, embedded.scores)
     return rows, text
 
 

@@ -121,7 +121,7 @@ def test_scores_and_groups_of_any_kind(kind):
 def test_a_constant_model_earns_nothing():
     groups = torch.arange(50)
     for images in (torch.ones(50, 8) / 8 ** 0.5, F.normalize(random(1, 8)).expand(50, 8)):
-        metrics = eval.retrieval_metrics(images, images, groups, groups)
+        metrics = eval.retrieval_metrics(eval.cosine_scores(images, images), groups, groups)
         assert metrics["rSum"] == 0
         for way in eval.WAYS:
             nothing = {f"{name}@{k}": 0 for name in ("R", "P", "NDCG") for k in (1, 5, 10)}
@@ -166,7 +166,8 @@ def test_retrieval_metrics_both_ways_and_distractors():
     images, texts = F.normalize(random(12, 5), dim=1), F.normalize(random(30, 5, seed=1), dim=1)
     image_group, text_group = torch.arange(12) // 2, torch.arange(30) % 6
     image_query, text_query = torch.arange(12) % 3 > 0, text_group != 4
-    metrics = eval.retrieval_metrics(images, texts, image_group, text_group, image_query, text_query)
+    metrics = eval.retrieval_metrics(eval.cosine_scores(images, texts), image_group, text_group, image_query,
+                                     text_query)
     to_image = brute_force((texts @ images.t())[text_query], text_group[text_query], image_group)
     to_text = brute_force((images @ texts.t())[image_query], image_group[image_query], text_group)
     assert metrics["text_to_image"] == without_map(to_image)
@@ -209,7 +210,7 @@ def test_folds_are_the_mean_over_consecutive_parts():
         assert rows["model, 1K folds"][way] == without_map(expected)
         rsum += sum(expected[f"R@{k}"] for k in (1, 5, 10))
     assert rows["model, 1K folds"]["rSum"] == pytest.approx(rsum)
-    assert rows["model"] == eval.retrieval_metrics(images, texts, **eval.layout(instances))
+    assert rows["model"] == eval.retrieval_metrics(split.scores, **eval.layout(instances))
     assert rows["model"]["rSum"] != rows["model, 1K folds"]["rSum"]
     for name, fold in (("flickr30k", 4), ("coco", 11), ("coco", 1000)):  # other data, or no second fold
         assert list(eval.retrieval_rows(name, split, fold)) == ["model", "chance"]
@@ -233,9 +234,26 @@ def embedded(seed, width, scores=False, **changed):
     return eval.Embedded(**dict(instances=instances, images=images, texts=texts, tasks={}) | changed), matrix
 
 
-def evaluated(embedded, title="model"):
-    args = argparse.Namespace(data="mine.jsonl", split="val", gallery=None)
+def evaluated(embedded, title="model", name="mine.jsonl"):
+    args = argparse.Namespace(data=name, split="val", gallery=None)
     return eval.retrieval_evaluation(embedded, args, title)
+
+
+def test_videos_are_ranked_by_their_best_caption(monkeypatch):
+    """MSVD's second row: video-to-text as its authors count it, each video once."""
+    monkeypatch.setattr(eval, "BLOCK", 30)  # two videos with 13 captions
+    split, matrix = embedded(1, 5)
+    rows = eval.retrieval_rows("msvd", split)
+    assert list(rows) == ["model", "model, by video", "chance"]
+    owner = eval.caption_owner(split.instances)
+    best = torch.tensor([[matrix[owner == other, video].max() for other in range(7)] for video in range(7)])
+    group, asked = torch.arange(7) // 2, torch.arange(7) != 4
+    row = rows["model, by video"]
+    assert row["image_to_text"] == without_map(brute_force(best[asked], group[asked], group))
+    assert row["image_to_text"] != rows["model"]["image_to_text"]
+    assert row["text_to_image"] == rows["model"]["text_to_image"]
+    assert row["rSum"] == pytest.approx(sum(row[way][f"R@{k}"] for way in eval.WAYS for k in (1, 5, 10)))
+    assert "val model, by video" in evaluated(split, name="msvd")[1]
 
 
 @pytest.mark.parametrize("other", [False, True])  # whether one of them has another similarity
@@ -333,7 +351,8 @@ def by_class(rows):
     assert 9 < eval.class_metrics(scores, labels[:rows], labels, [str(c) for c in range(10)])["mAP"] < 11
 
 def retrieval():
-    metrics = eval.retrieval_metrics(images, texts, group, group.repeat_interleave(5))
+    metrics = eval.retrieval_metrics(eval.cosine_scores(images, texts), group,
+                                     group.repeat_interleave(5))
     assert 1500 < metrics["text_to_image"]["MedR"] < 3500
 
 measure(lambda: search(40), lambda: search(1))

@@ -128,7 +128,8 @@ def test_class_retrieval_with_captions_and_distractors(block, monkeypatch):
     labels = torch.tensor([0, 1, 1, 3, 3, 0, 1, 0, 3, 3])  # class 2 has nothing
     images = integers(5, 10, 5).float() - 2  # whole numbers: products are exact, and often equal
     texts = integers(5, 18, 5, seed=1).float() - 2
-    found = eval.class_retrieval(images, texts, labels.numpy(), captions.numpy(), query.numpy(), CLASSES)
+    found = eval.class_retrieval(eval.cosine_scores(images, texts), labels.numpy(), captions.numpy(),
+                                  query.numpy(), CLASSES)
     text_labels, text_query = labels.repeat_interleave(captions), query.repeat_interleave(captions)
     scores = images @ texts.t()
     to_text = (scores[query], labels[query], text_labels)
