@@ -1243,6 +1243,23 @@ def average_gradients(parameters):
         gradient.copy_(part.view_as(gradient))
 
 
+def note_training_data(args, content, classes):
+    """Keep a hash of the training data, an iterable of bytes or arrays, and the classes in a run's settings.
+
+    Returns what the run was trained on before, where that was something else, which a note says; or None.
+    """
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(part)
+    before = args.trained_on
+    args.trained_on = {"hash": digest.hexdigest()[:16], "classes": classes}
+    if before in (None, args.trained_on):
+        return None
+    data.note(f"{args.data}: the training data have changed since this run began; it goes on with its own "
+              "vocabulary and classes")
+    return before
+
+
 def load_splits(args, load=None):
     """-> [(instances, classes) of train, of val, of test], fetched first unless --no-download refuses.
 
@@ -1262,14 +1279,9 @@ def load_splits(args, load=None):
     train, classes = splits[0]
     if args.crop is None:
         args.crop = data.default_crop(args.data, train, args.clip not in clip.SCRATCH) or 0.0
-    digest = hashlib.sha256()
-    for x in train:
-        digest.update(repr((x.id, x.captions, x.labels)).encode())
-    before = args.trained_on
-    args.trained_on = {"hash": digest.hexdigest()[:16], "classes": classes}
-    if before and before != args.trained_on:
-        data.note(f"{args.data}: the training data have changed since this run began; it goes on with its "
-                  "own vocabulary and classes")
+    content = (repr((x.id, x.captions, x.labels)).encode() for x in train)
+    before = note_training_data(args, content, classes)
+    if before:
         known = args.trained_on["classes"] = before["classes"]
         for task, names in classes.items():
             new = sorted(set(names) - set(known.get(task, names)))

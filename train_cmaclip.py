@@ -299,7 +299,8 @@ def evaluation(model, checkpoint, args):
     """What the model reaches on a split -> (rows, the text of a table). rows: as in `eval.task_table`."""
     s = checkpoint["settings"]
     classes = checkpoint["classes"]
-    pairs = data.pairs(*data.load(args.data, args.root, args.split), classes)
+    instances, known = data.load(args.data, args.root, args.split, classes=classes)
+    pairs = data.pairs(instances, known, classes)
     thresholds = [classifier.threshold.cpu() for classifier in model.classifiers]
     loader = eval.evaluation_loader(model, pairs, args.workers)
     probabilities, labels, weights = eval.predict(model, loader, args.amp)
@@ -316,6 +317,7 @@ def evaluation(model, checkpoint, args):
     if args.gallery:
         eval.draw_predictions(args.gallery, pairs, probabilities, labels, classes)
     text = eval.task_table(args.split, rows, classes, s["precision"])
+    text += f"\n{args.split}: {len(instances):,} instances, {len(pairs):,} pairs of image and text"
     if s["fusion"] == "cma":
         text += ("\nimage weight: in cma both summaries have seen image and text, so this is not how far a "
                  "task relies on the picture")
@@ -327,7 +329,8 @@ def attention_picture(model, checkpoint, args, path):
     if not (model.sequence_wise or model.modality_wise):
         raise clip.CheckpointError(f"--attention: --fusion {model.fusion} has no attention between the "
                                    "modalities; cma, sequence and modality do")
-    pairs = data.pairs(*data.load(args.data, args.root, args.split), checkpoint["classes"])
+    classes = checkpoint["classes"]
+    pairs = data.pairs(*data.load(args.data, args.root, args.split, classes=classes), classes)
     eval.draw_attention(path, model, pairs)
 
 

@@ -24,9 +24,10 @@ import clip
 import data
 import eval
 import train_adapter
+import train_clip4cmr
 import train_mxm
 from runs import (ENV, ROOT, SMALL, arguments, evaluated, in_process, kept_signals, log,  # noqa: F401
-                  metrics, refused, squares, timeless)
+                  make_features, metrics, refused, squares, timeless)
 
 EPOCHS, STEPS_PER_EPOCH = 3, 2
 
@@ -235,6 +236,21 @@ def test_a_run_goes_on_with_its_classes(classes, rows, says, monkeypatch, capsys
         for x, (_, name) in zip(instances, rows):
             assert x.labels["colour"] == (known["colour"].index(name) if name else -1)
     assert says in capsys.readouterr().err
+
+
+def test_features_that_have_changed_are_noted(tmp_path, capsys):
+    make_features(tmp_path)
+    argv = ["--data", "own", "--root", str(tmp_path), "--features", "train.npz", "test.npz", "--epochs", "1",
+            "--dim", "16", "--hidden", "8", "--device", "cpu", "--out", str(tmp_path / "run")]
+    train_clip4cmr.main(argv)
+    train_clip4cmr.main([*argv, "--resume"])
+    assert "have changed" not in capsys.readouterr().err
+    with np.load(tmp_path / "train.npz") as content:
+        changed = dict(content)
+    changed["text"][3, 0] += 1
+    np.savez(tmp_path / "train.npz", **changed)
+    train_clip4cmr.main([*argv, "--resume"])
+    assert "own: the training data have changed since this run began" in capsys.readouterr().err
 
 
 def test_restore_imports_nothing_but_the_methods(tmp_path, monkeypatch):
@@ -621,6 +637,27 @@ def test_a_folder_of_pictures_is_searched(run, squares, tmp_path, monkeypatch, c
     monkeypatch.setattr(eval, "embed_images", None)
     eval.main([*argv, "--query", "a red square", "blue", "--top", "3"])
     assert capsys.readouterr().out == said.partition("written")[0]
+
+
+@pytest.mark.parametrize("name", ["cmaclip", "class"])
+def test_labelled_test_rows_alone_are_scored_by_the_models_classes(name, run, squares, tmp_path, capsys):
+    """Not by the file's own, of which there are so many here that they would be taken for remarks."""
+    rows = [json.loads(line) for line in open(squares)]
+    rows = [row for row in rows if row["split"] == "test"]
+    unknown = [row | {"id": f"{row['id']}-{k}", "labels": {"inner": f"{row['id']} {k}"}}
+               for row in rows for k in range(3)]
+    for file, content in (("known", rows), ("alone", rows + unknown)):
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        capsys.readouterr()
+        evaluated(run(name), "--data", tmp_path / f"{file}.jsonl", "--root", os.path.dirname(squares),
+                  "--out", tmp_path / file)
+    said = capsys.readouterr().out
+    assert ("32 instances, 80 pairs" if name == "cmaclip" else "8 instances, 20 captions") in said
+    found = metrics(tmp_path / "alone")[f"{tmp_path}/alone.jsonl test"]
+    expected = metrics(run(name))["test"]
+    for row in ("model", "majority") if name == "cmaclip" else ("model",):
+        task = "inner" if name == "cmaclip" else "text_to_image"
+        assert found[row][task] == expected[row][task]
 
 
 def test_all_splits_at_once(run, squares, tmp_path):
