@@ -18,7 +18,6 @@ import contextlib
 import datetime
 import hashlib
 import importlib
-import io
 import json
 import math
 import os
@@ -388,33 +387,27 @@ def task_metrics(probabilities, labels, weights=None, thresholds=None):
     return tasks | {"mean_of_tasks": mean}
 
 
-@torch.no_grad()
 def predict(model, loader, amp="auto", corrupt=None, seed=0):
     """What a classifier of image and text says of the N pairs of an evaluation loader.
 
     model: images (B, 3, S, S), tokens (B, columns) -> ({task: logits (B, C)}, weights (B, tasks, 2) or None).
-    corrupt: a function (images, tokens) -> both, that draws from torch's global generator. This is seeded by
-        `seed` and the batch, so that any number of processes draws the same.
+    corrupt: a function (images, tokens) -> both, that draws from torch's global generator, which is seeded by
+        `seed` and the batch.
 
     -> (probabilities, labels, weights), on the CPU, as `task_metrics` takes them.
     """
-    was_training = model.training
-    device = next(model.parameters()).device
-    model.eval()
-
-    def encode(batch):
-        batch = data.to_device(batch, device)
-        images = batch["images"][:, 0]
-        tokens = batch["tokens"][:, 0]
-        if corrupt:
-            data.seed_step(seed, int(batch["index"][0]))
-            images, tokens = corrupt(images, tokens)
-        with clip.autocast(amp, model.clip):
-            logits, weights = model(images, tokens)
-        return logits, batch["labels"], weights
-
-    logits, labels, weights = zip(*in_turns(encode, loader, device))  # of each batch
-    model.train(was_training)
+    results = []
+    with evaluating(model):
+        for batch in loader.batches():
+            batch = data.to_device(batch, next(model.parameters()).device)
+            images = batch["images"][:, 0]
+            tokens = batch["tokens"][:, 0]
+            if corrupt:
+                data.seed_step(seed, int(batch["index"][0]))
+                images, tokens = corrupt(images, tokens)
+            with clip.autocast(amp, model.clip):
+                results.append((*model(images, tokens), batch["labels"]))
+    logits, weights, labels = zip(*results)  # of each batch
     probabilities = {}
     for task in logits[0]:
         probabilities[task] = torch.cat([x[task].float() for x in logits]).softmax(-1).cpu()
@@ -462,63 +455,49 @@ def task_table(split, rows, classes, precision):
 
 # ---------------------------------------------------------------- a model on a data set
 
-def in_turns(encode, batches, device):
-    """Yield encode(batch) of all batches, in order. batches: a data.Loader or a sequence.
-
-    Of several processes each makes and encodes every so many-th batch, and all of them get all results. The
-    batches are those of a single process, and so are the bits of what comes out. All processes must call
-    this, and take all that it yields. What encode returns holds tensors, which come to `device`.
-    """
-    rank, world = processes()
-    if isinstance(batches, data.Loader):
-        own_batches = batches.batches(start=rank, every=world)
-    else:
-        own_batches = batches[rank::world]
-    results = map(encode, own_batches)
-    for _ in range(0, len(batches), world):
-        for result in gathered(next(results, None), device):
-            if result is not None:  # in the last turn there may be fewer batches than processes
-                yield result
+@contextlib.contextmanager
+def evaluating(model):
+    """The model in evaluation mode and without gradients; then it goes back to the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(was_training)
 
 
 @torch.no_grad()
 def encode_images(model, loader, amp):
-    """Yield (features, image_mask) of a loader's batches, which several processes encode `in_turns`.
+    """Yield (features, image_mask) of each batch of a loader.
 
     features (A, D): of all views of the batch, as the model gives them; image_mask (B, V): where they belong.
     """
     device = next(model.parameters()).device
-
-    def encode(batch):
+    for batch in loader.batches():
         batch = data.to_device(batch, device)
         with clip.autocast(amp, model):
             features = model.encode_image(batch["images"][batch["image_mask"]])
-        return features.float(), batch["image_mask"]
-    yield from in_turns(encode, loader, device)
+        yield features.float(), batch["image_mask"]
 
 
 @torch.no_grad()
 def encode_texts(model, loader, amp):
-    """Yield the features of a loader's captions, (256, D) at a time, as `encode_images`."""
-    def encode(tokens):
+    """Yield the features of a loader's captions, (256, D) at a time, as the model gives them."""
+    for tokens in loader.tokens.split(256):
         with clip.autocast(amp, model):
-            return model.encode_text(tokens).float()
-    yield from in_turns(encode, loader.tokens.split(256), next(model.parameters()).device)
+            features = model.encode_text(tokens)
+        yield features.float()
 
 
-@torch.no_grad()
 def embed(model, instances, amp="auto", workers=0, loader=None):
     """Features of unit norm, float32, on the model's device.
 
     Returns images (N, D), the renormalised mean over an instance's views, and texts (C, D), all captions in
     order. loader: an `evaluation_loader` that was kept from an earlier call.
     """
-    was_training = model.training
-    model.eval()
     loader = loader or evaluation_loader(model, instances, workers)
-    images = embed_images(model, loader, amp)
-    texts = [F.normalize(features, dim=-1) for features in encode_texts(model, loader, amp)]
-    model.train(was_training)
+    with evaluating(model):
+        images = embed_images(model, loader, amp)
+        texts = [F.normalize(features, dim=-1) for features in encode_texts(model, loader, amp)]
     return images, torch.cat(texts) if texts else images[:0]
 
 
@@ -1191,17 +1170,6 @@ def join(args):
 def processes():
     """-> (the number of this process, how many there are)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gathered(x, device):
-    """-> [x of each process, in order], their tensors on `device`; of a single process [x]. All must ask."""
-    if not dist.is_initialized():
-        return [x]
-    packed = io.BytesIO()
-    torch.save(x, packed)
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, packed.getvalue())
-    return [torch.load(io.BytesIO(part), map_location=device, weights_only=True) for part in parts]
 
 
 def any_process(flag, device):

@@ -358,13 +358,11 @@ def restore(checkpoint):
 
 def embed(model, loader, amp):
     """-> frames (N, V, D), mask (N, V), texts (C, D), as the encoders give them."""
-    was_training = model.training
-    model.eval()
-    features, masks = zip(*eval.encode_images(model, loader, amp))
+    with eval.evaluating(model):
+        features, masks = zip(*eval.encode_images(model, loader, amp))
+        texts = torch.cat(list(eval.encode_texts(model, loader, amp)))
     most = max(mask.shape[1] for mask in masks)
     mask = torch.cat([F.pad(mask, (0, most - mask.shape[1])) for mask in masks])
-    texts = torch.cat(list(eval.encode_texts(model, loader, amp)))
-    model.train(was_training)
     return as_videos(torch.cat(features), mask), mask, texts
 
 

@@ -264,22 +264,18 @@ def standardise(model, features):
         getattr(model, f"{modality}_std").copy_(torch.from_numpy(std))
 
 
-@torch.no_grad()
 def embed_features(model, features):
     """As `eval.embed`, of data.Features: images (N, D), the renormalised mean over an instance's views, and
     texts (C, D)."""
     device = model.prototypes.device
 
     def embed(head, array):
-        def embed_block(begin):
-            return head(torch.from_numpy(np.array(array[begin:begin + BLOCK])).to(device))
-        return torch.cat(list(eval.in_turns(embed_block, range(0, len(array), BLOCK), device)))
+        blocks = torch.from_numpy(array).split(BLOCK)
+        return torch.cat([head(block.to(device)) for block in blocks])
 
-    was_training = model.training
-    model.eval()
-    images = embed(model.embed_image, features.images)
-    texts = embed(model.embed_text, features.texts)
-    model.train(was_training)
+    with eval.evaluating(model):
+        images = embed(model.embed_image, features.images)
+        texts = embed(model.embed_text, features.texts)
     views = torch.from_numpy(features.views).to(device)
     owner = torch.arange(len(views), device=device).repeat_interleave(views)
     return losses.instance_means(images, owner)[0], texts
