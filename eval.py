@@ -209,35 +209,19 @@ def chance(query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
 
 
 def search(queries, gallery, k):
-    """The k best gallery rows of each query by dot product, streamed.
+    """The k best gallery rows (G, D) of each query (Q, D) by dot product -> (scores (Q, k), index (Q, k)).
 
-    queries (Q, D); gallery (G, D), or an iterable of (n, D) parts. Returns (scores (Q, k), index (Q, k)),
-    best first; of equal scores the smaller index comes first. Raises CheckpointError for NaN.
+    Best first; of equal scores the smaller index comes first. Raises CheckpointError for NaN.
     """
-    step = max(k, BLOCK // max(1, len(queries)))
-    parts = gallery.split(step) if isinstance(gallery, torch.Tensor) else gallery
-    best = torch.empty(len(queries), 0, device=queries.device)
-    index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    offset = 0
-    for part in parts:
-        scores = queries.float() @ part.to(queries.device).float().t()
-        n = min(k, scores.shape[1])
-        s, i = scores.topk(min(n + 1, scores.shape[1]), dim=1)
-        if torch.isnan(s[:, :1]).any():  # topk takes NaN for the greatest
+    best = []
+    index = []
+    for some in queries.float().split(max(1, BLOCK // len(gallery))):
+        scores, order = (some @ gallery.float().t()).sort(dim=1, descending=True, stable=True)
+        if scores[:, 0].isnan().any():  # NaN sorts as the greatest
             raise clip.CheckpointError("NaN in the scores; a model that gives NaN cannot be searched")
-        last, i = s[:, n - 1:n], i[:, :n]
-        if (s[:, n:] == last).any():  # of more that equal the n-th, topk took any: take the first of them
-            above = scores > last
-            tied = scores == last
-            room = n - above.sum(1, keepdim=True)
-            i = (above | tied & (tied.cumsum(1, dtype=torch.int32) <= room)).nonzero()[:, 1].view(-1, n)
-        i = i.sort(1).values  # topk does not order ties by index either
-        best = torch.cat([best, scores.gather(1, i)], 1)
-        index = torch.cat([index, i + offset], 1)
-        order = best.argsort(dim=1, descending=True, stable=True)[:, :k]  # stable: earlier parts first
-        best, index = best.gather(1, order), index.gather(1, order)
-        offset += len(part)
-    return best, index
+        best.append(scores[:, :k])
+        index.append(order[:, :k])
+    return torch.cat(best), torch.cat(index)
 
 
 # ---------------------------------------------------------------- metrics by class
@@ -746,7 +730,7 @@ def class_table(rows):
 
 # ---------------------------------------------------------------- pictures
 
-GREEN, RED, GREY, BLUE, ORANGE = (30, 150, 60), (200, 40, 40), (160, 160, 160), (60, 100, 190), (230, 150, 40)
+GREEN, RED, GREY = (30, 150, 60), (200, 40, 40), (160, 160, 160)
 CELL, PAD = 128, 8  # pixels: the side of a picture in a picture, and the space around it
 
 
@@ -815,61 +799,6 @@ def draw_gallery(path, instances, scores, seed=0, rows=6, top=5):
     gallery_picture(path, out)
 
 
-def heat_picture(picture, weights, largest):
-    """RGB array (CELL, CELL, 3): `picture` in pale grey, red where `weights` (h, w) exceed an even share.
-
-    largest: the weight that is drawn in full red.
-    """
-    even = 1 / weights.size
-    heat = Image.fromarray(np.float32(weights - even) / max(largest - even, 1e-9))
-    heat = np.asarray(heat.resize((CELL, CELL), Image.Resampling.BILINEAR))[..., None].clip(0, 1)
-    pale = 0.35 * picture.mean(2, keepdims=True) + 0.65 * 255
-    return (pale * (1 - 0.85 * heat) + np.array(RED) * 0.85 * heat).astype(np.uint8)
-
-
-def attention_picture(path, rows):
-    """Write a picture of attention. rows: list of (RGB array (CELL, CELL, 3), caption, words, bars).
-
-    words: [(word, weights (h, w), 0 or more)]: where the word looks, on one scale for all words of a row,
-    with the largest weight beside the word. bars: [(task, weight of the image in 0..1)], drawn as a chart of
-    image against text.
-    """
-    font = ImageFont.load_default(13)
-    columns, line, cell = 8, 22, CELL + 22
-    layouts = []  # of each row: its height, and where its chart begins
-    for _, _, words, bars in rows:
-        chart = 24 + (cell + PAD) * max(1, -(-len(words) // (columns - 1)))
-        layouts.append((chart + line * (len(bars) + bool(bars)) + 2 * PAD, chart))
-    total = sum(height for height, _ in layouts)
-    canvas = Image.new("RGB", ((CELL + PAD) * columns + PAD, total + PAD), "white")
-    draw = ImageDraw.Draw(canvas)
-    y = PAD
-    for (picture, caption, words, bars), (height, chart) in zip(rows, layouts):
-        draw.text((PAD, y), caption[:140], fill="black", font=font)
-        canvas.paste(Image.fromarray(picture), (PAD, y + 24))
-        largest = max((float(weights.max()) for _, weights in words), default=1.0)
-        for k, (word, weights) in enumerate(words):
-            x = PAD + (CELL + PAD) * (1 + k % (columns - 1))
-            top = y + 24 + (cell + PAD) * (k // (columns - 1))
-            canvas.paste(Image.fromarray(heat_picture(picture, weights, largest)), (x, top))
-            text = f"{word[:12]}  {100 * float(weights.max()):.0f}%"
-            draw.text((x, top + CELL + 2), text, fill="black", font=font)
-        left, wide = PAD + CELL + PAD, 420
-        if bars:
-            draw.text((left, y + chart), "weight of the image", fill=BLUE, font=font)
-            draw.text((left + 300, y + chart), "weight of the text", fill=ORANGE, font=font)
-        for k, (task, weight) in enumerate(bars):
-            top = y + chart + line * (k + 1)
-            split = left + round(wide * weight)
-            percents = f"{100 * weight:.0f}% / {100 * (1 - weight):.0f}%"
-            draw.text((PAD, top), task[:18], fill="black", font=font)
-            draw.rectangle((left, top + 2, split, top + line - 5), fill=BLUE)
-            draw.rectangle((split, top + 2, left + wide, top + line - 5), fill=ORANGE)
-            draw.text((left + wide + PAD, top), percents, fill="black", font=font)
-        y += height
-    clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
-
-
 def draw_predictions(path, pairs, probabilities, labels, classes, rows=10):
     """Draw a few random pairs with what a model takes them for, framed green where right, red where wrong.
 
@@ -890,8 +819,23 @@ def draw_predictions(path, pairs, probabilities, labels, classes, rows=10):
     gallery_picture(path, out)
 
 
+def heat_picture(picture, word, weights, largest):
+    """RGB array (CELL, CELL, 3): `picture` in pale grey, red where `weights` (h, w) exceed an even share.
+
+    The word and its largest weight are written into it. largest: the weight that is drawn in full red.
+    """
+    even = 1 / weights.size
+    heat = Image.fromarray(np.float32(weights - even) / max(largest - even, 1e-9))
+    heat = np.asarray(heat.resize((CELL, CELL), Image.Resampling.BILINEAR))[..., None].clip(0, 1)
+    pale = 0.35 * picture.mean(2, keepdims=True) + 0.65 * 255
+    out = Image.fromarray((pale * (1 - 0.85 * heat) + np.array(RED) * 0.85 * heat).astype(np.uint8))
+    text = f"{word[:12]}  {100 * weights.max():.0f}%"
+    ImageDraw.Draw(out).text((3, 0), text, fill="black", font=ImageFont.load_default(13))
+    return np.asarray(out)
+
+
 @torch.no_grad()
-def draw_attention(path, model, pairs, rows=6):
+def draw_attention(path, model, pairs, rows=6, columns=8):
     """Draw where each word of a few random pairs looks in the picture, and how a task weighs image and text.
 
     pairs: as of `data.pairs`; model: as in `predict`. Where it is `sequence_wise`, its
@@ -902,20 +846,24 @@ def draw_attention(path, model, pairs, rows=6):
     images = batch["images"][:, 0]
     tokens = batch["tokens"][:, 0]
     _, weights = model(images, tokens)
-    maps = model.attention(images, tokens) if model.sequence_wise else None
+    maps = model.attention(images, tokens).cpu() if model.sequence_wise else None
     out = []
     for i, x in enumerate(pairs):
-        words = []
-        bars = []
+        picture = data.pixels(x.images[0], CELL)
+        cells = [x.captions[0]]
         if maps is not None:
             side = math.isqrt(maps.shape[2])
-            for k in range(1, int(tokens[i].argmax())):  # without start and end, whose id is the largest
-                word = tokenizer_of(model).decode([int(tokens[i, k])]).strip()
-                words.append((word, maps[i, k].view(side, side).cpu().numpy()))
+            words = slice(1, int(tokens[i].argmax()))  # without start and end, whose id is the largest
+            for id, heat in zip(tokens[i, words].tolist(), maps[i, words].numpy()):
+                word = tokenizer_of(model).decode([id]).strip()
+                cells.append(heat_picture(picture, word, heat.reshape(side, side), maps[i, words].max().item()))
         if weights is not None:
-            bars = [(task, weights[i, k, 0].item()) for k, task in enumerate(model.tasks)]
-        out.append((data.pixels(x.images[0], CELL), x.captions[0], words, bars))
-    attention_picture(path, out)
+            for task, (image, text) in zip(model.tasks, (100 * weights[i]).tolist()):
+                cells.append(f"{task}: image {image:.0f}%, text {text:.0f}%")
+        results = [(cell, None) for cell in cells]
+        for begin in range(0, len(results), columns):
+            out.append((picture if begin == 0 else "", results[begin:begin + columns]))
+    gallery_picture(path, out)
 
 
 def read_log(path):
