@@ -178,7 +178,7 @@ def load_features(args, device):
     if args.features:
         splits, classes = data.feature_splits(args.features, args.root)
         train = splits["train"]
-        eval.note_training_data(args, (train.images, train.texts, train.labels), classes)
+        eval.note_training_data(args, (train.images, train.texts, train.labels), {"label": classes})
         return None, splits["train"], splits["val"], classes
     args.task, train, val, classes = data.class_splits(eval.load_splits(args), args.task, args.data)
     args.crop = None  # a frozen CLIP sees each picture once
