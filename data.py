@@ -1851,12 +1851,9 @@ class Loader:
         except DataError as e:  # a worker's exception would arrive wrapped in its traceback
             return e
 
-    def batches(self, start=0, stop=None, every=1):
-        """Yield the batches of steps start..stop-1, through epochs; stop None: the end of the first.
-
-        every: only each so many-th of them.
-        """
-        steps = range(start, len(self) if stop is None else stop, every)
+    def batches(self, start=0, stop=None):
+        """Yield the batches of steps start..stop-1, through epochs; stop None: the end of the first."""
+        steps = range(start, len(self) if stop is None else stop)
         forked = self.workers and steps and sys.platform == "linux"  # forked workers share the cache
         batches = iter(torch.utils.data.DataLoader(
             steps,

@@ -18,10 +18,11 @@ import contextlib
 import datetime
 import hashlib
 import importlib
-import io
+import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -29,7 +30,9 @@ import sys
 import textwrap
 import time
 import traceback
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -54,19 +57,12 @@ ALL = slice(None)
 # a query of the same group. query_group (Q,), gallery_group (G,): any integers.
 
 def relevant_items(query_group, gallery_group):
-    """-> arrays (order (G,), begin (Q,), end (Q,)): order[begin[q]:end[q]] are the relevant items of query q.
-
-    Raises ValueError for a query that has none.
-    """
-    query_group = np.asarray(query_group)
-    gallery_group = np.asarray(gallery_group)
+    """-> order (G,), begin (Q,), end (Q,): order[begin[q]:end[q]] are the relevant items of query q."""
+    query_group, gallery_group = np.asarray(query_group), np.asarray(gallery_group)
     order = np.argsort(gallery_group, kind="stable")
-    in_order = gallery_group[order]
-    begin = np.searchsorted(in_order, query_group, side="left")
-    end = np.searchsorted(in_order, query_group, side="right")
-    alone = np.flatnonzero(begin == end)
-    if len(alone):
-        raise ValueError(f"query {alone[0]} has no relevant item in the gallery")
+    begin, end = (np.searchsorted(gallery_group[order], query_group, side) for side in ("left", "right"))
+    if (begin == end).any():
+        raise ValueError(f"query {(begin == end).argmax()} has no relevant item in the gallery")
     return order, begin, end
 
 
@@ -120,9 +116,7 @@ def ranking_metrics(scores, query_group, gallery_group, ks=(1, 5, 10), average_p
     Raises ValueError for NaN scores and for a query without a relevant item.
     """
     discount = 1 / torch.log2(torch.arange(2, max(ks) + 2, dtype=torch.float64))
-    sums = {f"{metric}@{k}": 0.0 for metric in ("R", "P", "NDCG") for k in ks} | {"MRR": 0.0}
-    if average_precision:
-        sums["mAP"] = 0.0
+    sums = Counter()
     first = []
     for place, count in ranks(scores, query_group, gallery_group, None if average_precision else max(ks)):
         first.append(place[:, 0])
@@ -142,40 +136,48 @@ def ranking_metrics(scores, query_group, gallery_group, ks=(1, 5, 10), average_p
     return out | {"MedR": float(np.median(first.numpy())), "MeanR": first.mean().item()}
 
 
-def cosine_scores(images, texts):
-    """-> (text_scores, image_scores) of features of unit norm, images (N, D) and texts (C, D).
+def mean_of(several):
+    """The mean of several dicts of metrics, metric by metric."""
+    return {name: float(np.mean([metrics[name] for metrics in several])) for name in several[0]}
 
-    These are functions of the indices of some texts (b,) -> their cosines with all images (b, N), and of the
-    indices of some images (b,) -> their cosines with all texts (b, C).
-    """
-    images, texts = images.float(), texts.float()
+
+def cosine_scores(images, texts):
+    """-> (text_scores, image_scores) of features of unit norm, images (N, D) and texts (C, D). These are
+    functions of the indices of some texts (b,) -> their cosines with all images (b, N), and of the indices of
+    some images (b,) -> their cosines with all texts (b, C). They compute on the CPU."""
+    images, texts = images.float().cpu(), texts.float().cpu()
     return (lambda indices: texts[indices] @ images.t()), (lambda indices: images[indices] @ texts.t())
 
 
-def retrieval_metrics(images, texts, image_group, text_group, image_query=ALL, text_query=ALL, scores=None):
-    """`ranking_metrics` of both directions, and rSum, the sum of R@1, 5 and 10 of both (0..600).
+def both_ways(metrics, scores, image_group, text_group, image_query=ALL, text_query=ALL):
+    """{way: metrics(scores, query_group, gallery_group)} of both directions. scores: two functions, as of
+    `cosine_scores`. image_group (N,), text_group (C,): integers. image_query (N,), text_query (C,): bool,
+    which rows are asked about (default: all); all are searched."""
+    out = {}
+    ways = (scores[0], text_query, text_group, image_group), (scores[1], image_query, image_group, text_group)
+    for way, (scores_of, query, group, gallery_group) in zip(WAYS, ways):
+        asked = torch.arange(len(group))[query]
 
-    images (N, D), texts (C, D): of unit norm, compared by their cosine; or, where the similarity is another
-    one, scores: two functions as of `cosine_scores`. image_group (N,), text_group (C,): integers.
-    image_query (N,), text_query (C,): bool, which rows are asked about (default: all); all are searched.
-    """
-    text_scores, image_scores = scores or cosine_scores(images, texts)
-    asked_texts = torch.arange(len(text_group))[text_query]
-    asked_images = torch.arange(len(image_group))[image_query]
-    to_image = ranking_metrics(lambda begin, end: text_scores(asked_texts[begin:end]),
-                               text_group[asked_texts], image_group)
-    to_text = ranking_metrics(lambda begin, end: image_scores(asked_images[begin:end]),
-                              image_group[asked_images], text_group)
-    recalls = [metrics[f"R@{k}"] for metrics in (to_image, to_text) for k in (1, 5, 10)]
-    return {"text_to_image": to_image, "image_to_text": to_text, "rSum": sum(recalls)}
+        def of_block(begin, end):
+            return scores_of(asked[begin:end])
+        out[way] = metrics(of_block, group[asked], gallery_group)
+    return out
+
+
+def with_rsum(row):
+    """{way: metrics} and rSum, the sum of R@1, 5 and 10 of both ways (0..600)."""
+    return row | {"rSum": sum(row[way][f"R@{k}"] for way in WAYS for k in (1, 5, 10))}
+
+
+def retrieval_metrics(scores, *groups, **more_groups):
+    """`ranking_metrics` and rSum. Arguments as of `both_ways`."""
+    return with_rsum(both_ways(ranking_metrics, scores, *groups, **more_groups))
 
 
 def chance(query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
-    """The expected `ranking_metrics` of a random order, in closed form.
-
-    MedR is the first position that half of the queries have reached. mAP: of R relevant items among G, a
-    place holds one with probability R / G; then (R - 1) / (G - 1) of the places before it do.
-    """
+    """The expected `ranking_metrics` of a random order, in closed form. MedR is the first position that half
+    of the queries have reached. mAP: of R relevant items among G, a place holds one with probability R / G;
+    then (R - 1) / (G - 1) of the places before it do."""
     _, begin, end = relevant_items(query_group, gallery_group)
     count = torch.from_numpy(end - begin)
     G = len(gallery_group)
@@ -201,35 +203,17 @@ def chance(query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
 
 
 def search(queries, gallery, k):
-    """The k best gallery rows of each query by dot product, streamed.
-
-    queries (Q, D); gallery (G, D), or an iterable of (n, D) parts. Returns (scores (Q, k), index (Q, k)),
-    best first; of equal scores the smaller index comes first. Raises CheckpointError for NaN.
-    """
-    step = max(k, BLOCK // max(1, len(queries)))
-    parts = gallery.split(step) if isinstance(gallery, torch.Tensor) else gallery
-    best = torch.empty(len(queries), 0, device=queries.device)
-    index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    offset = 0
-    for part in parts:
-        scores = queries.float() @ part.to(queries.device).float().t()
-        n = min(k, scores.shape[1])
-        s, i = scores.topk(min(n + 1, scores.shape[1]), dim=1)
-        if torch.isnan(s[:, :1]).any():  # topk takes NaN for the greatest
+    """The k best gallery rows (G, D) of each query (Q, D) by dot product -> (scores (Q, k), index (Q, k)).
+    Best first; of equal scores the smaller index comes first. Raises CheckpointError for NaN."""
+    best = []
+    index = []
+    for some in queries.float().split(max(1, BLOCK // len(gallery))):
+        scores, order = (some @ gallery.float().t()).sort(dim=1, descending=True, stable=True)
+        if scores[:, 0].isnan().any():  # NaN sorts as the greatest
             raise clip.CheckpointError("NaN in the scores; a model that gives NaN cannot be searched")
-        last, i = s[:, n - 1:n], i[:, :n]
-        if (s[:, n:] == last).any():  # of more that equal the n-th, topk took any: take the first of them
-            above = scores > last
-            tied = scores == last
-            room = n - above.sum(1, keepdim=True)
-            i = (above | tied & (tied.cumsum(1, dtype=torch.int32) <= room)).nonzero()[:, 1].view(-1, n)
-        i = i.sort(1).values  # topk does not order ties by index either
-        best = torch.cat([best, scores.gather(1, i)], 1)
-        index = torch.cat([index, i + offset], 1)
-        order = best.argsort(dim=1, descending=True, stable=True)[:, :k]  # stable: earlier parts first
-        best, index = best.gather(1, order), index.gather(1, order)
-        offset += len(part)
-    return best, index
+        best.append(scores[:, :k].clone())  # a view would keep the whole block
+        index.append(order[:, :k].clone())
+    return torch.cat(best), torch.cat(index)
 
 
 # ---------------------------------------------------------------- metrics by class
@@ -276,25 +260,18 @@ def class_metrics(scores, query_label, gallery_label, classes):
             "precision_scope": {"scope": scopes, "precision": at_scope}}
 
 
-def class_retrieval(images, texts, labels, captions, query, classes):
-    """`class_metrics` both ways and their average mAP, as rows {"model", "chance"}.
+def class_retrieval(scores, labels, captions, query, classes):
+    """`class_metrics` both ways and their average mAP, as rows {"model", "chance"}. scores: two functions, as
+    of `cosine_scores`; labels (N,); captions (N,): how many texts each instance has; query bool (N,)."""
+    def by_chance(scores, query_label, gallery_label):
+        return {"mAP": chance(query_label, gallery_label, average_precision=True)["mAP"]}
 
-    images (N, D), texts (C, D): unit norm; labels (N,); captions (N,): how many texts each instance has;
-    query bool (N,).
-    """
     labels, query = torch.as_tensor(labels), torch.as_tensor(query)
     owner = torch.arange(len(labels)).repeat_interleave(torch.as_tensor(captions))
-    sides = (images.cpu(), labels, query), (texts.cpu(), labels[owner], query[owner])
-    rows = {"model": {}, "chance": {}}
-    for way, side, other in (("image_to_text", *sides), ("text_to_image", *reversed(sides))):
-        features, asked_labels, asked = side
-        gallery, gallery_labels, _ = other
-        queries, asked_labels = features[asked], asked_labels[asked]
-        rows["model"][way] = class_metrics(lambda begin, end: queries[begin:end] @ gallery.t(),
-                                           asked_labels, gallery_labels, classes)
-        rows["chance"][way] = {"mAP": chance(asked_labels, gallery_labels, average_precision=True)["mAP"]}
-    for row in rows.values():
-        row["mAP"] = (row["image_to_text"]["mAP"] + row["text_to_image"]["mAP"]) / 2
+    rows = {}
+    for name, metrics in (("model", partial(class_metrics, classes=classes)), ("chance", by_chance)):
+        row = both_ways(metrics, scores, labels, labels[owner], query, query[owner])
+        rows[name] = row | {"mAP": (row["image_to_text"]["mAP"] + row["text_to_image"]["mAP"]) / 2}
     return rows
 
 
@@ -320,9 +297,7 @@ def classification_metrics(probabilities, labels, thresholds=None):
     C = probabilities.shape[1]
     true = F.one_hot(labels, C).bool()
     best_wrong = probabilities.masked_fill(true, -math.inf).max(1)
-    right = torch.ones(len(labels), dtype=torch.bool)
-    if C > 1:
-        right = probabilities.gather(1, labels[:, None])[:, 0] > best_wrong.values
+    right = probabilities.gather(1, labels[:, None])[:, 0] > best_wrong.values
     predicted = F.one_hot(torch.where(right, labels, best_wrong.indices), C).bool()
     hits = (predicted & true).sum(0)  # TP
     total = predicted.sum(0) + true.sum(0)  # 2 TP + FP + FN
@@ -337,12 +312,10 @@ def classification_metrics(probabilities, labels, thresholds=None):
 
 
 def precision_thresholds(probabilities, labels, precision):
-    """(C,): the lowest probability of each class at which its predictions are right often enough.
-
-    At or above a class's threshold, a share of at least `precision` (0..1) of the rows is of the class; inf
-    where no threshold reaches that. Chosen on validation data and used on test data. Arguments as in
-    `classification_metrics`.
-    """
+    """(C,): the lowest probability of each class at which its predictions are right often enough. At or above
+    a class's threshold, a share of at least `precision` (0..1) of the rows is of the class; inf where no
+    threshold reaches that. Chosen on validation data and used on test data. Arguments as in
+    `classification_metrics`."""
     probabilities, labels = probabilities[labels >= 0], labels[labels >= 0]
     out = torch.full((probabilities.shape[1],), math.inf, dtype=probabilities.dtype)
     for c in range(len(out)):
@@ -374,39 +347,30 @@ def task_metrics(probabilities, labels, weights=None, thresholds=None):
             metrics["image_weight"] = 100 * weights[:, k, 0].mean().item()
         tasks[task] = metrics
     data.expect(tasks, "nothing to evaluate", "no instance has a label of a task that the model knows")
-    mean = {}
-    for name in next(iter(tasks.values())):  # the same for every task
-        mean[name] = float(np.mean([metrics[name] for metrics in tasks.values()]))
-    return tasks | {"mean_of_tasks": mean}
+    return tasks | {"mean_of_tasks": mean_of(list(tasks.values()))}
 
 
-@torch.no_grad()
 def predict(model, loader, amp="auto", corrupt=None, seed=0):
     """What a classifier of image and text says of the N pairs of an evaluation loader.
 
     model: images (B, 3, S, S), tokens (B, columns) -> ({task: logits (B, C)}, weights (B, tasks, 2) or None).
-    corrupt: a function (images, tokens) -> both, that draws from torch's global generator. This is seeded by
-        `seed` and the batch, so that any number of processes draws the same.
+    corrupt: a function (images, tokens) -> both, that draws from torch's global generator, which is seeded by
+        `seed` and the batch.
 
     -> (probabilities, labels, weights), on the CPU, as `task_metrics` takes them.
     """
-    was_training = model.training
-    device = next(model.parameters()).device
-    model.eval()
-
-    def encode(batch):
-        batch = data.to_device(batch, device)
-        images = batch["images"][:, 0]
-        tokens = batch["tokens"][:, 0]
-        if corrupt:
-            data.seed_step(seed, int(batch["index"][0]))
-            images, tokens = corrupt(images, tokens)
-        with clip.autocast(amp, model.clip):
-            logits, weights = model(images, tokens)
-        return logits, batch["labels"], weights
-
-    logits, labels, weights = zip(*in_turns(encode, loader, device))  # of each batch
-    model.train(was_training)
+    results = []
+    with evaluating(model):
+        for batch in loader.batches():
+            batch = data.to_device(batch, next(model.parameters()).device)
+            images = batch["images"][:, 0]
+            tokens = batch["tokens"][:, 0]
+            if corrupt:
+                data.seed_step(seed, int(batch["index"][0]))
+                images, tokens = corrupt(images, tokens)
+            with clip.autocast(amp, model.clip):
+                results.append((*model(images, tokens), batch["labels"]))
+    logits, weights, labels = zip(*results)  # of each batch
     probabilities = {}
     for task in logits[0]:
         probabilities[task] = torch.cat([x[task].float() for x in logits]).softmax(-1).cpu()
@@ -419,9 +383,9 @@ def majority(labels):
     """{task: {"accuracy"}} of always naming the commonest class; labels as in `task_metrics`."""
     out = {}
     for task, numbers in labels.items():
-        counts = torch.bincount(numbers[numbers >= 0])
-        if len(counts):
-            out[task] = {"accuracy": 100 * counts.max().item() / counts.sum().item()}
+        known = numbers[numbers >= 0]
+        if len(known):
+            out[task] = {"accuracy": 100 * (known == known.mode().values).sum().item() / len(known)}
     return out
 
 
@@ -439,78 +403,59 @@ def task_table(split, rows, classes, precision):
     width = max(map(len, rows["model"]))
     lines = ["  ".join([split.ljust(width), "classes", "majority", *titles.values()])]
     for task, metrics in rows["model"].items():
-        cells = [" " * len("classes"), " " * len("majority")]  # the mean has none
+        start = f"{'mean':{width}}  {'':7}  {'':8}"
         if metrics is not mean:
-            cells = [f"{len(classes[task]):7}", f"{rows['majority'][task]['accuracy']:8.1f}"]
-        cells += [f"{metrics[name]:{len(title)}.1f}" for name, title in titles.items()]
-        lines.append("  ".join([("mean" if metrics is mean else task).ljust(width), *cells]))
+            start = f"{task:{width}}  {len(classes[task]):7}  {rows['majority'][task]['accuracy']:8.1f}"
+        cells = [f"{metrics[name]:{len(title)}.1f}" for name, title in titles.items()]
+        lines.append("  ".join([start, *cells]))
     for kind, study in rows.get("noise", {}).items():
-        cells = []
-        for share, metrics in study.items():
-            cells.append(f"{100 * float(share):.0f}%: {metrics['mean_of_tasks']['accuracy']:.1f}")
+        cells = [f"{100 * float(share):.0f}%: {metrics['mean_of_tasks']['accuracy']:.1f}"
+                 for share, metrics in study.items()]
         lines.append(f"noise in {kind:5}: " + "   ".join(cells))
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- a model on a data set
 
-def in_turns(encode, batches, device):
-    """Yield encode(batch) of all batches, in order. batches: a data.Loader or a sequence.
-
-    Of several processes each makes and encodes every so many-th batch, and all of them get all results. The
-    batches are those of a single process, and so are the bits of what comes out. All processes must call
-    this, and take all that it yields. What encode returns holds tensors, which come to `device`.
-    """
-    rank, world = processes()
-    if isinstance(batches, data.Loader):
-        own_batches = batches.batches(start=rank, every=world)
-    else:
-        own_batches = batches[rank::world]
-    results = map(encode, own_batches)
-    for _ in range(0, len(batches), world):
-        for result in gathered(next(results, None), device):
-            if result is not None:  # in the last turn there may be fewer batches than processes
-                yield result
+@contextlib.contextmanager
+def evaluating(model):
+    """The model in evaluation mode and without gradients; then it goes back to the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(was_training)
 
 
 @torch.no_grad()
 def encode_images(model, loader, amp):
-    """Yield (features, image_mask) of a loader's batches, which several processes encode `in_turns`.
-
-    features (A, D): of all views of the batch, as the model gives them; image_mask (B, V): where they belong.
-    """
+    """Yield (features, image_mask) of each batch of a loader. features (A, D): of all views of the batch, as
+    the model gives them; image_mask (B, V): where they belong."""
     device = next(model.parameters()).device
-
-    def encode(batch):
+    for batch in loader.batches():
         batch = data.to_device(batch, device)
         with clip.autocast(amp, model):
             features = model.encode_image(batch["images"][batch["image_mask"]])
-        return features.float(), batch["image_mask"]
-    yield from in_turns(encode, loader, device)
+        yield features.float(), batch["image_mask"]
 
 
 @torch.no_grad()
 def encode_texts(model, loader, amp):
-    """Yield the features of a loader's captions, (256, D) at a time, as `encode_images`."""
-    def encode(tokens):
+    """Yield the features of a loader's captions, (256, D) at a time, as the model gives them."""
+    for tokens in loader.tokens.split(256):
         with clip.autocast(amp, model):
-            return model.encode_text(tokens).float()
-    yield from in_turns(encode, loader.tokens.split(256), next(model.parameters()).device)
+            features = model.encode_text(tokens)
+        yield features.float()
 
 
-@torch.no_grad()
 def embed(model, instances, amp="auto", workers=0, loader=None):
-    """Features of unit norm, float32, on the model's device.
-
-    Returns images (N, D), the renormalised mean over an instance's views, and texts (C, D), all captions in
-    order. loader: an `evaluation_loader` that was kept from an earlier call.
-    """
-    was_training = model.training
-    model.eval()
+    """Features of unit norm, float32, on the model's device. Returns images (N, D), the renormalised mean
+    over an instance's views, and texts (C, D), all captions in order. loader: an `evaluation_loader` that was
+    kept from an earlier call."""
     loader = loader or evaluation_loader(model, instances, workers)
-    images = embed_images(model, loader, amp)
-    texts = [F.normalize(features, dim=-1) for features in encode_texts(model, loader, amp)]
-    model.train(was_training)
+    with evaluating(model):
+        images = embed_images(model, loader, amp)
+        texts = [F.normalize(features, dim=-1) for features in encode_texts(model, loader, amp)]
     return images, torch.cat(texts) if texts else images[:0]
 
 
@@ -535,7 +480,7 @@ def evaluation_loader(model, instances, workers=0, **options):
 def evaluate(model, instances, amp="auto", workers=0, loader=None):
     """Retrieval metrics of a model on instances, both ways."""
     images, texts = embed(model, instances, amp, workers, loader)
-    return retrieval_metrics(images.cpu(), texts.cpu(), **layout(instances))
+    return retrieval_metrics(cosine_scores(images, texts), **layout(instances))
 
 
 def recalls(metrics):
@@ -545,7 +490,7 @@ def recalls(metrics):
 
 
 def layout(instances):
-    """What `retrieval_metrics` needs beside features: a dict of four of its arguments."""
+    """What `both_ways` needs beside scores: a dict of its arguments."""
     numbers = {}
     group = torch.tensor([numbers.setdefault(x.group, len(numbers)) for x in instances])
     query = torch.tensor([x.query for x in instances])
@@ -566,18 +511,19 @@ class Embedded:
     texts: torch.Tensor  # (C, D), unit norm
     tasks: dict  # {task: names of its classes}, whose numbers the instances' labels are
     classes: list = None  # names of the groups, where these are classes and metrics are those by class
-    scores: tuple = None  # functions as of `cosine_scores`, where the similarity is another one
+    scores: tuple = None  # functions as of `cosine_scores`, which are these where the similarity is no other
+
+    def __post_init__(self):
+        self.scores = self.scores or cosine_scores(self.images, self.texts)
 
 
 def averaged(parts):
-    """The `Embedded` of a split by several models, whose scores are the means of the models' scores.
-
-    Features are put side by side and divided by the root of the number of models. The product of such rows is
-    the mean of the models' cosines, and they have unit norm again, so that what takes features takes these.
-    Raises CheckpointError where the models do not rank the same things.
-    """
+    """The `Embedded` of a split by several models, whose scores are the means of the models' scores. Features
+    are put side by side and divided by the root of the number of models: they have unit norm again, and their
+    product is the mean of the models' cosines. Raises CheckpointError where the models do not rank the same
+    things."""
     first = parts[0]
-    for part in parts[1:]:
+    for part in parts:
         same = part.classes == first.classes and len(part.instances) == len(first.instances)
         for x, y in zip(part.instances, first.instances):
             same = same and (x.id, x.group, x.captions) == (y.id, y.group, y.captions)
@@ -585,12 +531,13 @@ def averaged(parts):
                     "classes; give models of one data set and one task")
     images = torch.cat([part.images for part in parts], dim=1) / math.sqrt(len(parts))
     texts = torch.cat([part.texts for part in parts], dim=1) / math.sqrt(len(parts))
-    scores = None
-    if any(part.scores for part in parts):  # a similarity that is no product of features
-        of_parts = [part.scores or cosine_scores(part.images, part.texts) for part in parts]
-        scores = (lambda indices: sum(text_scores(indices) for text_scores, _ in of_parts) / len(parts),
-                  lambda indices: sum(image_scores(indices) for _, image_scores in of_parts) / len(parts))
-    return Embedded(first.instances, images, texts, first.tasks, first.classes, scores)
+
+    def text_scores(indices):
+        return sum(part.scores[0](indices).cpu() for part in parts) / len(parts)
+
+    def image_scores(indices):
+        return sum(part.scores[1](indices).cpu() for part in parts) / len(parts)
+    return Embedded(first.instances, images, texts, first.tasks, first.classes, (text_scores, image_scores))
 
 
 def write_embeddings(path, embedded):
@@ -621,9 +568,7 @@ def fingerprint(model, instances, amp):
 
 def kept(path, what, compute, device):
     """The tensor of a .npy file, on the CPU. Where it is not there, compute() makes it, and it is kept there.
-
-    All processes must ask, since they compute it together; the first of each machine writes.
-    """
+    All processes must ask, since they compute it together; the first of each machine writes."""
     if not any_process(not os.path.exists(path), device):
         with clip.reading(path, "remove it, and it is computed again"):
             return torch.from_numpy(np.load(path))
@@ -655,48 +600,43 @@ def frozen_features(model, instances, classes, cache, amp="auto", workers=0):
 
 # ---------------------------------------------------------------- tables
 
-def mean_of_metrics(several):
-    """The mean over several results of `retrieval_metrics`, metric by metric."""
-    out = {}
-    for way in WAYS:
-        out[way] = {}
-        for metric in several[0][way]:
-            out[way][metric] = float(np.mean([metrics[way][metric] for metrics in several]))
-    return out
-
-
 def retrieval_rows(name, embedded, fold=1000):
-    """The rows of a retrieval table, {row: metrics}: "model", and those of `bounds`.
-
-    For coco also "model, 1K folds": the mean over folds of 1,000 images in order, each with its own captions
-    (its 5,000 test images are published whole, 5K, and as the mean of five folds, 1K).
-    """
+    """The rows of a retrieval table, {row: metrics}: "model", and those of `bounds`. For coco also "model, 1K
+    folds": the mean over folds of 1,000 images in order, each with its own captions (its 5,000 test images
+    are published whole, 5K, and as the mean of five folds, 1K). For msvd also "model, by video": a video is
+    compared with other videos by the best of their captions, as in published figures."""
     instances = embedded.instances
-    images, texts = embedded.images.cpu(), embedded.texts.cpu()
-    rows = {"model": retrieval_metrics(images, texts, **layout(instances), scores=embedded.scores)}
-    if name == "coco" and len(instances) > fold and not embedded.scores:
-        owner = caption_owner(instances)
+    text_scores, image_scores = embedded.scores
+    at = layout(instances)
+    rows = {"model": retrieval_metrics(embedded.scores, **at)}
+    owner = caption_owner(instances)
+    if name == "coco" and len(instances) > fold:
         folds = []
         for begin in range(0, len(instances) - fold + 1, fold):
-            captions = (owner >= begin) & (owner < begin + fold)
-            part = layout(instances[begin:begin + fold])
-            folds.append(retrieval_metrics(images[begin:begin + fold], texts[captions], **part))
-        rsum = float(np.mean([metrics["rSum"] for metrics in folds]))
-        rows["model, 1K folds"] = mean_of_metrics(folds) | {"rSum": rsum}
+            images = torch.arange(begin, begin + fold)
+            texts = torch.isin(owner, images).nonzero()[:, 0]
+            of_fold = (lambda indices: text_scores(texts[indices])[:, images],
+                       lambda indices: image_scores(images[indices])[:, texts])
+            folds.append(retrieval_metrics(of_fold, **layout(instances[begin:begin + fold])))
+        rows["model, 1K folds"] = with_rsum({way: mean_of([row[way] for row in folds]) for way in WAYS})
+    if name == "msvd":
+        def video_scores(begin, end):
+            of_captions = image_scores(asked[begin:end]).cpu()  # (b, C)
+            best = torch.full((len(of_captions), len(instances)), -math.inf)  # (b, N)
+            return best.scatter_reduce(1, owner.expand_as(of_captions), of_captions, "amax")
+        group = at["image_group"]
+        asked = at["image_query"].nonzero()[:, 0]
+        to_video = ranking_metrics(video_scores, group[asked], group)
+        rows["model, by video"] = with_rsum(rows["model"] | {"image_to_text": to_video})
     return rows | bounds(name, instances)
 
 
 def bounds(name, instances, draws=5, seed=0):
-    """{"chance": metrics of a random ranking}, and for primitives also "ceiling".
-
-    The ceiling is an oracle that reads every attribute a caption states and guesses among the instances that
-    fit. It is the mean over `draws` random orders of what the oracle finds equally probable.
-    """
+    """{"chance": metrics of a random ranking}, and for primitives also "ceiling". The ceiling is an oracle
+    that reads every attribute a caption states and guesses among the instances that fit. It is the mean over
+    `draws` random orders of what the oracle finds equally probable."""
     groups = layout(instances)
-    asked_images = groups["image_group"][groups["image_query"]]
-    asked_texts = groups["text_group"][groups["text_query"]]
-    rows = {"chance": {"text_to_image": chance(asked_texts, groups["image_group"]),
-                       "image_to_text": chance(asked_images, groups["text_group"])}}
+    rows = {"chance": both_ways(lambda scores, *groups: chance(*groups), (None, None), **groups)}
     if name == "primitives":
         # so large that unequal probabilities differ by more than the noise, and the noise by more than TIE
         probability = 1e9 * data.primitives_oracle(instances).double()  # (C, N)
@@ -705,16 +645,14 @@ def bounds(name, instances, draws=5, seed=0):
         for _ in range(draws):
             noisy = probability + 1e3 * torch.rand(probability.shape, generator=generator)
             scores = (lambda indices: noisy[indices]), (lambda indices: noisy[:, indices].t())
-            results.append(retrieval_metrics(None, None, **groups, scores=scores))
-        rows["ceiling"] = mean_of_metrics(results)
+            results.append(retrieval_metrics(scores, **groups))
+        rows["ceiling"] = {way: mean_of([row[way] for row in results]) for way in WAYS}
     return rows
 
 
 def table(rows, shapes=False):
     """The text of a retrieval table. rows: {name: {"text_to_image": metrics, "image_to_text": metrics}}.
-
-    shapes: with the columns and the words of Text2Shape.
-    """
+    shapes: with the columns and the words of Text2Shape."""
     item = "shape" if shapes else "image"
     heads = {"R@1": "R@1", "R@5": "R@5", "R@10": "R@10", "MRR": "MRR", "MedR": "MedR", "MeanR": "MnR"}
     if shapes:
@@ -743,16 +681,14 @@ def class_table(rows):
 
 # ---------------------------------------------------------------- pictures
 
-GREEN, RED, GREY, BLUE, ORANGE = (30, 150, 60), (200, 40, 40), (160, 160, 160), (60, 100, 190), (230, 150, 40)
+GREEN, RED, GREY = (30, 150, 60), (200, 40, 40), (160, 160, 160)
 CELL, PAD = 128, 8  # pixels: the side of a picture in a picture, and the space around it
 
 
 def gallery_picture(path, rows):
-    """Write a picture of queries and their results.
-
-    rows: list of (query, [(result, right), ...]). A query or a result is a string or an RGB array (CELL,
-    CELL, 3); right is a bool, or None where nothing is known. Right results are framed green, wrong ones red.
-    """
+    """Write a picture of queries and their results. rows: list of (query, [(result, right), ...]). A query or
+    a result is a string or an RGB array (CELL, CELL, 3); right is a bool, or None where nothing is known.
+    Right results are framed green, wrong ones red."""
     font = ImageFont.load_default(13)
     cell = CELL + 2 * PAD
     columns = 1 + max(len(results) for _, results in rows)
@@ -783,96 +719,29 @@ def gallery_picture(path, rows):
 
 
 def draw_gallery(path, instances, scores, seed=0, rows=6, top=5):
-    """A gallery of random queries of a split: `rows` text-to-image, then `rows` image-to-text.
-
-    scores: two functions as of `cosine_scores`.
-    """
-    text_scores, image_scores = scores
-    rng = np.random.default_rng(seed)
-    groups = layout(instances)
-    captions = [caption for x in instances for caption in x.captions]
-
+    """A gallery of random queries of a split: `rows` text-to-image, then `rows` image-to-text. scores: two
+    functions as of `cosine_scores`."""
     def picture(i):
         return data.pixels(instances[i].images[0], CELL)
 
-    def draw(asked):
-        return rng.permutation(asked.nonzero().flatten().numpy())[:rows].tolist()
-
-    def best(scores_of, index):
-        scores = scores_of(torch.tensor([index]))[0]
-        return scores.argsort(descending=True, stable=True)[:top].tolist()
-
+    rng = np.random.default_rng(seed)
+    at = layout(instances)
+    captions = [caption for x in instances for caption in x.captions]
+    texts = captions.__getitem__, at["text_group"], at["text_query"]
+    images = picture, at["image_group"], at["image_query"]
     out = []
-    for c in draw(groups["text_query"]):
-        right = groups["image_group"] == groups["text_group"][c]
-        out.append((captions[c], [(picture(i), bool(right[i])) for i in best(text_scores, c)]))
-    for i in draw(groups["image_query"]):
-        right = groups["text_group"] == groups["image_group"][i]
-        out.append((picture(i), [(captions[c], bool(right[c])) for c in best(image_scores, i)]))
+    for scores_of, (query, group, asked), (item, gallery_group, _) in ((scores[0], texts, images),
+                                                                       (scores[1], images, texts)):
+        for q in rng.permutation(asked.nonzero().flatten().numpy())[:rows].tolist():
+            best = scores_of(torch.tensor([q]))[0].argsort(descending=True, stable=True)[:top].tolist()
+            out.append((query(q), [(item(i), bool(group[q] == gallery_group[i])) for i in best]))
     gallery_picture(path, out)
-
-
-def heat_picture(picture, weights, largest):
-    """RGB array (CELL, CELL, 3): `picture` in pale grey, red where `weights` (h, w) exceed an even share.
-
-    largest: the weight that is drawn in full red.
-    """
-    even = 1 / weights.size
-    heat = Image.fromarray(np.float32(weights - even) / max(largest - even, 1e-9))
-    heat = np.asarray(heat.resize((CELL, CELL), Image.Resampling.BILINEAR))[..., None].clip(0, 1)
-    pale = 0.35 * picture.mean(2, keepdims=True) + 0.65 * 255
-    return (pale * (1 - 0.85 * heat) + np.array(RED) * 0.85 * heat).astype(np.uint8)
-
-
-def attention_picture(path, rows):
-    """Write a picture of attention. rows: list of (RGB array (CELL, CELL, 3), caption, words, bars).
-
-    words: [(word, weights (h, w), 0 or more)]: where the word looks, on one scale for all words of a row,
-    with the largest weight beside the word. bars: [(task, weight of the image in 0..1)], drawn as a chart of
-    image against text.
-    """
-    font = ImageFont.load_default(13)
-    columns, line, cell = 8, 22, CELL + 22
-    layouts = []  # of each row: its height, and where its chart begins
-    for _, _, words, bars in rows:
-        chart = 24 + (cell + PAD) * max(1, -(-len(words) // (columns - 1)))
-        layouts.append((chart + line * (len(bars) + bool(bars)) + 2 * PAD, chart))
-    total = sum(height for height, _ in layouts)
-    canvas = Image.new("RGB", ((CELL + PAD) * columns + PAD, total + PAD), "white")
-    draw = ImageDraw.Draw(canvas)
-    y = PAD
-    for (picture, caption, words, bars), (height, chart) in zip(rows, layouts):
-        draw.text((PAD, y), caption[:140], fill="black", font=font)
-        canvas.paste(Image.fromarray(picture), (PAD, y + 24))
-        largest = max((float(weights.max()) for _, weights in words), default=1.0)
-        for k, (word, weights) in enumerate(words):
-            x = PAD + (CELL + PAD) * (1 + k % (columns - 1))
-            top = y + 24 + (cell + PAD) * (k // (columns - 1))
-            canvas.paste(Image.fromarray(heat_picture(picture, weights, largest)), (x, top))
-            text = f"{word[:12]}  {100 * float(weights.max()):.0f}%"
-            draw.text((x, top + CELL + 2), text, fill="black", font=font)
-        left, wide = PAD + CELL + PAD, 420
-        if bars:
-            draw.text((left, y + chart), "weight of the image", fill=BLUE, font=font)
-            draw.text((left + 300, y + chart), "weight of the text", fill=ORANGE, font=font)
-        for k, (task, weight) in enumerate(bars):
-            top = y + chart + line * (k + 1)
-            split = left + round(wide * weight)
-            percents = f"{100 * weight:.0f}% / {100 * (1 - weight):.0f}%"
-            draw.text((PAD, top), task[:18], fill="black", font=font)
-            draw.rectangle((left, top + 2, split, top + line - 5), fill=BLUE)
-            draw.rectangle((split, top + 2, left + wide, top + line - 5), fill=ORANGE)
-            draw.text((left + wide + PAD, top), percents, fill="black", font=font)
-        y += height
-    clip.write_file(path, lambda f: canvas.save(f, format="PNG"))
 
 
 def draw_predictions(path, pairs, probabilities, labels, classes, rows=10):
     """Draw a few random pairs with what a model takes them for, framed green where right, red where wrong.
-
-    pairs: as of `data.pairs`. probabilities and labels of all of them: as in `task_metrics`.
-    classes: {task: names of its classes}.
-    """
+    pairs: as of `data.pairs`. probabilities and labels of all of them: as in `task_metrics`. classes: {task:
+    names of its classes}."""
     out = []
     for i in np.random.default_rng(0).permutation(len(pairs))[:rows]:
         results = [(pairs[i].captions[0], None)]
@@ -887,32 +756,48 @@ def draw_predictions(path, pairs, probabilities, labels, classes, rows=10):
     gallery_picture(path, out)
 
 
-@torch.no_grad()
-def draw_attention(path, model, pairs, rows=6):
-    """Draw where each word of a few random pairs looks in the picture, and how a task weighs image and text.
+def heat_picture(picture, word, weights, largest):
+    """RGB array (CELL, CELL, 3): `picture` in pale grey, red where `weights` (h, w) exceed an even share. The
+    word and its largest weight are written into it. largest: the weight that is drawn in full red."""
+    even = 1 / weights.size
+    heat = Image.fromarray(np.float32(weights - even) / max(largest - even, 1e-9))
+    heat = np.asarray(heat.resize((CELL, CELL), Image.Resampling.BILINEAR))[..., None].clip(0, 1)
+    pale = 0.35 * picture.mean(2, keepdims=True) + 0.65 * 255
+    out = Image.fromarray((pale * (1 - 0.85 * heat) + np.array(RED) * 0.85 * heat).astype(np.uint8))
+    text = f"{word[:12]}  {100 * weights.max():.0f}%"
+    ImageDraw.Draw(out).text((3, 0), text, fill="black", font=ImageFont.load_default(13))
+    return np.asarray(out)
 
-    pairs: as of `data.pairs`; model: as in `predict`. Where it is `sequence_wise`, its
-    attention(images, tokens) is (B, L, patches), how much each token looks at each patch.
-    """
+
+@torch.no_grad()
+def draw_attention(path, model, pairs, rows=6, columns=8):
+    """Draw where each word of a few random pairs looks in the picture, and how a task weighs image and text.
+    pairs: as of `data.pairs`; model: as in `predict`. Where it is `sequence_wise`, its attention(images,
+    tokens) is (B, L, patches), how much each token looks at each patch."""
     pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[:rows]]
     batch = data.to_device(evaluation_loader(model, pairs).make(0), next(model.parameters()).device)
     images = batch["images"][:, 0]
     tokens = batch["tokens"][:, 0]
     _, weights = model(images, tokens)
-    maps = model.attention(images, tokens) if model.sequence_wise else None
+    maps = model.attention(images, tokens).cpu() if model.sequence_wise else None
     out = []
     for i, x in enumerate(pairs):
-        words = []
-        bars = []
+        picture = data.pixels(x.images[0], CELL)
+        cells = [x.captions[0]]
         if maps is not None:
             side = math.isqrt(maps.shape[2])
-            for k in range(1, int(tokens[i].argmax())):  # without start and end, whose id is the largest
-                word = tokenizer_of(model).decode([int(tokens[i, k])]).strip()
-                words.append((word, maps[i, k].view(side, side).cpu().numpy()))
+            words = slice(1, int(tokens[i].argmax()))  # without start and end, whose id is the largest
+            largest = maps[i, words].max().item()
+            for id, heat in zip(tokens[i, words].tolist(), maps[i, words].numpy()):
+                word = tokenizer_of(model).decode([id]).strip()
+                cells.append(heat_picture(picture, word, heat.reshape(side, side), largest))
         if weights is not None:
-            bars = [(task, weights[i, k, 0].item()) for k, task in enumerate(model.tasks)]
-        out.append((data.pixels(x.images[0], CELL), x.captions[0], words, bars))
-    attention_picture(path, out)
+            for task, (image, text) in zip(model.tasks, (100 * weights[i]).tolist()):
+                cells.append(f"{task}: image {image:.0f}%, text {text:.0f}%")
+        results = [(cell, None) for cell in cells]
+        for begin in range(0, len(results), columns):
+            out.append((picture if begin == 0 else "", results[begin:begin + columns]))
+    gallery_picture(path, out)
 
 
 def read_log(path):
@@ -968,16 +853,15 @@ fraction = number(float, lambda v: 0 <= v <= 1, "a share from 0 to 1")
 positive_fraction = number(float, lambda v: 0 < v <= 1, "a share over 0, up to 1")
 vocabulary = number(int, lambda v: 514 <= v <= MOST,
                     "514 or more (every byte, inside and at the end of a word, start and end)")
+any_size = number(int, lambda v: v >= 0, "a whole number of 0 or more")
 
 
 def seed(text):
     """An argparse type: a whole number of any size, which becomes one that all generators take."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 0 or more")
-    if value >= 2 ** 63:
-        value = int(np.random.SeedSequence(value).generate_state(1, np.uint64)[0]) >> 1
-    return value
+    value = any_size(text)
+    if value < 2 ** 63:
+        return value
+    return int(np.random.SeedSequence(value).generate_state(1, np.uint64)[0]) >> 1
 
 
 def usable_device(text):
@@ -1015,15 +899,15 @@ def arguments(description, file, kinds, data="primitives"):
     common("--download", action=argparse.BooleanOptionalAction, default=True,
            help="fetch the data set where it is not there and that is possible (text2shape)")
     common("--crop", type=fraction, metavar="AREA",
-           help="train on random crops of at least this share of a picture's area, half of them mirrored "
-                "where no caption says left or right; 0 or 1: whole pictures (default: for photos and your "
-                "own data 0.5 from scratch, 0.9 with pretrained weights; off for shapes and videos)")
+           help="train on random crops of at least this share of a picture, half of them mirrored where no "
+                "caption says left or right; 0: whole pictures (default: for photos and your own data 0.5 "
+                "from scratch, 0.9 with pretrained weights; off for shapes and videos)")
     common("--clip", help="the CLIP to start from. Pretrained: a published name, a file or a folder; from "
                           "scratch: tiny or small (default: ViT-B/32; for the built-in shapes a tiny one)")
     common("--image-size", type=positive_int, help="pixels of a picture's side (default: what the CLIP has)")
     common("--context", type=positive_int,
-           help="tokens of a text that are read, start and end among them; longer texts are cut (default: "
-                "what the CLIP has positions for: 32 of tiny, 48 of small, 77 of published ones)")
+           help="tokens of a text that are read, start and end among them (default: what the CLIP has "
+                "positions for: 32 of tiny, 48 of small, 77 of published ones)")
     common("--vocab-size", type=vocabulary, default=1024,
            help="symbols of the vocabulary learned for a model from scratch")
     common("--epochs", type=positive_int,
@@ -1037,8 +921,7 @@ def arguments(description, file, kinds, data="primitives"):
     common("--seed", type=seed, default=0, help="of all that is drawn: a whole number of any size")
     common("--device", type=usable_device, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     common("--workers", type=non_negative_int,
-           help="processes that prepare batches (default: 1; 0 where a CPU computes on all of its cores, "
-                "since all would wait for the one that a worker takes its turn on)")
+           help="processes that prepare batches (default: 1; 0 where a CPU computes on all of its cores)")
     common("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16 autocast in the encoders")
     common("--compile", action="store_true", help="torch.compile the encoders' blocks")
     common("--resume", action="store_true", help="go on from <out>/last.pt, with the settings that it has")
@@ -1049,26 +932,20 @@ def arguments(description, file, kinds, data="primitives"):
 def show_defaults(parser):
     """Let --help say the default of every option, of each kind of run where they differ."""
     for action in parser._actions:
-        name = action.dest
-        of_kinds = {kind: values[name] for kind, values in parser.kinds.items() if name in values}
+        of_kinds = {k: values[action.dest] for k, values in parser.kinds.items() if action.dest in values}
         if len(set(of_kinds.values())) > 1:
             default = ", ".join(f"{value} {kind}" for kind, value in of_kinds.items())
-        elif of_kinds:
-            default = next(iter(of_kinds.values()))
-        elif action.default is None or action.default is False or action.default == argparse.SUPPRESS:
-            continue
         else:
-            default = action.default
-        plain, _, _ = (action.help or "").partition(" (default: ")  # a general one, such as that of --context
-        action.help = f"{plain} (default: {default})"
+            default = next(iter(of_kinds.values()), action.default)
+        if not (default is None or default is False or default == argparse.SUPPRESS):
+            plain, _, _ = (action.help or "").partition(" (default: ")  # a general one, as of --context
+            action.help = f"{plain} (default: {default})"
 
 
 def parse(parser, argv=None):
-    """The arguments of a script's command line, with the defaults of its kind of run.
-
-    Real data start from a real CLIP, the built-in shapes from a small one: tiny with random weights, or for a
-    script that trains none from scratch SMALL_CLIP. With --resume, what is not named is as it was in the run.
-    """
+    """The arguments of a script's command line, with the defaults of its kind of run. Real data start from a
+    real CLIP, the built-in shapes from a small one: tiny with random weights, or for a script that trains
+    none from scratch SMALL_CLIP. With --resume, what is not named is as it was in the run."""
     show_defaults(parser)
     args = parser.parse_args(argv)
     data_name, _ = os.path.splitext(os.path.basename(args.data))
@@ -1077,8 +954,7 @@ def parse(parser, argv=None):
     before = {}
     if args.resume and os.path.exists(config):
         before = data.read_json(config, {"data": str}, "settings")
-        known = [action.dest for action in parser._actions]
-        parser.set_defaults(**{name: value for name, value in before.items() if name in known})
+        parser.set_defaults(**{name: value for name, value in before.items() if hasattr(args, name)})
         args = parser.parse_args(argv)
     built_in = args.data.startswith("primitives")
     if args.clip is None and built_in:
@@ -1096,18 +972,16 @@ def parse(parser, argv=None):
     args.eval_every = args.eval_every or math.ceil(args.epochs / 5)
     args.method = parser.method
     args.out = out
-    args.trained_on = before.get("trained_on")  # what `load_splits` notes of the training data
+    args.trained_on = before.get("trained_on")  # of `note_training_data`
     return args
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn bad input into one line on stderr and exit code 2, Ctrl-C outside the loop into 130.
-
-    A bug keeps its traceback. What a console cannot show is written with backslashes. One of several
-    processes ends here, without what Python does at its end while gloo's threads go on: it could be aborted
-    ("terminate called without an active exception"), and in torch 2.6 wait for ever.
-    """
+    """Turn bad input into one line on stderr and exit code 2, Ctrl-C outside the loop into 130. A bug keeps
+    its traceback. What a console cannot show is written with backslashes. One of several processes ends here,
+    without what Python does at its end while gloo's threads go on: it could be aborted ("terminate called
+    without an active exception"), and in torch 2.6 wait for ever."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -1135,22 +1009,20 @@ def one_line_errors():
 
 def exit_code(error):
     """Print what Python prints where `error` ends it. Returns the exit code that Python ends with."""
-    if not isinstance(error, SystemExit):
-        traceback.print_exception(error)
-        return 1
-    if isinstance(error.code, int):
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
-    print(error.code, file=sys.stderr)
+    if isinstance(error, SystemExit):
+        print(error.code, file=sys.stderr)
+    else:
+        traceback.print_exception(error)
     return 1
 
 
 # ---------------------------------------------------------------- processes, data and CLIP of a run
 
 def join(args):
-    """Join the processes that torchrun started (gloo on CPU, nccl on GPU) and seed every generator.
-
-    Returns the device that this process computes on.
-    """
+    """Join the processes that torchrun started (gloo on CPU, nccl on GPU) and seed every generator. Returns
+    the device that this process computes on."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
@@ -1167,17 +1039,6 @@ def join(args):
 def processes():
     """-> (the number of this process, how many there are)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gathered(x, device):
-    """-> [x of each process, in order], their tensors on `device`; of a single process [x]. All must ask."""
-    if not dist.is_initialized():
-        return [x]
-    packed = io.BytesIO()
-    torch.save(x, packed)
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, packed.getvalue())
-    return [torch.load(io.BytesIO(part), map_location=device, weights_only=True) for part in parts]
 
 
 def any_process(flag, device):
@@ -1197,13 +1058,12 @@ def barrier():
 
 @contextlib.contextmanager
 def rank_zero_first():
-    """The first process runs the block while the others wait; then they run it and find what the first has
-    made."""
-    rank, _ = processes()
-    if rank:
+    """The first process runs the block while the others wait; then they run it and find what it has made."""
+    first = processes()[0] == 0
+    if not first:
         barrier()
     yield
-    if not rank:
+    if first:
         barrier()
 
 
@@ -1219,33 +1079,39 @@ def average_gradients(parameters):
         gradient.copy_(part.view_as(gradient))
 
 
+def note_training_data(args, content, classes):
+    """Keep a hash of the training data, an iterable of bytes or arrays, and {task: classes} in the settings.
+    Returns what they were when the run began, where that was something else, which a note says; or None."""
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(part)
+    before = args.trained_on
+    args.trained_on = {"hash": digest.hexdigest()[:16], "classes": classes}
+    if before in (None, args.trained_on):
+        return None
+    data.note(f"{args.data}: the training data have changed since this run began; it goes on with its own "
+              "vocabulary and classes")
+    return before
+
+
 def load_splits(args, load=None):
-    """-> [(instances, classes) of train, of val, of test], fetched first unless --no-download refuses.
-
-    load: a function (name, root, split) in place of data.load.
-
-    The test split is needed only at the end, but what is missing in it is said before training. A --crop that
-    was not given is chosen by the kind of data and CLIP (`data.default_crop`). A run that goes on with other
-    data keeps its classes; one that it does not know is refused.
-    """
+    """-> [(instances, classes) of train, of val, of test], fetched first unless --no-download refuses. load:
+    a function (name, root, split) in place of data.load. What is missing in test is said before training. A
+    --crop that was not given is chosen by the kind of data and CLIP (`data.default_crop`). A run that goes on
+    with other data keeps its classes; one that it does not know is refused."""
     if args.download:
         with rank_zero_first():
             data.fetch_missing(args.data, args.root)
     if load:
-        splits = [load(args.data, args.root, split) for split in ("train", "val", "test")]
+        splits = [load(args.data, args.root, split) for split in data.SPLITS]
     else:
         splits = data.load_splits(args.data, args.root)
     train, classes = splits[0]
     if args.crop is None:
         args.crop = data.default_crop(args.data, train, args.clip not in clip.SCRATCH) or 0.0
-    digest = hashlib.sha256()
-    for x in train:
-        digest.update(repr((x.id, x.captions, x.labels)).encode())
-    before = args.trained_on
-    args.trained_on = {"hash": digest.hexdigest()[:16], "classes": classes}
-    if before and before != args.trained_on:
-        data.note(f"{args.data}: the training data have changed since this run began; it goes on with its "
-                  "own vocabulary and classes")
+    content = (repr((x.id, x.captions, x.labels)).encode() for x in train)
+    before = note_training_data(args, content, classes)
+    if before:
         known = args.trained_on["classes"] = before["classes"]
         for task, names in classes.items():
             new = sorted(set(names) - set(known.get(task, names)))
@@ -1260,10 +1126,8 @@ SMALL_CLIP = os.path.join("runs", "mxm-primitives-source", "best.pt")  # what it
 
 
 def small_clip():
-    """Train the CLIP that built-in shapes are adapted from: tiny, by CLIP's own loss on primitives-source.
-
-    It is trained once, by train_mxm.py in a process of its own, and kept in `runs/`.
-    """
+    """Train the CLIP that built-in shapes are adapted from: tiny, by CLIP's own loss on primitives-source. It
+    is trained once, by train_mxm.py in a process of its own, and kept in `runs/`."""
     if os.path.exists(SMALL_CLIP):
         return
     data.note(f"a small CLIP is trained first, once, and kept as {SMALL_CLIP}")
@@ -1289,12 +1153,10 @@ def load_clip(args, device):
 
 
 def frozen_clip(checkpoint):
-    """The CLIP that a checkpoint was trained on without holding it, loaded from where its --clip says.
-
-    Raises CheckpointError where its weights are no longer those whose hash stands in the checkpoint.
-    """
+    """The CLIP that a checkpoint was trained on without holding it, loaded from where its --clip says. Raises
+    CheckpointError where its weights are no longer those whose hash stands in the checkpoint."""
     args = argparse.Namespace(**checkpoint["settings"])
-    model, _ = clip.load(args.clip, "cpu", image_size=args.image_size, context_length=args.context)
+    model = load_clip(args, "cpu")
     identity = clip.identity(model)
     trained = str(checkpoint["frozen_clip"])
     clip.expect(identity == trained, args.clip, f"is the CLIP {identity[:12]} now, and what was trained "
@@ -1303,11 +1165,9 @@ def frozen_clip(checkpoint):
 
 
 def build_or_load(args, train, device):
-    """The CLIP that a run starts from, in training mode.
-
-    --clip tiny or small: random weights, and a vocabulary that is learned from the training captions.
-    Otherwise pretrained weights, with the tokenizer that they were trained with.
-    """
+    """The CLIP that a run starts from, in training mode. --clip tiny or small: random weights, and a
+    vocabulary that is learned from the training captions. Otherwise pretrained weights, with the tokenizer
+    that they were trained with."""
     if args.clip not in clip.SCRATCH:
         model = load_clip(args, device)
     else:
@@ -1338,9 +1198,7 @@ def tokenizer_of(model):
 
 def about(args, model, loader):
     """What a run's first line says: which CLIP, its weights and pixels, and on a CPU how long an epoch takes.
-
-    That is three times what encoding takes: the backward pass takes twice as long as the forward pass.
-    """
+    That is three times what encoding takes: the backward pass takes twice as long as the forward pass."""
     weights = sum(p.numel() for p in model.parameters())
     size = model.config.image_resolution
     text = f"CLIP {args.clip}, {weights / 1e6:.1f} M weights, {size} pixels"
@@ -1412,7 +1270,7 @@ class Run:
         self.device = next(p.device for group in optimizer.param_groups for p in group["params"])
         self.state = {"step": 0, "loss_sum": 0.0, "best": -1.0, "waited": 0, "finished": False}
         self.record = None  # what the log says of the epoch that has just ended
-        self.seconds = []  # of each step, without the loading of its batch
+        self.seconds = []  # of each step, with an evaluation after it, without the loading of its batch
         self.norm = 0.0  # of the latest gradient
         if args.resume:
             self.load(resumed(args, more_epochs))
@@ -1421,8 +1279,6 @@ class Run:
             if not args.resume:
                 self.save("last.pt")  # so that there is always one; and a full disk is found before any work
         barrier()  # the others wait for it
-        clip.expect(os.path.exists(os.path.join(args.out, "last.pt")), f"--out {args.out}", "was made by "
-                    "another machine, and is not here; choose a folder on a disk that all machines share")
         self.progress = Progress(steps, self.state["step"], quiet=not self.first)
         self.say = self.progress.line
         self.saved_at = time.time()
@@ -1470,8 +1326,7 @@ class Run:
                     f"data and settings make {self.steps}; start a new run in another --out")
 
     def batches(self, loader):
-        """Yield (step, batch) from where the run stands to its end. After each step: log, save, stop if asked
-        to."""
+        """Yield (step, batch) up to the end. After each step: log, save, stop if asked to."""
         if self.state["finished"]:
             return
         for batch in loader.batches(self.state["step"], self.steps):
@@ -1495,8 +1350,7 @@ class Run:
                 raise SystemExit(130)
 
     def check(self, loss, norm):
-        """Stop the run where the loss or its gradient's norm is NaN or infinite, before the weights take it
-        up."""
+        """Stop where the loss or its gradient's norm is not finite, before the weights take it up."""
         self.norm = norm.item()
         if not math.isfinite(loss.item() + self.norm):
             raise SystemExit(f"error: the loss is {loss.item()}, its gradient's norm {self.norm} at step "
@@ -1505,9 +1359,7 @@ class Run:
 
     def log(self, loss, samples, **values):
         """Count a step of so many samples. Returns True where an epoch has ended that is to be evaluated.
-
-        values: further numbers for the progress line and the log.
-        """
+        values: further numbers for the progress line and the log."""
         state = self.state
         state["step"] += 1
         state["loss_sum"] += loss.item()
@@ -1523,11 +1375,8 @@ class Run:
         return epoch % self.args.eval_every == 0 or epoch == self.args.epochs
 
     def keep_best(self, score, message, **evaluations):
-        """Log `evaluations`, say `message` if there is one, and write best.pt where `score` is the highest
-        so far.
-
-        The score is one on val: a model is never chosen on test.
-        """
+        """Log `evaluations`, say `message` if there is one, and write best.pt where `score`, one on val, is
+        the highest so far."""
         self.record |= {"score": score, **evaluations}
         if message:
             self.say(f"epoch {self.record['epoch']}: loss {self.record['loss']:.3f}, {message}")
@@ -1542,10 +1391,6 @@ class Run:
         """End the run after this step, before its last one."""
         self.state["finished"] = True
         self.say(f"epoch {self.record['epoch']}: {message}")
-
-    def seconds_per_step(self):
-        """The median over this process's steps (an epoch's last includes its evaluation), or None."""
-        return sorted(self.seconds)[len(self.seconds) // 2] if self.seconds else None
 
 
 class Progress:
@@ -1564,21 +1409,20 @@ class Progress:
         """Say where the run stands, if it is time to."""
         now = time.time()
         self.samples += samples
-        if self.quiet or (now - self.last < (0.2 if self.live else 20) and step < self.total):
+        if now - self.last < (0.2 if self.live else 20) and step < self.total:
             return
         self.last = now
         spent = now - self.began
         left = int(spent / max(1, step - self.start) * (self.total - step))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        speed = self.samples / max(spent, 1e-9)
-        text = f"step {step}/{self.total}  {shown}  {speed:,.0f} samples/s  {left // 60}:{left % 60:02d} left"
-        before, after = ("\r\033[K", "") if self.live else ("", "\n")
-        print(f"{before}{text}", end=after, file=sys.stderr, flush=True)
+        speed = f"{self.samples / max(spent, 1e-9):,.0f} samples/s"
+        text = f"step {step}/{self.total}  {shown}  {speed}  {left // 60}:{left % 60:02d} left"
+        self.line(text, end="" if self.live else "\n")
 
-    def line(self, text):
-        """A line that stays."""
+    def line(self, text, end="\n"):
+        """Say a line, in place of the live one; with another end the next line takes its place."""
         if not self.quiet:
-            print(("\r\033[K" if self.live else "") + text, file=sys.stderr, flush=True)
+            print(("\r\033[K" if self.live else "") + text, end=end, file=sys.stderr, flush=True)
 
 
 # settings that may differ when a run goes on
@@ -1609,44 +1453,34 @@ def resumed(args, more_epochs=True):
 
 def open_folder(args, step):
     """Prepare the folder of a run at this step, and write config.json. Returns a lock to keep while it lives.
-
     Without --resume the files of an earlier run in the folder are moved aside, to <out>.1, <out>.2, ...; what
-    else lies there stays. Raises CheckpointError.
-    """
+    else lies there stays. Raises CheckpointError."""
     clip.expect(os.path.exists(args.out) or not os.path.islink(args.out), args.out, "a link to nowhere; "
                 "is a disk missing?")
-    out = os.path.realpath(args.out)
-    config = os.path.join(out, "config.json")
-    log = os.path.join(out, "log.jsonl")
+    out = pathlib.Path(os.path.realpath(args.out))
+    config, log = out / "config.json", out / "log.jsonl"
     lock(config)
-    checkpoints = [os.path.join(out, name) for name in ("last.pt", "best.pt")]
-    if not args.resume and any(map(os.path.exists, checkpoints)):
-        number = 1
-        while os.path.lexists(f"{out}.{number}"):
-            number += 1
+    if not args.resume and ((out / "last.pt").exists() or (out / "best.pt").exists()):
+        aside = next(f"{out}.{n}" for n in itertools.count(1) if not os.path.lexists(f"{out}.{n}"))
         try:
-            os.mkdir(f"{out}.{number}")
+            os.mkdir(aside)
             for name in set(FILES) & set(os.listdir(out)):
-                os.rename(os.path.join(out, name), os.path.join(f"{out}.{number}", name))
+                os.rename(out / name, os.path.join(aside, name))
         except OSError as e:
             raise clip.CheckpointError(f"{out}: holds an earlier run that cannot be moved aside "
                                        f"({e.strerror}); choose another --out") from None
-        data.note(f"an earlier run was moved to {out}.{number} (--resume would have continued it)")
+        data.note(f"an earlier run was moved to {aside} (--resume would have continued it)")
     write_json(config, vars(args))
-    for name in os.listdir(out):
-        if name.startswith(".writing-"):  # a file that was being written when an earlier process was killed
-            os.unlink(os.path.join(out, name))
-    if os.path.exists(log):  # what was logged after the checkpoint will be logged again
-        kept_lines = [line + "\n" for line, row in read_log(log) if row["step"] <= step]
-        clip.write_file(log, lambda f: f.write("".join(kept_lines).encode()))
+    for half_written in out.glob(".writing-*"):  # when an earlier process was killed
+        half_written.unlink()
+    if log.exists():  # what was logged after the checkpoint will be logged again
+        write_text(log, "".join(line + "\n" for line, row in read_log(log) if row["step"] <= step))
     return lock(config)
 
 
 def lock(path):
     """-> the open file, which no other process can lock until it is closed; CheckpointError where one has.
-
-    The lock ends with the process, and its loader's workers do not inherit it.
-    """
+    The lock ends with the process, and its loader's workers do not inherit it."""
     try:
         import fcntl  # not on Windows
         file = open(path, "r+")
@@ -1662,26 +1496,16 @@ def lock(path):
 def log_line(out, **values):
     """Append one object to <out>/log.jsonl."""
     path = os.path.join(out, "log.jsonl")
-    try:
-        with open(path, "a") as f:
-            f.write(json.dumps(values) + "\n")
-    except OSError as e:
-        raise clip.CheckpointError(f"{path}: cannot be written ({e.strerror}); "
-                                   "free space, then --resume") from None
+    before = data.read_text(path) if os.path.exists(path) else ""
+    write_text(path, before + json.dumps(values) + "\n")
 
 
 def write_json(path, value):
-    clip.write_file(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def add_metrics(path, key, rows):
-    """Add rows to those that a metrics.json holds under a key; what is damaged is written anew."""
-    results = {}
-    if os.path.exists(path):
-        with contextlib.suppress(data.DataError):
-            results = data.read_json(path, {str: dict}, "rows of metrics")
-    results[key] = results.get(key, {}) | rows  # the mean of several models stands beside each one's row
-    write_json(path, results)
+def write_text(path, text):
+    clip.write_file(path, lambda f: f.write(text.encode()))
 
 
 def check_writable(path):
@@ -1694,19 +1518,15 @@ def check_writable(path):
 
 
 def report(args, device, untuned=None):
-    """Evaluate best.pt on the test split; the first process writes metrics.json and prints its tables.
-
-    The built-in shapes have a second test split, `unseen`: configurations that training never shows.
-    untuned: the CLIP before it was tuned, to be evaluated in the same way.
-    """
-    rank, _ = processes()
+    """Evaluate best.pt on the test split; the first process writes metrics.json and prints its tables. The
+    built-in shapes have a second test split, `unseen`: configurations that training never shows. untuned: the
+    CLIP before it was tuned, to be evaluated in the same way."""
     model, checkpoint = restore(os.path.join(args.out, "best.pt"), device)
     path = os.path.join(args.out, "metrics.json")
     results = {}
     texts = []
     for split in ("test", "unseen") if args.data == "primitives" else ("test",):
-        nothing_else = dict(gallery=None, embeddings=None, prompt=None)
-        asked = argparse.Namespace(**vars(args) | nothing_else, split=split)
+        asked = argparse.Namespace(**vars(args), split=split, gallery=None, embeddings=None, prompt=None)
         try:
             results[split], text = evaluation([(model, checkpoint)], asked)
             texts.append(text)
@@ -1716,7 +1536,7 @@ def report(args, device, untuned=None):
         except data.DataError as e:
             raise data.DataError(f"{e}. Training is done: correct this, then "
                                  f"python eval.py --checkpoint {args.out}/best.pt") from None
-    if rank == 0:
+    if processes()[0] == 0:
         write_json(path, results)
         print(*texts, f"written to {path}", sep="\n")
     barrier()  # torchrun ends the others as soon as one ends: they stay until the first is done
@@ -1737,10 +1557,8 @@ def script(checkpoint):
 
 
 def restore(path, device=None, clip_path=None):
-    """-> (model, checkpoint) of a checkpoint file. The script that it names rebuilds the model.
-
-    clip_path: for a checkpoint that holds no CLIP: where its CLIP lies now.
-    """
+    """-> (model, checkpoint) of a checkpoint file. The script that it names rebuilds the model. clip_path:
+    for a checkpoint that holds no CLIP: where its CLIP lies now."""
     checkpoint = clip.load_checkpoint(path)
     with clip.reading(path, "it may be of another version"):
         if clip_path:
@@ -1756,14 +1574,6 @@ def run_names(files):
     return folders if len(set(folders)) == len(folders) else list(files)
 
 
-def asked_of(checkpoint, args):
-    """args with the data and root that a checkpoint was trained on, where none are given."""
-    settings = checkpoint["settings"]
-    name = args.data or settings["data"]
-    root = args.root or (settings["root"] if name == settings["data"] else None)
-    return argparse.Namespace(**vars(args) | {"data": name, "root": root})
-
-
 def load_asked(checkpoint, args):
     """-> (instances, {task: names of its classes}) of the data and the split that are asked for."""
     load = data.load_regions if checkpoint.get("regions") else data.load  # region features, of train_user.py
@@ -1771,11 +1581,9 @@ def load_asked(checkpoint, args):
 
 
 def embed_split(model, checkpoint, args):
-    """-> `Embedded` of the asked split: all its instances, compared by the cosine of their features.
-
-    args: data, root, split, amp, workers. A script with another similarity, or with classes, has an
-    `embed_split` of its own.
-    """
+    """-> `Embedded` of the asked split: all its instances, compared by the cosine of their features. args:
+    data, root, split, amp, workers. A script with another similarity, or with classes, has an `embed_split`
+    of its own."""
     instances, tasks = load_asked(checkpoint, args)
     return Embedded(instances, *embed(model, instances, args.amp, args.workers), tasks)
 
@@ -1785,30 +1593,27 @@ def embed_with_all(models, args):
     parts = []
     for model, checkpoint in models:
         of_script = getattr(script(checkpoint), "embed_split", embed_split)
-        parts.append(of_script(model, checkpoint, asked_of(checkpoint, args)))
+        parts.append(of_script(model, checkpoint, args))
     return averaged(parts)
 
 
 def evaluation(models, args, title="model"):
     """What the models of some checkpoints reach together on a split -> ({row: metrics}, the text of a table).
-
     models: [(model, checkpoint)], as of `restore`. args: data, root, split, amp, workers; gallery and
-    embeddings, paths, or None; prompt, of `zero_shot`, or None. A script that classifies has its own.
-    """
+    embeddings, paths, or None; prompt, of `zero_shot`, or None. A script that classifies has its own."""
     model, checkpoint = models[0]
-    asked = asked_of(checkpoint, args)
     if any(hasattr(script(checkpoint), "evaluation") for _, checkpoint in models):
         clip.expect(len(models) == 1 and not args.embeddings, "--checkpoint", "classifies images and texts "
                     "together: it has no similarities to average and no --embeddings of each")
-        return script(checkpoint).evaluation(model, checkpoint, asked)
+        return script(checkpoint).evaluation(model, checkpoint, args)
     embedded = embed_with_all(models, args)
     if args.embeddings:
         write_embeddings(args.embeddings, embedded)
     if not len(embedded.texts):
-        clip.expect(args.embeddings and not args.gallery, asked.data, "pictures without captions; "
+        clip.expect(args.embeddings and not args.gallery, args.data, "pictures without captions; "
                     "search them with --query, or write their --embeddings")
         return {}, f"{len(embedded.instances):,} pictures without captions"
-    rows, text = retrieval_evaluation(embedded, asked, title)
+    rows, text = retrieval_evaluation(embedded, args, title)
     if args.prompt:
         of_tasks = zero_shot(model, embedded, args.prompt)
         rows |= {"zero-shot": of_tasks} if of_tasks else {}
@@ -1821,10 +1626,8 @@ def evaluation(models, args, title="model"):
 @torch.no_grad()
 def zero_shot(model, embedded, prompts):
     """{task: `classification_metrics`} of a CLIP as it is: an image is of the class whose text is closest.
-
     prompts: texts with {} for the name of a class, whose feature is their renormalised mean (Radford et al.
-    2021, section 3.1.4).
-    """
+    2021, section 3.1.4)."""
     out = {}
     for task, names in embedded.tasks.items():
         labels = torch.tensor([x.labels.get(task, -1) for x in embedded.instances])
@@ -1840,104 +1643,94 @@ def zero_shot(model, embedded, prompts):
 
 def retrieval_evaluation(embedded, args, title="model"):
     """As `evaluation`, of an `Embedded`. title: what the row is called."""
-    instances, images, texts = embedded.instances, embedded.images, embedded.texts
+    instances = embedded.instances
     clip.expect(not args.gallery or instances[0].images, "--gallery",
                 "this model was trained on features from files; there are no pictures to show")
     if embedded.classes:
         labels_captions_query = data.class_layout(instances, embedded.classes)
-        rows = class_retrieval(images, texts, *labels_captions_query, embedded.classes)
+        rows = class_retrieval(embedded.scores, *labels_captions_query, embedded.classes)
     else:
         rows = retrieval_rows(args.data, embedded)
     rows = {row.replace("model", title): metrics for row, metrics in rows.items()}
     named = {f"{args.split} {row}": metrics for row, metrics in rows.items()}
-    ranked = f"{len(instances):,} instances, {len(texts):,} captions"
+    ranked = f"\n{args.split}: {len(instances):,} instances, {len(embedded.texts):,} captions"
     if embedded.classes:
-        text = f"{class_table(named)}\n{args.split}: {ranked}"
+        text = class_table(named) + ranked
     else:
         text = table(named, shapes=args.data in ("primitives", "text2shape"))
-        text += f"\n{args.split}: {ranked}, rSum {rows[title]['rSum']:.1f}"
+        text += f"{ranked}, rSum {rows[title]['rSum']:.1f}"
     if "ceiling" in rows:
         reached, ceiling = (rows[row]["text_to_image"]["R@1"] for row in (title, "ceiling"))
         text += f", {100 * reached / ceiling:.0f}% of the ceiling's text-to-shape RR@1"
     if args.gallery:
-        draw_gallery(args.gallery, instances, embedded.scores or cosine_scores(images, texts))
+        draw_gallery(args.gallery, instances, embedded.scores)
     return rows, text
 
 
 @torch.no_grad()
 def answer(models, args):
-    """Print what the words of each --query find among a split's images; --gallery draws it.
-
-    models: [(model, checkpoint)], as of `restore`. Features of the images are kept in FEATURES.
-    """
+    """Print what the words of each --query find among a split's images; --gallery draws it. models: [(model,
+    checkpoint)], as of `restore`. Features of the images are kept in FEATURES."""
     images = []
     queries = []
     for model, checkpoint in models:
         reads = getattr(model, "config", None) and hasattr(model, "encode_text")
         clip.expect(reads, "--query", f"this model of {checkpoint['method']} reads no words to search with")
-        instances, tasks = load_asked(checkpoint, asked_of(checkpoint, args))
+        instances, tasks = load_asked(checkpoint, args)
         path = os.path.join(FEATURES, f"{fingerprint(model, instances, args.amp)}-search.npy")
         device = next(model.parameters()).device
         loader = evaluation_loader(model, instances, args.workers)
         images.append(kept(path, f"features of {len(instances):,} instances",
                            lambda: embed_images(model, loader, args.amp), device))
         words = tokenizer_of(model)(args.query, model.config.context_length, truncate=True)
-        queries.append(F.normalize(model.encode_text(words).float(), dim=-1))
+        queries.append(F.normalize(model.encode_text(words).float(), dim=-1).cpu())
     query = torch.cat(queries, dim=1) / len(queries)  # the mean of the models' cosines, as `averaged`
-    scores, index = search(query, torch.cat(images, dim=1), min(args.top or 5, len(instances)))
+    scores, index = search(query, torch.cat(images, dim=1), args.top or 5)
     rows = []
     for text, row, numbers in zip(args.query, scores.tolist(), index.tolist()):
         if len(args.query) > 1:
             print(f"{text}:")
-        results = [instances[i] for i in numbers]
-        for score, x in zip(row, results):
-            print(f"{score:6.3f}  {x.id}  {shown(x, tasks)}")
+        found = [instances[i] for i in numbers]
+        for score, x in zip(row, found):
+            file = x.images[0] if isinstance(x.images[0], str) else getattr(x.images[0], "file", None)
+            classes = ", ".join(f"{task} {tasks[task][c]}" for task, c in x.labels.items() if c >= 0)
+            print(*filter(None, (f"{score:6.3f}", x.id, file, classes)), sep="  ")
         if args.gallery:
-            rows.append((text, [(data.pixels(x.images[0], CELL), None) for x in results]))
+            rows.append((text, [(data.pixels(x.images[0], CELL), None) for x in found]))
     if args.gallery:
         gallery_picture(args.gallery, rows)
 
 
-def shown(x, tasks):
-    """What --query says of an instance: its first file, if it has one, and its classes."""
-    image = x.images[0]
-    file = image if isinstance(image, str) else getattr(image, "file", "")
-    classes = [f"{task} {tasks[task][c]}" for task, c in x.labels.items() if c >= 0]
-    return "  ".join(part for part in (file, ", ".join(classes)) if part)
-
-
-def main(argv=None):
+def settings(argv=None):
+    """The arguments of the evaluation command."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint", nargs="+", metavar="FILE",
-                   help="best.pt or last.pt of a run, or its folder; of several runs, the mean of their "
-                        "similarities counts")
-    p.add_argument("--curves", nargs="+", metavar="RUN",
-                   help="write a picture of the loss and of the validation metric over the steps of these "
-                        "folders of runs to --out (default curves.png)")
-    p.add_argument("--clip", help="a CLIP to evaluate as it is: a published name, a file or a folder; with "
-                                  "--checkpoint, the CLIP that it belongs to, where that lies elsewhere now")
-    p.add_argument("--prompt", nargs="+", metavar="TEXT",
-                   help="what makes a text of a class's name, for --clip on data with labels; several are "
-                        'averaged (default: "a photo of a {}.")')
-    p.add_argument("--data", help="a data set, a .jsonl or .csv file, or a folder of pictures (default: the "
-                                  "data that the model was trained on)")
-    p.add_argument("--root", help="folder of the data set")
-    p.add_argument("--split", default="test", help="train, val, test, all, or another one of the data")
-    p.add_argument("--gallery", metavar="PNG",
-                   help="write a picture of queries and their top results, or of what is predicted")
-    p.add_argument("--attention", metavar="PNG",
-                   help="write a picture of what a model with attention between the modalities looks at")
-    p.add_argument("--embeddings", metavar="NPZ",
-                   help="write the split's features of unit norm: images (N, D), the means of their views or "
-                        "frames, texts (C, D), captions (C,), owners (C,), the number of each text's image, "
-                        "ids (N,), groups (N,), what counts as the same thing, and label_<task> (N,), names")
-    p.add_argument("--query", nargs="+", metavar="TEXT",
-                   help="search the split's images with your own words (videos: the mean of their frames)")
-    p.add_argument("--top", type=positive_int, help="results of --query (default: 5)")
-    p.add_argument("--device", type=usable_device)
-    p.add_argument("--workers", type=non_negative_int, default=0)
-    p.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto")
-    p.add_argument("--out", help="folder of metrics.json (default: the checkpoint's, or runs/clip-<data>)")
+    add = p.add_argument
+    add("--checkpoint", nargs="+", metavar="FILE",
+        help="best.pt or last.pt of a run, or its folder; of several, the mean of their similarities counts")
+    add("--curves", nargs="+", metavar="RUN",
+        help="draw the loss and the score on val of these folders of runs into --out (default curves.png)")
+    add("--clip", help="a CLIP to evaluate as it is: a published name, a file or a folder; with --checkpoint "
+                       "the CLIP that it belongs to, where that lies elsewhere now")
+    add("--prompt", nargs="+", metavar="TEXT",
+        help="what makes a text of a class's name, for --clip on data with labels; several are averaged "
+             '(default: "a photo of a {}.")')
+    add("--data", help="a data set, a .jsonl or .csv file, or a folder of pictures (default: the data that "
+                       "the model was trained on)")
+    add("--root", help="folder of the data set")
+    add("--split", default="test", help="train, val, test, all, or another one of the data")
+    add("--gallery", metavar="PNG", help="draw queries and their top results, or what is predicted")
+    add("--attention", metavar="PNG", help="draw what a model with attention between the modalities looks at")
+    add("--embeddings", metavar="NPZ",
+        help="write the split's features of unit norm: images (N, D), the means of their views or frames, "
+             "texts (C, D), captions (C,), owners (C,), the number of each text's image, ids (N,), groups "
+             "(N,), what counts as the same thing, and label_<task> (N,), names")
+    add("--query", nargs="+", metavar="TEXT",
+        help="search the split's images with your own words (videos: the mean of their frames)")
+    add("--top", type=positive_int, help="results of --query (default: 5)")
+    add("--device", type=usable_device)
+    add("--workers", type=non_negative_int, default=0)
+    add("--amp", choices=("auto", "bf16", "off"), default="auto")
+    add("--out", help="folder of metrics.json (default: the checkpoint's, or runs/clip-<data>)")
     args = p.parse_args(argv)
     alone = args.clip and not args.checkpoint  # a CLIP as it is
     model = args.checkpoint or args.clip
@@ -1951,41 +1744,53 @@ def main(argv=None):
                            (any("{}" not in text for text in args.prompt or ()), "--prompt: {} is missing")):
         if wrong:
             p.error(problem)
+    return args
+
+
+def load_models(args):
+    """-> [(model, checkpoint)] of --checkpoint, or of --clip alone; args.data and args.root, where they are
+    not given, become those of the first."""
+    if not args.checkpoint:
+        args.prompt = args.prompt or ["a photo of a {}."]
+        checkpoint = {"method": "clip", "settings": {"data": args.data, "root": args.root}}
+        return [(clip.load(args.clip, args.device)[0], checkpoint)]
+    models = [restore(file, args.device, args.clip) for file in args.checkpoint]
+    trained = models[0][1]["settings"]
+    names = {checkpoint["settings"]["data"] for _, checkpoint in models}
+    clip.expect(args.data or len(names) == 1, "--checkpoint", f"models of {' and '.join(sorted(names))}; "
+                "say with --data on which they are to be evaluated")
+    args.data = args.data or trained["data"]
+    if args.data == trained["data"]:
+        args.root = args.root or trained["root"]
+    return models
+
+
+def main(argv=None):
+    args = settings(argv)
     if args.curves:
         path = args.out or "curves.png"
-        check_writable(path)
         draw_curves(path, args.curves)
         print(f"written to {path}")
         return
-    if alone:
-        name, _ = os.path.splitext(os.path.basename(os.path.normpath(args.data)))
-        folder = args.out or os.path.join("runs", f"clip-{name}")
-        args.prompt = args.prompt or ["a photo of a {}."]
-    else:
+    if args.checkpoint:
         for i, folder in enumerate(args.checkpoint):
             if os.path.isdir(folder):
                 args.checkpoint[i] = os.path.join(folder, "best.pt")
                 data.note(f"{folder}: its best.pt is evaluated")
         folder = args.out or os.path.dirname(args.checkpoint[0])
-    path = os.path.join(folder, "metrics.json")
-    for file in (None if args.query else path, args.gallery, args.attention, args.embeddings):
-        if file:
-            check_writable(file)
-    if alone:
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        settings = {"data": args.data, "root": args.root}
-        models = [(clip.load(args.clip, device)[0], {"method": "clip", "settings": settings})]
     else:
-        models = [restore(file, args.device, args.clip) for file in args.checkpoint]
-    names = {asked_of(checkpoint, args).data for _, checkpoint in models}
-    clip.expect(len(names) == 1, "--checkpoint", f"models of {' and '.join(sorted(names))}; "
-                "say with --data on which they are to be evaluated")
+        name, _ = os.path.splitext(os.path.basename(os.path.normpath(args.data)))
+        folder = args.out or os.path.join("runs", f"clip-{name}")
+    path = os.path.join(folder, "metrics.json")
+    pictures = [file for file in (args.gallery, args.embeddings, args.attention) if file]
+    for file in pictures if args.query else [path, *pictures]:
+        check_writable(file)
+    models = load_models(args)
     model, checkpoint = models[0]
     clip.expect(not args.attention or hasattr(script(checkpoint), "attention_picture"), "--attention",
                 f"{checkpoint['method']} has no attention between the modalities; train_cmaclip has")
     if next(model.parameters()).device.type == "cpu":
         clip.fast_float32()
-    asked = asked_of(checkpoint, args)
     if args.query:
         answer(models, args)
         if args.embeddings:
@@ -1994,15 +1799,24 @@ def main(argv=None):
         title = "model" if len(models) == 1 else "mean of " + " + ".join(run_names(args.checkpoint))
         rows, text = evaluation(models, args, title)
         if rows:
-            trained = checkpoint["settings"]["data"]
-            add_metrics(path, args.split if asked.data == trained else f"{asked.data} {args.split}", rows)
+            own = args.data == checkpoint["settings"]["data"]
+            add_metrics(path, args.split if own else f"{args.data} {args.split}", rows)
             text += f"\nwritten to {path}"
         print(text)
     if args.attention:
-        script(checkpoint).attention_picture(model, checkpoint, asked, args.attention)
-    for file in (args.gallery, args.embeddings, args.attention):
-        if file:
-            print(f"written to {file}")
+        script(checkpoint).attention_picture(model, checkpoint, args, args.attention)
+    for file in pictures:
+        print(f"written to {file}")
+
+
+def add_metrics(path, key, rows):
+    """Add rows to those that a metrics.json holds under a key; what is damaged is written anew."""
+    results = {}
+    if os.path.exists(path):
+        with contextlib.suppress(data.DataError):
+            results = data.read_json(path, {str: dict}, "rows of metrics")
+    results[key] = results.get(key, {}) | rows  # the mean of several models stands beside each one's row
+    write_json(path, results)
 
 
 if __name__ == "__main__":

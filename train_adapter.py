@@ -337,10 +337,11 @@ def main(argv=None):
         if run.log(loss, args.batch_size):
             metrics = video_metrics(*embed(model, val_loader, args.amp), eval.layout(val), tau)
             run.keep_best(metrics["rSum"], eval.recalls(metrics), val=metrics)
-    costs = {"trained_parameters": count, "share": count / total, "seconds_per_step": run.seconds_per_step()}
     if run.first and run.seconds:  # no seconds: a finished run was asked to go on
-        eval.write_json(os.path.join(args.out, "costs.json"), costs)
-        run.say(f"--tune {args.tune}: {costs['seconds_per_step']:.3f} s per step")
+        seconds = sorted(run.seconds)[len(run.seconds) // 2]  # the median
+        eval.write_json(os.path.join(args.out, "costs.json"), {
+            "trained_parameters": count, "share": count / total, "seconds_per_step": seconds})
+        run.say(f"--tune {args.tune}: {seconds:.3f} s per step")
     eval.report(args, device, untuned=eval.load_clip(args, device))
 
 
@@ -358,13 +359,11 @@ def restore(checkpoint):
 
 def embed(model, loader, amp):
     """-> frames (N, V, D), mask (N, V), texts (C, D), as the encoders give them."""
-    was_training = model.training
-    model.eval()
-    features, masks = zip(*eval.encode_images(model, loader, amp))
+    with eval.evaluating(model):
+        features, masks = zip(*eval.encode_images(model, loader, amp))
+        texts = torch.cat(list(eval.encode_texts(model, loader, amp)))
     most = max(mask.shape[1] for mask in masks)
     mask = torch.cat([F.pad(mask, (0, most - mask.shape[1])) for mask in masks])
-    texts = torch.cat(list(eval.encode_texts(model, loader, amp)))
-    model.train(was_training)
     return as_videos(torch.cat(features), mask), mask, texts
 
 
@@ -389,7 +388,7 @@ def video_scores(frames, mask, texts, tau=TAU):
 @torch.no_grad()
 def video_metrics(frames, mask, texts, layout, tau=TAU):
     """`eval.retrieval_metrics` by `similarity`; layout is `eval.layout` of the instances."""
-    return eval.retrieval_metrics(None, None, **layout, scores=video_scores(frames, mask, texts, tau))
+    return eval.retrieval_metrics(video_scores(frames, mask, texts, tau), **layout)
 
 
 def embed_split(model, checkpoint, args):

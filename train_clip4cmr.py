@@ -177,6 +177,8 @@ def load_features(args, device):
     """
     if args.features:
         splits, classes = data.feature_splits(args.features, args.root)
+        train = splits["train"]
+        eval.note_training_data(args, (train.images, train.texts, train.labels), {"label": classes})
         return None, splits["train"], splits["val"], classes
     train, val, test = eval.load_splits(args)
     args.task = data.choose_task(train[1], args.task, args.data, train[0])
@@ -266,22 +268,18 @@ def standardise(model, features):
         getattr(model, f"{modality}_std").copy_(torch.from_numpy(std))
 
 
-@torch.no_grad()
 def embed_features(model, features):
     """As `eval.embed`, of data.Features: images (N, D), the renormalised mean over an instance's views, and
     texts (C, D)."""
     device = model.prototypes.device
 
     def embed(head, array):
-        def embed_block(begin):
-            return head(torch.from_numpy(np.array(array[begin:begin + BLOCK])).to(device))
-        return torch.cat(list(eval.in_turns(embed_block, range(0, len(array), BLOCK), device)))
+        blocks = torch.from_numpy(array).split(BLOCK)
+        return torch.cat([head(block.to(device)) for block in blocks])
 
-    was_training = model.training
-    model.eval()
-    images = embed(model.embed_image, features.images)
-    texts = embed(model.embed_text, features.texts)
-    model.train(was_training)
+    with eval.evaluating(model):
+        images = embed(model.embed_image, features.images)
+        texts = embed(model.embed_text, features.texts)
     views = torch.from_numpy(features.views).to(device)
     owner = torch.arange(len(views), device=device).repeat_interleave(views)
     return losses.instance_means(images, owner)[0], texts
@@ -370,7 +368,8 @@ def main(argv=None):
         run.check(loss, norm)
         optimizer.step()
         if run.log(loss, len(index) * world):
-            metrics = eval.class_retrieval(*embed_features(model, val), *val.layout, classes)["model"]
+            metrics = eval.class_retrieval(eval.cosine_scores(*embed_features(model, val)), *val.layout,
+                                           classes)["model"]
             scores = {"mAP": metrics["mAP"], "image_to_text": metrics["image_to_text"]["mAP"],
                       "text_to_image": metrics["text_to_image"]["mAP"]}
             run.keep_best(metrics["mAP"], "", val=scores)  # epochs are many and short: they are only logged

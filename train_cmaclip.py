@@ -317,6 +317,7 @@ def evaluation(model, checkpoint, args):
     if args.gallery:
         eval.draw_predictions(args.gallery, pairs, probabilities, labels, classes)
     text = eval.task_table(args.split, rows, classes, s["precision"])
+    text += f"\n{args.split}: {len(instances):,} instances, {len(pairs):,} pairs of image and text"
     if s["fusion"] == "cma":
         text += ("\nimage weight: in cma both summaries have seen image and text, so this is not how far a "
                  "task relies on the picture")

@@ -583,7 +583,8 @@ def metrics(args, device):
     assert abs(class_map(part) - expected) < 0.01  # of about 10: scores within eval.TIE are ties for one only
     measure(f"class mAP and curves, {n:,} x {n:,}", partial(class_map, n), lambda: images @ images.t(),
             lambda seconds: f"{plain / (seconds / n):.0f} times as fast as a plain loop, equal mAP", 2)
-    ranking = partial(eval.retrieval_metrics, images, texts, group, group.repeat_interleave(5))
+    ranking = partial(eval.retrieval_metrics, eval.cosine_scores(images, texts), group,
+                      group.repeat_interleave(5))
     measure(f"recall, NDCG, MRR, both ways, {n:,} images x {5 * n:,} texts", ranking, blocks, repeat=1)
 
 

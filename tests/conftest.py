@@ -1,5 +1,5 @@
-"""For all tests: the project's files are importable, one thread is used, so that results have one set of bits,
-and the process that forks runs is started once."""
+"""For all tests: the project's files are importable, and one thread is used, so that results have one set of
+bits."""
 import os
 import sys
 
@@ -7,4 +7,3 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 torch.set_num_threads(1)
-from runs import forked  # noqa: E402, F401

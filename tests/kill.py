@@ -6,11 +6,9 @@
 The runs are those of RUNS in test_runs.py, of about a second, each in a process of its own, half of them with
 a worker, half with a checkpoint after every step. A run is killed up to five times and resumed until it
 reaches its end: by SIGKILL at a random moment, by SIGKILL while it writes a file, or by SIGTERM, which it
-answers by saving.
-After every kill last.pt and best.pt must be loadable, and what a finished run leaves must be, to the bit,
-what a run without a kill leaves: weights, optimizer, log and metrics.
-
-All moments are drawn from --seed; where in a run they fall depends on the machine.
+answers by saving. After every kill last.pt and best.pt must be loadable, and a finished run must leave the
+bits of one that was never killed: weights, optimizer, log and metrics. All moments are drawn from --seed;
+where in a run they fall depends on the machine.
 """
 import argparse
 import os
@@ -30,22 +28,21 @@ import eval  # noqa: E402
 import runs  # noqa: E402
 import test_runs  # noqa: E402
 
-KINDS = {"SIGKILL": 0.5, "SIGKILL in a write": 0.3, "SIGTERM": 0.2}  # how often each
-ENDS = {  # the exit codes that are right where a signal was sent; 0 where it came at the very end
-    "SIGKILL": (0, -signal.SIGKILL),
-    "SIGKILL in a write": (0, -signal.SIGKILL),
-    "SIGTERM": (0, 130, -signal.SIGTERM),  # the last before the training begins
+KINDS = {  # kind: how often, and the exit codes that are right; 0 where the signal came at the very end
+    "SIGKILL": (0.5, (0, -signal.SIGKILL)),
+    "SIGKILL in a write": (0.3, (0, -signal.SIGKILL)),
+    "SIGTERM": (0.2, (0, 130, -signal.SIGTERM)),  # the last before the training begins
 }
 
 
-def start(script, argv, said):
-    """Fork a process that is the command `python <script>.py <argv>`. said: the file of what it says."""
+def start(name, argv, said):
+    """Fork a process that is the command of a run. said: the file of what it says."""
     pid = os.fork()
     if not pid:
         file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        runs.become(script, argv, None, still=False)
+        runs.become(test_runs.RUNS[name][0], argv, None, still=False)
     return pid
 
 
@@ -55,11 +52,8 @@ def half_written(out):
 
 
 def end(pid, out, kind, moment, count):
-    """Wait for the end of a process -> (whether it was sent a signal, how it ended).
-
-    kind: of KINDS, or None for no signal. The signal is sent after `moment` seconds, or while the `count`-th
-    file is written.
-    """
+    """Wait for the end of a process, to which a signal of this kind (or None) is sent after `moment` seconds,
+    or while it writes the `count`-th file -> (whether one was sent, the exit code)."""
     moment += time.monotonic()
     left = half_written(out)  # by an earlier kill
     seen = set()
@@ -76,35 +70,32 @@ def end(pid, out, kind, moment, count):
     return kind is not None, os.waitstatus_to_exitcode(status)
 
 
-def kill_and_resume(name, folder, seconds, rng, kills, count):
-    """Do a run, with `kills` kills at most; count[kind] counts them. seconds: that the run takes without.
-
-    Returns the run's folder. Raises AssertionError where a process ends as it should not, and CheckpointError
-    where what it leaves cannot be loaded.
-    """
-    out = folder / f"{name}-killed"
+def kill_and_resume(name, folder, seconds, rng, kills):
+    """Do a run in folder/killed, with `kills` kills at most -> how many there were. seconds: that it takes
+    without. Raises AssertionError or CheckpointError where something is not as it should be."""
+    out = folder / "killed"
     for old in (out, folder / "cache"):
         shutil.rmtree(old, ignore_errors=True)
     argv = test_runs.words(name, folder, "--epochs", 4, "--out", out, "--workers", rng.integers(2))
     eval.SAVE_SECONDS = int(rng.choice([0, 300]))
+    done = 0
     code = None
     while code != 0:
-        before = half_written(out)
         resume = ["--resume"] if (out / "last.pt").exists() else []  # killed before there was one: again
-        pid = start(test_runs.RUNS[name][0], argv + resume, folder / "said")
-        kind = str(rng.choice(list(KINDS), p=list(KINDS.values()))) if kills else None
+        pid = start(name, argv + resume, folder / "said")
+        kind = None
+        if done < kills:
+            kind = str(rng.choice(list(KINDS), p=[often for often, _ in KINDS.values()]))
         sent, code = end(pid, out, kind, rng.uniform(0, seconds), rng.integers(1, 12))
         runs.kill_group(pid)  # the worker that a killed process leaves
-        if sent:
-            kills -= 1
-            count[kind] += 1
-            count["left half a file"] += bool(half_written(out) - before)
-        right = ENDS[kind] if sent else (0,)
+        done += sent
+        right = KINDS[kind][1] if sent else (0,)
         assert code in right, f"exit code {code}: {(folder / 'said').read_text()[-500:]}"
         for file in ("last.pt", "best.pt"):
             if (out / file).exists():
                 clip.load_checkpoint(out / file)
-    return out
+    runs.assert_same_run(folder / name, out)
+    return done
 
 
 def main():
@@ -121,34 +112,18 @@ def main():
     for name in test_runs.RUNS:
         began = time.monotonic()
         argv = test_runs.words(name, folder, "--epochs", 4, "--out", folder / name)
-        _, code = end(start(test_runs.RUNS[name][0], argv, folder / "said"), folder, None, 0, 0)
+        _, code = end(start(name, argv, folder / "said"), folder, None, 0, 0)
         assert code == 0, (folder / "said").read_text()
         seconds[name] = time.monotonic() - began
-    columns = [*KINDS, "left half a file", "finished", "failed"]
-    counts = {name: dict.fromkeys(columns, 0) for name in test_runs.RUNS}
-    failures = []
-    while len(failures) < 10:
-        kills = {name: sum(count[kind] for kind in KINDS) for name, count in counts.items()}
-        left = args.kills - sum(kills.values())
-        if not left:
-            break
+    kills = dict.fromkeys(test_runs.RUNS, 0)
+    while left := args.kills - sum(kills.values()):
         name = min(kills, key=kills.get)
         try:
-            out = kill_and_resume(name, folder, seconds[name], rng, min(left, 5), counts[name])
-            runs.assert_same_run(folder / name, out)
-            counts[name]["finished"] += 1
+            kills[name] += kill_and_resume(name, folder, seconds[name], rng, min(left, 5))
         except (AssertionError, clip.CheckpointError) as problem:
-            counts[name]["failed"] += 1
-            failures.append(f"{name}: {str(problem) or 'not the bits of a run that was never killed'}")
-            shutil.copytree(folder / f"{name}-killed", folder / f"{name}-failed-{len(failures)}")
-    counts["all"] = {column: sum(count[column] for count in counts.values()) for column in columns}
-    print("".join(f"{column:>20}" for column in ("", *columns)))
-    for name, count in counts.items():
-        print(f"{name:>20}" + "".join(f"{count[column]:20}" for column in columns))
-    if failures:
-        sys.exit("\n".join([*failures, f"what they left is kept in {folder}"]))
+            sys.exit(f"{name}: {problem or 'not the bits of a run never killed'}; see {folder}/killed")
     shutil.rmtree(folder)
-    print(f"all {counts['all']['finished']} runs ended with the bits of a run that was never killed")
+    print(f"{kills}: all ended with the bits of runs that were never killed")
 
 
 if __name__ == "__main__":

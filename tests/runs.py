@@ -50,10 +50,7 @@ def kept_signals():
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch):
     """For every test of a module that imports this: main() may be called, and a remark is made once in a
-    test.
-
-    Waiting for the disk is left out: no test cuts the power.
-    """
+    test. Waiting for the disk is left out: no test cuts the power."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
     monkeypatch.setattr(data, "_noted", set())
     with kept_signals():
@@ -67,11 +64,8 @@ def squares(tmp_path_factory):
 
 def make_squares(folder):
     """24 / 8 / 8 two-coloured squares, two views and two or three captions each, with the tasks `inner` and
-    `outer`.
-
-    Every class occurs three times in train, but every tenth row has no `outer`. Returns the path of the
-    .jsonl file.
-    """
+    `outer`. Every class occurs three times in train, but every tenth row has no `outer`. Returns the path of
+    the .jsonl file."""
     names = list(COLOURS)
     rows = []
     for i in range(40):
@@ -111,8 +105,8 @@ def make_features(folder):
 def arguments(squares, *more):
     """Three epochs of three steps, in this process alone."""
     return ["--data", str(squares), "--clip", "tiny", "--batch-size", "8", "--epochs", "3",
-            "--eval-every", "1", "--vocab-size", "600", "--image-size", "16", "--crop", "0", "--workers", "0", "--device", "cpu",
-            "--amp", "off", *map(str, more)]
+            "--eval-every", "1", "--vocab-size", "600", "--image-size", "16", "--crop", "0", "--workers", "0",
+            "--device", "cpu", "--amp", "off", *map(str, more)]
 
 
 def command(*words):
@@ -198,13 +192,6 @@ def timeless(rows):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-def wait_for(process, condition):
-    while not condition():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.01)
-        assert process.poll() is None, process.communicate()
-
-
 # ---------------------------------------------------------------- processes that are interrupted
 
 def die(number=signal.SIGKILL):
@@ -217,13 +204,6 @@ def half_a_file(save, a, k):
     a[1].write(complete.getvalue()[:len(complete.getvalue()) // 2])
     a[1].flush()
     die()
-
-
-def half_a_line(log_line, a, k):
-    with open(os.path.join(a[0], "log.jsonl"), "a") as f:
-        f.write('{"step": 6, "lo')
-        f.flush()
-        die()
 
 
 def full_at(size):
@@ -273,7 +253,6 @@ KILLED = {
     "while writing last.pt": (3, SAVE, 6, half_a_file),
     "while writing best.pt": (2, SAVE, 4, half_a_file),
     "between best.pt and the log": (2, LOG, 1, instead(die)),
-    "while writing the log": (5, LOG, 2, half_a_line),
     "between the log and last.pt": (5, LOG, 2, after(lambda a: die())),
     "before the report": (9, REPORT, 1, instead(die)),
 }
@@ -297,10 +276,10 @@ CASES = KILLED | STOPPED | FULL | LOST
 SELDOM = ("at the first step", "in the middle of an epoch without a save", *STOPPED)
 
 
-def interrupt(case, script):
+def interrupt(case):
     """Let this process meet its case."""
     _, name, count, act = CASES[case]
-    module = {SAVE: torch, REPORT: script if hasattr(script, REPORT) else eval}.get(name, eval)
+    module = torch if name == SAVE else eval
     function = getattr(module, name)
     calls = []
 
@@ -311,18 +290,12 @@ def interrupt(case, script):
     eval.SAVE_SECONDS = 300 if case in SELDOM else 0
 
 
-def hold_still(module):
-    """Nothing is drawn in a step, since each of several processes would draw its own."""
-    data.CHANGED = 0.0
-    if hasattr(module, "DROPOUT"):
-        module.DROPOUT = 0.0
-
-
 def become(script, argv, case, still):
     """Be the command `python <script>.py <argv>`, with its `case` where there is one."""
     code = 1
     try:
         os.setpgid(0, 0)  # a process group with its workers
+        torch.cuda.is_available = lambda: False  # which would not outlive the fork
         signal.alarm(300)  # a run that waits for ever is killed
         sys.argv = [f"{script}.py", *argv]
         if os.environ.get("RANK", "0") != "0":
@@ -330,9 +303,10 @@ def become(script, argv, case, still):
         if case or still:  # in a module that can be reached, with the script's last lines
             module = importlib.import_module(script)
             if case:
-                interrupt(case, module)
-            if still:
-                hold_still(module)
+                interrupt(case)
+            if still:  # nothing is drawn in a step, since each of several processes would draw its own
+                data.CHANGED = 0.0
+                module.DROPOUT = 0.0
             with eval.one_line_errors():
                 module.main()
         else:
@@ -347,61 +321,31 @@ def become(script, argv, case, still):
         os._exit(code)
 
 
-def serve():
-    """Importing takes seconds, a short run does not: import once, then fork the processes of a run for every
-    line of stdin. Each really ends by its signal; the answer is how, and what it said. Their tiny CLIP is
-    SMALL."""
-    torch.set_num_threads(1)
-    importlib.import_module("torch._dynamo")  # which the first optimizer of a process imports, for seconds
-    clip.MODELS["tiny"] = SMALL
-    os.fsync = lambda file: None  # a kill needs no waiting for the disk
+def forked(script, argv, case=None, processes=1, still=False):
+    """Fork the processes of a run, since importing takes seconds and a short run does not. Each really ends
+    by its signal. -> for each how it ended, its stdout, its stderr."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
     children = {}  # pid -> (its stdout, its stderr)
-    signal.signal(signal.SIGTERM, lambda *_: (list(map(kill_group, children)), os._exit(0)))
-    for line in sys.stdin:
-        asked = json.loads(line)
-        count = asked.pop("processes")
-        children.clear()
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = str(free.getsockname()[1])
-        for rank in range(count):
-            pipes = os.pipe(), os.pipe()  # no files: these may be full
-            pid = os.fork()
-            if not pid:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                os.dup2(pipes[0][1], 1)
-                os.dup2(pipes[1][1], 2)
-                sys.stdout, sys.stderr = (os.fdopen(file, "w", closefd=False) for file in (1, 2))
-                if count > 1:
-                    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost",
-                                   "MASTER_PORT": port}
-                become(**asked)
-            for _, write in pipes:
-                os.close(write)
-            children[pid] = [open(read) for read, _ in pipes]
-        answer = []
-        for pid, (out, err) in children.items():
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            kill_group(pid)  # workers that a killed process has left
+    for rank in range(processes):
+        pipes = os.pipe(), os.pipe()  # no files: these may be full
+        pid = os.fork()
+        if not pid:
+            os.dup2(pipes[0][1], 1)
+            os.dup2(pipes[1][1], 2)
+            sys.stdout, sys.stderr = (os.fdopen(file, "w", closefd=False) for file in (1, 2))
+            if processes > 1:
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost",
+                               "MASTER_PORT": port}
+            become(script, argv, case, still)
+        for _, write in pipes:
+            os.close(write)
+        children[pid] = [open(read) for read, _ in pipes]
+    answer = []
+    for pid, (out, err) in children.items():
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        kill_group(pid)  # workers that a killed process has left
+        with out, err:
             answer.append((code, out.read(), err.read()))
-        print(json.dumps(answer), flush=True)
-
-
-@pytest.fixture(scope="session")
-def forked():
-    """forked(script, argv, case, processes, still) -> for each process of the run (how it ended, its stdout,
-    its stderr)."""
-    server = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=ENV, text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def run(script, argv, case=None, processes=1, still=False):
-        asked = dict(script=script, argv=argv, case=case, processes=processes, still=still)
-        print(json.dumps(asked), file=server.stdin, flush=True)
-        return [tuple(process) for process in json.loads(server.stdout.readline())]
-    yield run
-    server.terminate()
-    server.communicate()
-
-
-if __name__ == "__main__":
-    serve()
+    return answer

@@ -375,7 +375,7 @@ def test_metrics_in_blocks_are_those_of_whole_matrices(monkeypatch):
     frames, mask = padded(videos, 9)
     scores = plain_similarity(texts, videos)
     whole = (lambda rows: scores[rows]), (lambda rows: scores.t()[rows])
-    expected = eval.retrieval_metrics(None, None, **layout, scores=whole)
+    expected = eval.retrieval_metrics(whole, **layout)
     sizes = []
 
     def spy(texts, frames, mask, tau):
@@ -445,7 +445,7 @@ def test_a_run_is_evaluated_by_its_similarity(words, frames, tau, films, tmp_pat
         videos, texts = embedded_plainly(model, instances, frames, 14)
         scores = plain_similarity(texts, videos, tau)
         whole = (lambda rows: scores[rows]), (lambda rows: scores.t()[rows])
-        expected = eval.retrieval_metrics(None, None, **eval.layout(instances), scores=whole)
+        expected = eval.retrieval_metrics(whole, **eval.layout(instances))
         for way in eval.WAYS:
             assert found[row]["model"][way] == pytest.approx(expected[way])
     evaluated(out / "best.pt", "--out", tmp_path / "again")

@@ -382,27 +382,28 @@ def test_settings_reach_the_model(things, tmp_path):
 
 # ---------------------------------------------------------------- eval.py: pictures
 
-def drawn(monkeypatch, name):
-    """The rows that eval.gallery_picture or eval.attention_picture is called with, in place of drawing."""
+@pytest.fixture
+def drawn(monkeypatch):
+    """The rows that eval.gallery_picture is called with, in place of drawing. A heat picture is what it is
+    drawn from but the picture: (word, weights, largest)."""
     rows = []
-    monkeypatch.setattr(eval, name, lambda path, given: rows.extend(given))
+    monkeypatch.setattr(eval, "gallery_picture", lambda path, given: rows.extend(given))
+    monkeypatch.setattr(eval, "heat_picture", lambda picture, *given: given)
     return rows
 
 
-def test_gallery_shows_predictions_by_the_names_of_classes(things, whole, tmp_path, monkeypatch):
+def test_gallery_shows_predictions_by_the_names_of_classes(things, whole, drawn, tmp_path):
     """Which are right, which wrong and what they are; unlabelled ones are neither. The data has other classes
     than the model: no `dry`, and no `seen`; half of the things are called after another touch."""
-    rows = drawn(monkeypatch, "gallery_picture")
-
     def label(i, row):
         told = TOUCH[(TOUCH.index(row["labels"]["told"]) + i % 2) % 4]
         return {} if told == "dry" else {"told": told}
     test = relabelled(things, tmp_path / "other.jsonl", label)[-32:]
     by_pixels = {data.pixels(row["images"][0], eval.CELL).tobytes(): row for row in test}
     evaluated(whole / "best.pt", "--data", tmp_path / "other.jsonl", "--out", tmp_path, "--gallery", "x.png")
-    assert len(rows) == 10
+    assert len(drawn) == 10
     judged = []
-    for query, ((caption, _), (of_seen, unknown), (of_told, right)) in rows:
+    for query, ((caption, _), (of_seen, unknown), (of_told, right)) in drawn:
         row = by_pixels[query.tobytes()]
         label = row["labels"].get("told")
         assert caption == row["captions"][0] and of_seen.startswith("seen: ") and unknown is None
@@ -412,32 +413,36 @@ def test_gallery_shows_predictions_by_the_names_of_classes(things, whole, tmp_pa
     assert {True, False, None} == set(judged)
 
 
-def test_attention_picture(things, whole, tmp_path, monkeypatch):
+def test_attention_picture(things, whole, drawn, tmp_path):
     """Of each word but start and end the map of `attention`, of each task the weight of the image."""
-    rows = drawn(monkeypatch, "attention_picture")
     evaluated(whole / "best.pt", "--out", tmp_path, "--attention", "x.png", "--split", "val")
-    assert len(rows) == 6
     model, _ = eval.restore(whole / "best.pt", "cpu")
     val, _ = data.load(things, split="val")
     by_pixels = {data.pixels(x.images[0], eval.CELL).tobytes(): x for x in val}
-    for picture, caption, words, bars in rows:
-        x = by_pixels[picture.tobytes()]
+    cells = []  # of each picture, whose rows are as long as fits
+    for picture, results in drawn:
+        assert len(results) <= 8
+        if not isinstance(picture, str):
+            cells.append((by_pixels[picture.tobytes()], []))
+        cells[-1][1].extend(cell for cell, right in results if right is None)
+    assert len(cells) == 6 < len(drawn)
+    for x, (caption, *words, seen, told) in cells:
         tokens = model.tokenizer([caption], 16)
         image = clip.transform(16)(Image.open(x.images[0]))[None]
-        maps = model.attention(image, tokens)
+        maps = model.attention(image, tokens)[0, 1:int(tokens.argmax())]
         _, weights = model(image, tokens)
-        assert caption == x.captions[0] and len(words) == int(tokens.argmax()) - 1
-        assert "".join(word for word, _ in words).replace(" ", "") == caption.replace(" ", "")
-        for (_, drawn_map), expected in zip(words, maps[0, 1:]):
+        assert caption == x.captions[0] and len(words) == len(maps)
+        assert "".join(word for word, _, _ in words).replace(" ", "") == caption.replace(" ", "")
+        for (_, drawn_map, largest), expected in zip(words, maps):
             assert np.allclose(drawn_map, expected.view(2, 2), atol=1e-5)
-        assert [task for task, _ in bars] == ["seen", "told"]
-        assert [weight for _, weight in bars] == pytest.approx(weights[0, :, 0].tolist(), abs=1e-5)
+            assert largest == pytest.approx(maps.max().item(), abs=1e-5)
+        for text, task, weight in zip((seen, told), ("seen", "told"), weights[0, :, 0].tolist()):
+            assert text == f"{task}: image {100 * weight:.0f}%, text {100 - 100 * weight:.0f}%"
 
 
 @pytest.mark.parametrize("fusion", ["sequence", "modality", "concat"])
-def test_attention_of_other_fusions(fusion, things, monkeypatch):
+def test_attention_of_other_fusions(fusion, things, drawn):
     """sequence has words and no weights, modality weights and no words; what has neither is refused."""
-    rows = drawn(monkeypatch, "attention_picture")
     classes = {"seen": sorted(list(COLOURS)[:4]), "told": list(TOUCH)}
     model = CMACLIP(small_clip(CAPTIONS), classes, fusion)
     args = SimpleNamespace(data=things, root=None, split="test")
@@ -446,9 +451,9 @@ def test_attention_of_other_fusions(fusion, things, monkeypatch):
             train_cmaclip.attention_picture(model, {"classes": classes}, args, "x.png")
         return
     train_cmaclip.attention_picture(model, {"classes": classes}, args, "x.png")
-    assert len(rows) == 6
-    for _, _, words, bars in rows:
-        assert bool(words) == (fusion == "sequence") and bool(bars) == (fusion == "modality")
+    cells = [cell for _, results in drawn for cell, _ in results]
+    texts = [cell for cell in cells if isinstance(cell, str)]
+    assert (len(texts), len(cells) > 18) == {"sequence": (6, True), "modality": (18, False)}[fusion]
 
 
 # ---------------------------------------------------------------- tasks and labels

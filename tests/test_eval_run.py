@@ -24,9 +24,10 @@ import clip
 import data
 import eval
 import train_adapter
+import train_clip4cmr
 import train_mxm
 from runs import (ENV, ROOT, SMALL, arguments, evaluated, in_process, kept_signals, log,  # noqa: F401
-                  metrics, refused, squares, timeless)
+                  make_features, metrics, refused, squares, timeless)
 
 EPOCHS, STEPS_PER_EPOCH = 3, 2
 
@@ -237,6 +238,21 @@ def test_a_run_goes_on_with_its_classes(classes, rows, says, monkeypatch, capsys
     assert says in capsys.readouterr().err
 
 
+def test_features_that_have_changed_are_noted(tmp_path, capsys):
+    make_features(tmp_path)
+    argv = ["--data", "own", "--root", str(tmp_path), "--features", "train.npz", "test.npz", "--epochs", "1",
+            "--dim", "16", "--hidden", "8", "--device", "cpu", "--out", str(tmp_path / "run")]
+    train_clip4cmr.main(argv)
+    train_clip4cmr.main([*argv, "--resume"])
+    assert "have changed" not in capsys.readouterr().err
+    with np.load(tmp_path / "train.npz") as content:
+        changed = dict(content)
+    changed["text"][3, 0] += 1
+    np.savez(tmp_path / "train.npz", **changed)
+    train_clip4cmr.main([*argv, "--resume"])
+    assert "own: the training data have changed since this run began" in capsys.readouterr().err
+
+
 def test_restore_imports_nothing_but_the_methods(tmp_path, monkeypatch):
     (tmp_path / "evil_method.py").write_text("raise SystemExit('the module was imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -281,7 +297,7 @@ class Toy:
             yield step // STEPS_PER_EPOCH + 1, self.run.log(loss, 1, scale=float(step)), loss.item()
 
 
-def test_what_a_run_logs_and_writes_in_which_order(tmp_path, monkeypatch):
+def test_what_a_run_logs_and_writes_in_which_order(tmp_path, monkeypatch, capsys):
     events = []
     save, write = clip.save_checkpoint, eval.log_line
 
@@ -312,7 +328,8 @@ def test_what_a_run_logs_and_writes_in_which_order(tmp_path, monkeypatch):
     assert rows == [{"step": 2, "epoch": 1, "loss": means[0], "scale": 1.0} | common,
                     {"step": 4, "epoch": 2, "loss": means[1], "scale": 3.0} | second,
                     {"step": 6, "epoch": 3, "loss": means[2], "scale": 5.0} | third]
-    assert len(toy.run.seconds) == 6 and toy.run.seconds_per_step() in toy.run.seconds
+    assert len(toy.run.seconds) == 6
+    assert re.search(r"^epoch 3: loss \d+\.\d{3}, a message$", capsys.readouterr().err, re.MULTILINE)
     best = clip.load_checkpoint(tmp_path / "best.pt")
     last = clip.load_checkpoint(tmp_path / "last.pt")
     assert best.keys() == {"format", "method", "settings", "state", "step", "model"}
@@ -320,23 +337,8 @@ def test_what_a_run_logs_and_writes_in_which_order(tmp_path, monkeypatch):
     assert best["method"] == "toy" and best["settings"]["epochs"] == EPOCHS
 
 
-def test_the_highest_score_is_kept(tmp_path, capsys):
-    toy = Toy(tmp_path)
-    waited, kept = [], []
-    scores = iter([50.0, 50.0, 40.0])
-    for epoch, evaluate, _ in toy.steps():
-        if evaluate:
-            toy.run.keep_best(next(scores), f"evaluation {epoch}")
-            waited.append(toy.run.state["waited"])
-            kept.append(clip.load_checkpoint(tmp_path / "best.pt")["step"])
-    assert waited == [0, 1, 2] and kept == [2, 2, 2]  # an equal one is no better
-    assert toy.run.state["best"] == 50
-    assert re.search(r"^epoch 3: loss \d+\.\d{3}, evaluation 3$", capsys.readouterr().err, re.MULTILINE)
-
-
 def test_finish_ends_a_run_for_good(tmp_path, capsys):
     toy = Toy(tmp_path)
-    assert toy.run.seconds_per_step() is None
     for epoch, evaluate, _ in toy.steps():
         if evaluate and epoch == 2:
             toy.run.finish("enough")
@@ -367,16 +369,6 @@ def test_warmup_cosine(steps, warmup, warm):
         expected = 3.0 * ((step + 1) / warm if step < warm else cosine)
         assert eval.warmup_cosine(step, steps, warmup, 3.0) == pytest.approx(expected, abs=1e-12)
     assert eval.warmup_cosine(steps, steps, warmup) == pytest.approx(0, abs=1e-12)
-
-
-def test_a_run_of_before_resumes(tmp_path):
-    """The state of an earlier version's last.pt has fewer entries."""
-    Toy(tmp_path)
-    checkpoint = clip.load_checkpoint(tmp_path / "last.pt")
-    checkpoint["state"] = {"step": 3, "best": 40.0, "loss_sum": 1.0}
-    clip.save_checkpoint(tmp_path / "last.pt", checkpoint)
-    state = Toy(tmp_path, resume=True).run.state
-    assert state == {"step": 3, "best": 40.0, "loss_sum": 1.0, "waited": 0, "finished": False}
 
 
 @pytest.mark.parametrize("asked, index", [(None, 0), ("cuda", 0), ("cuda:1", 1)])
@@ -454,7 +446,7 @@ def test_the_mean_of_several_models(names, run, squares, tmp_path, capsys):
                     "image_to_text": eval.class_metrics(scores.t(), labels, text_labels, classes)}
     else:
         functions = (lambda rows: scores[rows]), (lambda rows: scores.t()[rows])
-        expected = eval.retrieval_metrics(None, None, **eval.layout(instances), scores=functions)
+        expected = eval.retrieval_metrics(functions, **eval.layout(instances))
     for way in eval.WAYS:
         found = {name: value for name, value in rows[title][way].items() if isinstance(value, float)}
         assert found == pytest.approx({name: expected[way][name] for name in found})
@@ -503,10 +495,10 @@ def test_embeddings(names, run, squares, tmp_path):
 
 @pytest.mark.parametrize("names, says", [
     (("mxm", "cmaclip"), "no similarities to average"), (("class", "class-outer"), "do not rank the same"),
-    (("mxm", "class"), "do not rank the same")])
+    (("mxm", "class"), "do not rank the same"), (("cmaclip",), "no --embeddings of each")])
 def test_models_that_make_no_mean(names, says, run, tmp_path, capsys):
-    files = [run(name) / "best.pt" for name in names]
-    assert says in refused(capsys, ["--checkpoint", *files, "--out", tmp_path], eval.main)
+    argv = ["--checkpoint", *(run(name) / "best.pt" for name in names), "--out", tmp_path]
+    assert says in refused(capsys, [*argv, "--embeddings", tmp_path / "out.npz"], eval.main)
     assert os.listdir(tmp_path) == []
 
 
@@ -520,19 +512,11 @@ def test_models_of_other_data_need_to_be_told_on_which(run, squares, tmp_path, c
     assert [title.split()[:2] for title in metrics(tmp_path)["test"]] == [["mean", "of"], ["chance"]]
 
 
-def test_no_embeddings_of_pairs(run, tmp_path, capsys):
-    argv = ["--checkpoint", run("cmaclip") / "best.pt", "--embeddings", tmp_path / "out.npz"]
-    assert "no --embeddings" in refused(capsys, argv, eval.main) and os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("option", ["--gallery", "--embeddings", "--attention", "--out", "--curves"])
+@pytest.mark.parametrize("option", ["--gallery", "--embeddings", "--attention", "--out"])
 def test_a_path_that_cannot_be_written_is_found_before_any_work(option, tmp_path, capsys):
     """Under a file, a folder: the checkpoint, which does not exist, is not even looked for."""
     (tmp_path / "file").write_text("")
-    if option == "--curves":
-        argv = ["--curves", tmp_path, "--out"]
-    else:
-        argv = ["--checkpoint", tmp_path / "none" / "best.pt", option]
+    argv = ["--checkpoint", tmp_path / "none" / "best.pt", option]
     (tmp_path / "folder" / "metrics.json").mkdir(parents=True)
     for path in (tmp_path / "file" / "new" / "x", tmp_path / "folder"):
         said = refused(capsys, [*argv, path], eval.main)
@@ -549,13 +533,6 @@ def test_damaged_metrics_are_written_anew(tmp_path):
     eval.add_metrics(path, "val", {})
     eval.add_metrics(path, "test", {"mean": {}})
     assert json.loads(path.read_text()) == {"test": {"model": {"rSum": 1.0}, "mean": {}}, "val": {}}
-
-
-def test_curves_command(run, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    eval.main(["--curves", *(str(run(name)) for name in ("mxm", "clip"))])
-    assert os.listdir() == ["curves.png"]
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -621,6 +598,27 @@ def test_a_folder_of_pictures_is_searched(run, squares, tmp_path, monkeypatch, c
     monkeypatch.setattr(eval, "embed_images", None)
     eval.main([*argv, "--query", "a red square", "blue", "--top", "3"])
     assert capsys.readouterr().out == said.partition("written")[0]
+
+
+@pytest.mark.parametrize("name", ["cmaclip", "class"])
+def test_labelled_test_rows_alone_are_scored_by_the_models_classes(name, run, squares, tmp_path, capsys):
+    """Not by the file's own, of which there are so many here that they would be taken for remarks."""
+    rows = [json.loads(line) for line in open(squares)]
+    rows = [row for row in rows if row["split"] == "test"]
+    unknown = [row | {"id": f"{row['id']}-{k}", "labels": {"inner": f"{row['id']} {k}"}}
+               for row in rows for k in range(3)]
+    for file, content in (("known", rows), ("alone", rows + unknown)):
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        capsys.readouterr()
+        evaluated(run(name), "--data", tmp_path / f"{file}.jsonl", "--root", os.path.dirname(squares),
+                  "--out", tmp_path / file)
+    said = capsys.readouterr().out
+    assert ("32 instances, 80 pairs" if name == "cmaclip" else "8 instances, 20 captions") in said
+    found = metrics(tmp_path / "alone")[f"{tmp_path}/alone.jsonl test"]
+    expected = metrics(run(name))["test"]
+    for row in ("model", "majority") if name == "cmaclip" else ("model",):
+        task = "inner" if name == "cmaclip" else "text_to_image"
+        assert found[row][task] == expected[row][task]
 
 
 def test_all_splits_at_once(run, squares, tmp_path):
