@@ -1608,11 +1608,11 @@ def _rows_of(path, axes):
         return array
 
 
-def load_regions(name, root, split, clip_input=True):
+def load_regions(name, root, split):
     """As `load`, of region features in place of pictures: <root>/precomp/{train,dev,test}_ims.npy (images,
     36, 2048), memory-mapped, and _caps.txt, five captions to an image, in order (SCAN's files; where each row
     of features stands five times, each fifth is read). COCO's test is `testall` where that is there.
-    clip_input: CLIP's embeddings of the images are read too, from _clip.npy (images, D), where it is."""
+    CLIP's embeddings of the images are read too, from _clip.npy (images, D), where it is."""
     files = {"train": "train", "val": "dev", "test": "test"}
     expect(split in files, "--regions", f"no split {split!r}; it has {', '.join(files)}")
     base = os.path.join(root or os.path.join("data", name), "precomp", files[split])
@@ -1631,7 +1631,7 @@ def load_regions(name, root, split, clip_input=True):
     for i in np.linspace(0, images - 1, 10).astype(int) * step:
         expect((features[i:i + step] == features[i]).all(), base + "_ims.npy", "as many rows as captions, "
                f"but rows {i} to {i + 4} differ: one caption to an image is not supported, only five are")
-    embeddings = base + "_clip.npy" if clip_input and os.path.exists(base + "_clip.npy") else None
+    embeddings = base + "_clip.npy" if os.path.exists(base + "_clip.npy") else None
     expect(not embeddings or len(_rows_of(embeddings, "D")) == images, embeddings,
            f"expected a row for each of the {images} images of {base}_caps.txt")
     instances = []

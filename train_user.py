@@ -364,8 +364,7 @@ def main(argv=None):
     args = settings(argv)
     device = eval.join(args)
     rank, _ = eval.processes()
-    load = partial(data.load_regions, clip_input=args.enhance in ("cge", "both")) if args.regions else None
-    (train, _), (val, _), (test, _) = eval.load_splits(args, load)
+    (train, _), (val, _), (test, _) = eval.load_splits(args, data.load_regions if args.regions else None)
     clip_model = eval.build_or_load(args, train, device)
     clip_model.requires_grad_(args.clip_lr > 0)
     regions = train[0].images[0].features().shape[1] if args.regions else None
