@@ -35,7 +35,6 @@ patches and CLIP in place of regions and BERT, the settings from scratch, and --
 """
 import copy
 import math
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -333,17 +332,15 @@ def total_loss(args, images, texts, group, keys, queue):
     and queue are None without queues.
     """
     batch_loss, queue_loss = LOSSES[args.loss]
-    if args.mu:
-        batch_loss = partial(batch_loss, mu=args.mu)
-        queue_loss = partial(queue_loss, mu=args.mu)
+    mu = {"mu": args.mu} if args.mu else {}  # only uto has it
     same = group[:, None] == group[None, :]  # (N, N): what shows the same thing is no negative
-    loss = args.batch_weight * batch_loss(images, texts, same)
+    loss = args.batch_weight * batch_loss(images, texts, same, **mu)
     if queue is None:
         return loss
     image_keys, text_keys = keys
     same = group[:, None] == queue.groups[None, :]  # (N, K): nor is an older key of the same thing
-    loss = loss + queue_loss(images, text_keys, queue.texts, same)
-    return loss + queue_loss(texts, image_keys, queue.images, same)
+    loss = loss + queue_loss(images, text_keys, queue.texts, same, **mu)
+    return loss + queue_loss(texts, image_keys, queue.images, same, **mu)
 
 
 # ---------------------------------------------------------------- training
