@@ -100,11 +100,6 @@ def guided_enhancement(x, g):
     return x + a[..., None] * g[:, None, :]
 
 
-def on_rows(module, x):
-    """A module that takes rows (batch norm among its layers) on all places of x: (B, L, D) -> (B, L, D')."""
-    return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
 def xavier(module):
     """Give a module's linear layers Xavier's uniform weights and biases of 0, as the authors do."""
     for layer in module.modules():
@@ -134,7 +129,7 @@ class SGE(nn.Module):
 
     def forward(self, x):
         mean = x.sum(1) / x.shape[1]  # (B, D)
-        common = on_rows(self.local_branch, x) * self.global_branch(mean)[:, None, :]  # (B, L, D)
+        common = self.local_branch(x) * self.global_branch(mean)[:, None, :]  # (B, L, D)
         weights = self.score(common)[..., 0].softmax(1)  # (B, L)
         return F.normalize((weights[..., None] * x).sum(1), dim=-1)
 
@@ -247,7 +242,7 @@ class USER(nn.Module):
             x = guided_enhancement(x, self.sge(x))
         if self.cge:
             x = guided_enhancement(x, self.cge(clip_embedding))
-        x = self.image_fc(x) + on_rows(self.image_mlp, x)
+        x = self.image_fc(x) + self.image_mlp(x)
         every = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         return F.normalize(self.image_gpo(x, every), dim=-1)
 
