@@ -128,8 +128,7 @@ class SGE(nn.Module):
         xavier(self)
 
     def forward(self, x):
-        mean = x.sum(1) / x.shape[1]  # (B, D)
-        common = self.local_branch(x) * self.global_branch(mean)[:, None, :]  # (B, L, D)
+        common = self.local_branch(x) * self.global_branch(x.mean(1))[:, None, :]  # (B, L, D)
         weights = self.score(common)[..., 0].softmax(1)  # (B, L)
         return F.normalize((weights[..., None] * x).sum(1), dim=-1)
 
