@@ -157,24 +157,21 @@ class GPO(nn.Module):
     encodings of the ranks, so they depend on the number of local features alone.
     """
 
-    def __init__(self, encoding_dim=32, hidden=32, temperature=0.1):
+    def __init__(self):
         super().__init__()
-        self.gru = nn.GRU(encoding_dim, hidden, batch_first=True, bidirectional=True)
-        self.score = nn.Linear(hidden, 1, bias=False)
-        self.encoding_dim = encoding_dim
-        self.temperature = temperature
+        self.gru = nn.GRU(32, 32, batch_first=True, bidirectional=True)  # 32-d encodings and states
+        self.score = nn.Linear(32, 1, bias=False)
 
     def weights(self, lengths, columns):
         """The weights of sets of `lengths` (U,) features -> (U, columns), 0 past a length; rows sum to 1."""
         rank = torch.arange(columns, device=lengths.device)[:, None]
-        exponent = torch.arange(0, self.encoding_dim, 2, device=lengths.device) / self.encoding_dim
-        angle = rank / 10000 ** exponent
-        encoding = torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)  # (columns, encoding_dim)
+        angle = rank / 10000 ** (torch.arange(0, 32, 2, device=lengths.device) / 32)  # (columns, 16)
+        encoding = torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)  # (columns, 32)
         packed = nn.utils.rnn.pack_padded_sequence(encoding.expand(len(lengths), -1, -1), lengths.cpu(),
                                                    batch_first=True, enforce_sorted=False)
         out, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=columns)
-        forwards, backwards = out.chunk(2, dim=2)  # (U, columns, hidden) each
-        scores = self.score((forwards + backwards) / 2)[..., 0] / self.temperature
+        forwards, backwards = out.chunk(2, dim=2)  # (U, columns, 32) each
+        scores = self.score((forwards + backwards) / 2)[..., 0] / 0.1  # the temperature
         return scores.masked_fill(rank.t() >= lengths[:, None], -math.inf).softmax(1)
 
     def forward(self, x, mask):
