@@ -277,12 +277,11 @@ class Queue(nn.Module):
     @torch.no_grad()
     def enqueue(self, images, texts, group):
         """Replace the oldest pairs by images, texts (N, dim) of group (N,), N <= size; wraps round."""
-        size = len(self.groups)
-        place = (self.next + torch.arange(len(group), device=group.device)) % size
+        place = (self.next + torch.arange(len(group), device=group.device)) % len(self.groups)
         self.images[place] = images.float()
         self.texts[place] = texts.float()
         self.groups[place] = group
-        self.next.copy_((self.next + len(group)) % size)
+        self.next = (self.next + len(group)) % len(self.groups)
 
 
 # ---------------------------------------------------------------- the loss
