@@ -217,10 +217,8 @@ class USER(nn.Module):
         return self
 
     def local_features(self, images):
-        """-> x (B, L, D), and CLIP's own embedding of the images (B, E), or None of region features alone.
-
-        images (B, 3, S, S), or data.Regions, or region features alone (B, L, D).
-        """
+        """Of images (B, 3, S, S), data.Regions, or region features alone (B, L, D): x (B, L, D), and CLIP's
+        own embedding of the images (B, E), which region features alone do not have (None)."""
         if isinstance(images, data.Regions):
             return images.features.float(), images.clip_input
         if images.ndim == 3:
@@ -337,14 +335,13 @@ def total_loss(args, images, texts, group, keys, queue):
 
 def check_regions(model, *splits):
     """Raise DataError, before training, where the region files of a split are not what the model takes."""
+    width, embed_dim = model.image_fc.in_features, model.config.embed_dim
     for view in (instances[0].images[0] for instances in splits):
-        width = model.image_fc.in_features
         data.expect(view.features().shape[1] == width, view.path,
                     f"features of another width than the training split's, which is {width}")
-        width = model.config.embed_dim
-        data.expect(not model.cge or view.has_clip_input() and len(view.clip_input()) == width,
+        data.expect(not model.cge or view.has_clip_input() and len(view.clip_input()) == embed_dim,
                     view.path.replace("_ims.npy", "_clip.npy"),
-                    f"CGE needs CLIP's embeddings there, float32 (images, {width}); or give --enhance sge")
+                    f"CGE needs CLIP's embeddings there, float32 (images, {embed_dim}); or give --enhance sge")
 
 
 def main(argv=None):
@@ -364,9 +361,8 @@ def main(argv=None):
         momentum_model = copy.deepcopy(model).requires_grad_(False)
         queue = Queue(args.queue, args.dim, args.seed).to(device)
         only_last = {"momentum": momentum_model, "queue": queue}
-    loader = eval.training_loader(args, train, model, views=1, captions=1, pairs=True)
+    loader = eval.training_loader(args, train, model, views=1, captions=1, pairs=True)  # every caption once
     val_loader = eval.evaluation_loader(model, val, args.workers)
-    tokenizer = eval.tokenizer_of(model)
     train_group = eval.layout(train)["image_group"].to(device)  # (instances,): equal where they show the same
     heads = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
     optimizer = torch.optim.AdamW([{"params": list(clip_model.parameters()), "peak": args.clip_lr},
@@ -376,14 +372,13 @@ def main(argv=None):
     run = eval.Run(args, optimizer, steps, len(loader),
                    {"clip": clip_model, "heads": model, "regions": regions}, only_last)
     run.say(eval.about(args, clip_model, loader))
-    run.say(f"{args.data}: {len(train):,} instances, enhancement {args.enhance}, {args.loss}, "
-            f"queues of {args.queue:,}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
-            f"{steps:,} steps on {device.type}")
+    run.say(f"{args.data}: {len(train):,} instances, --enhance {args.enhance}, --loss {args.loss}, queues of "
+            f"{args.queue:,}; {steps:,} steps on {device.type}")
     for step, batch in run.batches(loader):
         for part in optimizer.param_groups:
             part["lr"] = part["peak"] * (0.1 if step >= args.lr_drop * steps else 1.0)
         data.seed_step(args.seed, step, rank)  # augmentation and dropout
-        tokens = data.changed_words(batch["tokens"][:, 0], tokenizer)
+        tokens = data.changed_words(batch["tokens"][:, 0], eval.tokenizer_of(model))
         batch = data.to_device(batch, device)
         pictures = batch["images"][:, 0]
         with clip.autocast(args.amp, clip_model):
