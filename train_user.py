@@ -19,7 +19,6 @@ and of texts, and one objective serves the batch and the queues. Its sums run ov
     loss = lambda_b UTO of the batch + UTO of images and queued texts + UTO of texts and queued images
 
 UTO of a queue has one direction, and its S_jj is the cosine with the momentum embedding of j's other half.
-An epoch is one pass over the image-caption pairs: every caption once, with its image.
 
 Provenance: the loss, the queues, SGE and the settings for Flickr30K and COCO are the paper's and its authors'
 code's, which has no CGE: its layers follow an author's words in issue 4 of github.com/zhangy0822/USER. CLIP's
@@ -27,7 +26,6 @@ patches and CLIP in place of regions and BERT, the settings from scratch, and --
 
     python train_user.py                                   # built-in shapes, tiny CLIP from scratch, minutes
     python train_user.py --data flickr30k --root path/to/flickr30k            # ViT-B/32, the paper's schedule
-    python train_user.py --data coco --root path/to/coco                      # its settings for COCO
     python train_user.py --data flickr30k --root path/to/flickr30k --regions  # region features as of SCAN
     python train_user.py --enhance none --queue 0 --loss triplet              # a baseline
     torchrun --nproc_per_node=2 train_user.py              # the same batch and queues over two processes
@@ -61,12 +59,10 @@ def settings(argv=None):
     p = eval.arguments(__doc__, __file__, {"from scratch": SCRATCH, "pretrained": PRETRAINED, "coco": COCO})
     p.add_argument("--enhance", choices=("none", "sge", "cge", "both"), default="both",
                    help="what enhances the local features of images")
-    p.add_argument("--unit-norm", action="store_true",
-                   help="give local features of images unit norm first, as g has it; ours")
+    p.add_argument("--unit-norm", action="store_true", help="give local features unit norm first, as g has it")
     p.add_argument("--loss", choices=("uto", "infonce", "triplet"), default="uto",
                    help="of the batch and of the queues; infonce and triplet are baselines")
-    p.add_argument("--mu", type=eval.positive,
-                   help="of UTO: the larger, the more the hardest negative counts (default: 90, the paper's)")
+    p.add_argument("--mu", type=eval.positive, help="of UTO: weight of the hardest negatives (default: 90)")
     p.add_argument("--queue", type=eval.non_negative_int, help="keys per queue; 0: no queues")
     p.add_argument("--momentum", type=eval.fraction, default=0.999, help="m of the momentum encoders")
     p.add_argument("--batch-weight", type=eval.non_negative, help="lambda_b: weight of the batch's loss")
