@@ -59,7 +59,7 @@ def settings(argv=None):
     p = eval.arguments(__doc__, __file__, {"from scratch": SCRATCH, "pretrained": PRETRAINED, "coco": COCO})
     p.add_argument("--enhance", choices=("none", "sge", "cge", "both"), default="both",
                    help="what enhances the local features of images")
-    p.add_argument("--unit-norm", action="store_true", help="give local features unit norm first, as g has it")
+    p.add_argument("--unit-norm", action="store_true", help="local features get unit norm first, as g has it")
     p.add_argument("--loss", choices=("uto", "infonce", "triplet"), default="uto",
                    help="of the batch and of the queues; infonce and triplet are baselines")
     p.add_argument("--mu", type=eval.positive, help="of UTO: weight of the hardest negatives (default: 90)")
@@ -310,10 +310,9 @@ LOSSES = {  # --loss: that of a batch, both directions; of queries, their keys a
 
 
 def total_loss(args, images, texts, group, keys, queue):
-    """lambda_b times the loss of the batch, plus the losses of both queues.
+    """lambda_b times the loss of the batch, plus the losses of both queues (None: there are none).
 
-    group (N,): what each pair shows. keys: the momentum embeddings (images, texts) of the same pairs; keys
-    and queue are None without queues.
+    group (N,): what each pair shows. keys: the momentum embeddings (images, texts) of the same pairs.
     """
     batch_loss, queue_loss = LOSSES[args.loss]
     mu = {"mu": args.mu} if args.mu else {}  # only uto has it
@@ -337,7 +336,7 @@ def check_regions(model, *splits):
                     f"features of another width than the training split's, which is {width}")
         data.expect(not model.cge or view.has_clip_input() and len(view.clip_input()) == embed_dim,
                     view.path.replace("_ims.npy", "_clip.npy"),
-                    f"CGE needs CLIP's embeddings there, float32 (images, {embed_dim}); or give --enhance sge")
+                    f"CGE needs CLIP's embeddings there, float32 (images, {embed_dim}); or use --enhance sge")
 
 
 def main(argv=None):
