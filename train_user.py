@@ -124,7 +124,8 @@ class SGE(nn.Module):
         xavier(self)
 
     def forward(self, x):
-        common = self.local_branch(x) * self.global_branch(x.mean(1))[:, None, :]  # (B, L, D)
+        mean = x.mean(1)  # (B, D)
+        common = self.local_branch(x) * self.global_branch(mean)[:, None, :]  # (B, L, D)
         weights = self.score(common)[..., 0].softmax(1)  # (B, L)
         return F.normalize((weights[..., None] * x).sum(1), dim=-1)
 
@@ -174,8 +175,7 @@ class GPO(nn.Module):
         lengths, index = mask.sum(1).unique(return_inverse=True)
         # plain indexing would add up gradients in any order, F.embedding adds them in a fixed one
         weights = F.embedding(index, self.weights(lengths, x.shape[1]))  # (B, L)
-        x = x.masked_fill(~mask[..., None], -1e4)  # padding comes last, where weights are 0
-        ranked = x.sort(dim=1, descending=True).values
+        ranked = x.masked_fill(~mask[..., None], -1e4).sort(dim=1, descending=True).values  # padding last
         return (ranked * weights[..., None]).sum(1)
 
 
