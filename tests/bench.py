@@ -12,6 +12,7 @@ call does, on the same operands, with nothing in between; attention's are left o
 needed: pictures are noise, and texts have the lengths of Flickr8k's captions.
 """
 import argparse
+import concurrent.futures
 import contextlib
 import io
 import itertools
@@ -367,7 +368,7 @@ def metrics(args):
             (f"recall, NDCG, MRR, both ways, {n:,} images x {5 * n:,} texts",
              partial(eval.retrieval_metrics, images, texts, owner, owner.repeat_interleave(5)))):
         before = megabytes("VmRSS")
-        seconds = median_times({title: function}, 1)[title]
+        seconds = median_times({title: function}, args.repeat)[title]
         row(title, duration(seconds), f"{max(0.0, megabytes('VmHWM') - before):,.0f} MB")
 
 
@@ -459,8 +460,8 @@ def memory(args):
     for title, names in groups.items():
         above = None
         for who in names:
-            with multiprocessing.get_context("spawn").Pool(1) as process:
-                found = process.apply(peak_of_steps, (who,))
+            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                found = process.submit(peak_of_steps, who).result()
             if found:
                 peak, seconds = found
                 row(title + who, f"{peak:,.0f} MB", duration(seconds), above and peak / above[0],
