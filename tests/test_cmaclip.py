@@ -468,8 +468,8 @@ def test_tasks_are_chosen(capsys):
 
 @pytest.mark.parametrize("words, says", [
     ("--tasks seen,feel", "feel: "), ("--heads 3", "--heads 3: does not divide the width 16"),
-    ("--width 10", "does not divide the width 10"), ("--clip-lr 0", "positive"), ("--dropout 2", "from 0 to 1"),
-    ("--precision 0", "up to 1"), ("--train-noise-image nan", "from 0 to 1"),
+    ("--width 10", "does not divide the width 10"), ("--clip-lr 0", "positive"),
+    ("--dropout 2", "from 0 to 1"), ("--precision 0", "up to 1"), ("--train-noise-image nan", "from 0 to 1"),
     ("--clip tiny --freeze", "--freeze: tiny starts from random weights")])
 def test_bad_settings(words, says, things, tmp_path, capsys):
     assert says in refused(capsys, arguments(things, "--out", tmp_path / "new", *words.split()), main)

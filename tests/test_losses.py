@@ -205,7 +205,8 @@ def test_pair_wise_extremes_stay_finite(definition, case):
         leaves = (torch.eye(6)[:1].repeat(6, 1),) * 2  # at distances of exactly 0
     image_labels = torch.arange(6) // 2 if case == "equal features" else torch.zeros(6)
     text_labels = image_labels + (case == "no positives")
-    assert_finite(value_and_gradients(getattr(losses, definition.__name__), leaves, image_labels, text_labels))
+    loss = getattr(losses, definition.__name__)
+    assert_finite(value_and_gradients(loss, leaves, image_labels, text_labels))
 
 
 def test_label_regression_of_what_is_right_stays_finite():
