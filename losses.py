@@ -58,14 +58,16 @@ def gather_rows(x, owner):
 
 
 class BatchNorm(torch.nn.BatchNorm1d):
-    """BatchNorm1d with the statistics of all processes' rows (A, D), so that several processes equal one.
+    """BatchNorm1d of rows (..., D) with the statistics of all processes' rows, so that several equal one.
 
-    torch's SyncBatchNorm does this on GPUs only. A may differ between processes.
+    torch's SyncBatchNorm does this on GPUs only. The number of rows may differ between processes.
     """
 
     def forward(self, x):
+        shape = x.shape
+        x = x.flatten(0, -2)
         if not self.training or not several_processes():
-            return super().forward(x)
+            return super().forward(x).view(shape)
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             sums = torch.stack([x.sum(0), x.square().sum(0), torch.full_like(x[0], len(x))])  # (3, D)
@@ -76,7 +78,7 @@ class BatchNorm(torch.nn.BatchNorm1d):
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            return (x - mean) / (variance + self.eps).sqrt() * self.weight + self.bias
+            return ((x - mean) / (variance + self.eps).sqrt() * self.weight + self.bias).view(shape)
 
 
 # ---------------------------------------------------------------- CLIP's loss, and means of instances

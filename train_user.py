@@ -19,7 +19,6 @@ and of texts, and one objective serves the batch and the queues. Its sums run ov
     loss = lambda_b UTO of the batch + UTO of images and queued texts + UTO of texts and queued images
 
 UTO of a queue has one direction, and its S_jj is the cosine with the momentum embedding of j's other half.
-An epoch is one pass over the image-caption pairs: every caption once, with its image.
 
 Provenance: the loss, the queues, SGE and the settings for Flickr30K and COCO are the paper's and its authors'
 code's, which has no CGE: its layers follow an author's words in issue 4 of github.com/zhangy0822/USER. CLIP's
@@ -27,7 +26,6 @@ patches and CLIP in place of regions and BERT, the settings from scratch, and --
 
     python train_user.py                                   # built-in shapes, tiny CLIP from scratch, minutes
     python train_user.py --data flickr30k --root path/to/flickr30k            # ViT-B/32, the paper's schedule
-    python train_user.py --data coco --root path/to/coco                      # its settings for COCO
     python train_user.py --data flickr30k --root path/to/flickr30k --regions  # region features as of SCAN
     python train_user.py --enhance none --queue 0 --loss triplet              # a baseline
     torchrun --nproc_per_node=2 train_user.py              # the same batch and queues over two processes
@@ -35,7 +33,6 @@ patches and CLIP in place of regions and BERT, the settings from scratch, and --
 """
 import copy
 import math
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -62,12 +59,10 @@ def settings(argv=None):
     p = eval.arguments(__doc__, __file__, {"from scratch": SCRATCH, "pretrained": PRETRAINED, "coco": COCO})
     p.add_argument("--enhance", choices=("none", "sge", "cge", "both"), default="both",
                    help="what enhances the local features of images")
-    p.add_argument("--unit-norm", action="store_true",
-                   help="give local features of images unit norm first, as g has it; ours")
+    p.add_argument("--unit-norm", action="store_true", help="local features get unit norm first, as g has it")
     p.add_argument("--loss", choices=("uto", "infonce", "triplet"), default="uto",
                    help="of the batch and of the queues; infonce and triplet are baselines")
-    p.add_argument("--mu", type=eval.positive,
-                   help="of UTO: the larger, the more the hardest negative counts (default: 90, the paper's)")
+    p.add_argument("--mu", type=eval.positive, help="of UTO: weight of the hardest negatives (default: 90)")
     p.add_argument("--queue", type=eval.non_negative_int, help="keys per queue; 0: no queues")
     p.add_argument("--momentum", type=eval.fraction, default=0.999, help="m of the momentum encoders")
     p.add_argument("--batch-weight", type=eval.non_negative, help="lambda_b: weight of the batch's loss")
@@ -101,11 +96,6 @@ def guided_enhancement(x, g):
     return x + a[..., None] * g[:, None, :]
 
 
-def on_rows(module, x):
-    """A module that takes rows (batch norm among its layers) on all places of x: (B, L, D) -> (B, L, D')."""
-    return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
 def xavier(module):
     """Give a module's linear layers Xavier's uniform weights and biases of 0, as the authors do."""
     for layer in module.modules():
@@ -134,8 +124,8 @@ class SGE(nn.Module):
         xavier(self)
 
     def forward(self, x):
-        mean = x.sum(1) / x.shape[1]  # (B, D)
-        common = on_rows(self.local_branch, x) * self.global_branch(mean)[:, None, :]  # (B, L, D)
+        mean = x.mean(1)  # (B, D)
+        common = self.local_branch(x) * self.global_branch(mean)[:, None, :]  # (B, L, D)
         weights = self.score(common)[..., 0].softmax(1)  # (B, L)
         return F.normalize((weights[..., None] * x).sum(1), dim=-1)
 
@@ -164,32 +154,28 @@ class GPO(nn.Module):
     encodings of the ranks, so they depend on the number of local features alone.
     """
 
-    def __init__(self, encoding_dim=32, hidden=32, temperature=0.1):
+    def __init__(self):
         super().__init__()
-        self.gru = nn.GRU(encoding_dim, hidden, batch_first=True, bidirectional=True)
-        self.score = nn.Linear(hidden, 1, bias=False)
-        self.encoding_dim = encoding_dim
-        self.temperature = temperature
+        self.gru = nn.GRU(32, 32, batch_first=True, bidirectional=True)  # 32-d encodings and states
+        self.score = nn.Linear(32, 1, bias=False)
 
     def weights(self, lengths, columns):
         """The weights of sets of `lengths` (U,) features -> (U, columns), 0 past a length; rows sum to 1."""
         rank = torch.arange(columns, device=lengths.device)[:, None]
-        exponent = torch.arange(0, self.encoding_dim, 2, device=lengths.device) / self.encoding_dim
-        angle = rank / 10000 ** exponent
-        encoding = torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)  # (columns, encoding_dim)
+        angle = rank / 10000 ** (torch.arange(0, 32, 2, device=lengths.device) / 32)  # (columns, 16)
+        encoding = torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)  # (columns, 32)
         packed = nn.utils.rnn.pack_padded_sequence(encoding.expand(len(lengths), -1, -1), lengths.cpu(),
                                                    batch_first=True, enforce_sorted=False)
         out, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=columns)
-        forwards, backwards = out.chunk(2, dim=2)  # (U, columns, hidden) each
-        scores = self.score((forwards + backwards) / 2)[..., 0] / self.temperature
+        forwards, backwards = out.chunk(2, dim=2)  # (U, columns, 32) each
+        scores = self.score((forwards + backwards) / 2)[..., 0] / 0.1  # the temperature
         return scores.masked_fill(rank.t() >= lengths[:, None], -math.inf).softmax(1)
 
     def forward(self, x, mask):
         lengths, index = mask.sum(1).unique(return_inverse=True)
         # plain indexing would add up gradients in any order, F.embedding adds them in a fixed one
         weights = F.embedding(index, self.weights(lengths, x.shape[1]))  # (B, L)
-        x = x.masked_fill(~mask[..., None], -1e4)  # padding comes last, where weights are 0
-        ranked = x.sort(dim=1, descending=True).values
+        ranked = x.masked_fill(~mask[..., None], -1e4).sort(dim=1, descending=True).values  # padding last
         return (ranked * weights[..., None]).sum(1)
 
 
@@ -227,10 +213,8 @@ class USER(nn.Module):
         return self
 
     def local_features(self, images):
-        """-> x (B, L, D), and CLIP's own embedding of the images (B, E), or None of region features alone.
-
-        images (B, 3, S, S), or data.Regions, or region features alone (B, L, D).
-        """
+        """Of images (B, 3, S, S), data.Regions, or region features alone (B, L, D): x (B, L, D), and CLIP's
+        own embedding of the images (B, E), which region features alone do not have (None)."""
         if isinstance(images, data.Regions):
             return images.features.float(), images.clip_input
         if images.ndim == 3:
@@ -248,7 +232,7 @@ class USER(nn.Module):
             x = guided_enhancement(x, self.sge(x))
         if self.cge:
             x = guided_enhancement(x, self.cge(clip_embedding))
-        x = self.image_fc(x) + on_rows(self.image_mlp, x)
+        x = self.image_fc(x) + self.image_mlp(x)
         every = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         return F.normalize(self.image_gpo(x, every), dim=-1)
 
@@ -287,12 +271,11 @@ class Queue(nn.Module):
     @torch.no_grad()
     def enqueue(self, images, texts, group):
         """Replace the oldest pairs by images, texts (N, dim) of group (N,), N <= size; wraps round."""
-        size = len(self.groups)
-        place = (self.next + torch.arange(len(group), device=group.device)) % size
+        place = (self.next + torch.arange(len(group), device=group.device)) % len(self.groups)
         self.images[place] = images.float()
         self.texts[place] = texts.float()
         self.groups[place] = group
-        self.next.copy_((self.next + len(group)) % size)
+        self.next = (self.next + len(group)) % len(self.groups)
 
 
 # ---------------------------------------------------------------- the loss
@@ -327,45 +310,40 @@ LOSSES = {  # --loss: that of a batch, both directions; of queries, their keys a
 
 
 def total_loss(args, images, texts, group, keys, queue):
-    """lambda_b times the loss of the batch, plus the losses of both queues.
+    """lambda_b times the loss of the batch, plus the losses of both queues (None: there are none).
 
-    group (N,): what each pair shows. keys: the momentum embeddings (images, texts) of the same pairs; keys
-    and queue are None without queues.
+    group (N,): what each pair shows. keys: the momentum embeddings (images, texts) of the same pairs.
     """
     batch_loss, queue_loss = LOSSES[args.loss]
-    if args.mu:
-        batch_loss = partial(batch_loss, mu=args.mu)
-        queue_loss = partial(queue_loss, mu=args.mu)
+    mu = {"mu": args.mu} if args.mu else {}  # only uto has it
     same = group[:, None] == group[None, :]  # (N, N): what shows the same thing is no negative
-    loss = args.batch_weight * batch_loss(images, texts, same)
+    loss = args.batch_weight * batch_loss(images, texts, same, **mu)
     if queue is None:
         return loss
     image_keys, text_keys = keys
     same = group[:, None] == queue.groups[None, :]  # (N, K): nor is an older key of the same thing
-    loss = loss + queue_loss(images, text_keys, queue.texts, same)
-    return loss + queue_loss(texts, image_keys, queue.images, same)
+    loss = loss + queue_loss(images, text_keys, queue.texts, same, **mu)
+    return loss + queue_loss(texts, image_keys, queue.images, same, **mu)
 
 
 # ---------------------------------------------------------------- training
 
 def check_regions(model, *splits):
     """Raise DataError, before training, where the region files of a split are not what the model takes."""
+    width, embed_dim = model.image_fc.in_features, model.config.embed_dim
     for view in (instances[0].images[0] for instances in splits):
-        width = model.image_fc.in_features
         data.expect(view.features().shape[1] == width, view.path,
                     f"features of another width than the training split's, which is {width}")
-        width = model.config.embed_dim
-        data.expect(not model.cge or view.embedding and len(view.clip_input()) == width,
+        data.expect(not model.cge or view.embedding and len(view.clip_input()) == embed_dim,
                     view.path.replace("_ims.npy", "_clip.npy"),
-                    f"CGE needs CLIP's embeddings there, float32 (images, {width}); or give --enhance sge")
+                    f"CGE needs CLIP's embeddings there, float32 (images, {embed_dim}); or use --enhance sge")
 
 
 def main(argv=None):
     args = settings(argv)
     device = eval.join(args)
     rank, _ = eval.processes()
-    load = data.load_regions if args.regions else None
-    (train, _), (val, _), (test, _) = eval.load_splits(args, load)
+    (train, _), (val, _), (test, _) = eval.load_splits(args, data.load_regions if args.regions else None)
     clip_model = eval.build_or_load(args, train, device)
     clip_model.requires_grad_(args.clip_lr > 0)
     regions = train[0].images[0].features().shape[1] if args.regions else None
@@ -378,9 +356,8 @@ def main(argv=None):
         momentum_model = copy.deepcopy(model).requires_grad_(False)
         queue = Queue(args.queue, args.dim, args.seed).to(device)
         only_last = {"momentum": momentum_model, "queue": queue}
-    loader = eval.training_loader(args, train, model, views=1, captions=1, pairs=True)
+    loader = eval.training_loader(args, train, model, views=1, captions=1, pairs=True)  # every caption once
     val_loader = eval.evaluation_loader(model, val, args.workers)
-    tokenizer = eval.tokenizer_of(model)
     train_group = eval.layout(train)["image_group"].to(device)  # (instances,): equal where they show the same
     heads = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
     optimizer = torch.optim.AdamW([{"params": list(clip_model.parameters()), "peak": args.clip_lr},
@@ -390,14 +367,13 @@ def main(argv=None):
     run = eval.Run(args, optimizer, steps, len(loader),
                    {"clip": clip_model, "heads": model, "regions": regions}, only_last)
     run.say(eval.about(args, clip_model, loader))
-    run.say(f"{args.data}: {len(train):,} instances, enhancement {args.enhance}, {args.loss}, "
-            f"queues of {args.queue:,}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
-            f"{steps:,} steps on {device.type}")
+    run.say(f"{args.data}: {len(train):,} instances, --enhance {args.enhance}, --loss {args.loss}, queues of "
+            f"{args.queue:,}; {steps:,} steps on {device.type}")
     for step, batch in run.batches(loader):
         for part in optimizer.param_groups:
             part["lr"] = part["peak"] * (0.1 if step >= args.lr_drop * steps else 1.0)
         data.seed_step(args.seed, step, rank)  # augmentation and dropout
-        tokens = data.changed_words(batch["tokens"][:, 0], tokenizer)
+        tokens = data.changed_words(batch["tokens"][:, 0], eval.tokenizer_of(model))
         batch = data.to_device(batch, device)
         pictures = batch["images"][:, 0]
         with clip.autocast(args.amp, clip_model):

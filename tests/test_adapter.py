@@ -21,7 +21,7 @@ import data
 import eval
 import runs
 import train_adapter
-from runs import COLOURS, evaluated, in_process, log, make_squares, metrics, refused  # noqa: F401
+from runs import COLOURS, evaluated, in_process, make_squares, metrics, refused  # noqa: F401
 from train_adapter import Tuned, main, settings, similarity, video_metrics
 
 CAPTIONS = ["a red square on blue", "red", "the frame is green and the middle white, around brown"]
@@ -99,34 +99,23 @@ def size(config, r, d, shared=True):
     return count
 
 
-def trained_count(tuned):
-    return sum(p.numel() for p in trained(tuned).values())
-
-
-def vit_b_32():
-    """A model without its weights."""
-    config, _ = clip.MODELS["ViT-B/32"]
-    with torch.device("meta"):
-        return clip.CLIP(config)
-
-
 def test_trained_parameters_and_how_they_start():
     """Also of LoRA: A and B of queries and of values. ActivityNet's adapters are the paper's 0.81 M."""
     config, _ = clip.MODELS["ViT-B/32"]
-    assert size(config, 8, 16) == 519_168 and size(config, 16, 512) == 805_632
     chosen = settings(["--data", "activitynet"])
-    assert trained_count(Tuned(vit_b_32(), chosen.tune, chosen.rank, chosen.share)) == 805_632
-    count = sum(2 * 12 * (8 * width + width * 8) for width in (768, 512))
-    assert trained_count(Tuned(vit_b_32(), "lora", 8)) == count
-    for tune, r, d in (("adapter", 8, 0), ("adapter", 2, 8), ("adapter-unshared", 8, 16)):
-        count = size(config, r, d, tune == "adapter")
-        assert trained_count(Tuned(vit_b_32(), tune, r, d)) == count, (tune, r, d)
+    lora = sum(2 * 12 * (8 * width + width * 8) for width in (768, 512))
+    for tuning, count in ((("adapter", chosen.rank, chosen.share), 805_632), (("adapter", 8, 16), 519_168),
+                          (("adapter", 8, 0), size(config, 8, 0)), (("lora", 8), lora),
+                          (("adapter-unshared", 8, 16), size(config, 8, 16, shared=False))):
+        with torch.device("meta"):
+            model = clip.CLIP(config)
+        assert sum(p.numel() for p in trained(Tuned(model, *tuning)).values()) == count, tuning
     start = {"weight": [], "bias": []}
-    for name, p in Tuned(vit_b_32()).extra.named_parameters():
+    for name, p in Tuned(small_clip()).extra.named_parameters():
         start[name.split(".")[-1]].append(p.detach().flatten())
     weights = torch.cat(start["weight"])
-    assert weights.std().item() == pytest.approx(0.01, rel=0.01) and weights.mean().abs() < 1e-4
-    assert 0.04 < weights.abs().max() < 0.07 and (torch.cat(start["bias"]) == 0).all()
+    assert weights.std().item() == pytest.approx(0.01, rel=0.05) and weights.mean().abs() < 1e-3
+    assert 0.03 < weights.abs().max() < 0.07 and (torch.cat(start["bias"]) == 0).all()
 
 
 def test_how_adapters_start():
@@ -271,25 +260,23 @@ def test_frozen_means_frozen(file, tune, squares, tmp_path, monkeypatch):
 def test_the_recipe(squares, tmp_path, monkeypatch):
     """AdamW; only matrices are decayed; linear warm-up over a tenth of the steps, half a cosine down to zero;
     gradients of norm 1 at most."""
-    groups = []
     rates = []
     norms = []
     step = torch.optim.AdamW.step
 
     def noted(optimizer):
-        groups[:] = optimizer.param_groups
-        rates.append([group["lr"] for group in groups])
-        squares_of_gradients = [p.grad.square().sum().item() for group in groups for p in group["params"]]
-        norms.append(math.sqrt(sum(squares_of_gradients)))
+        matrices, others = optimizer.param_groups
+        assert all(p.ndim == 2 for p in matrices["params"]) and all(p.ndim < 2 for p in others["params"])
+        assert (matrices["weight_decay"], others["weight_decay"]) == (0.3, 0)
+        rates.append([matrices["lr"], others["lr"]])
+        gradients = [p.grad.flatten() for group in (matrices, others) for p in group["params"]]
+        norms.append(torch.cat(gradients).norm().item())
         return step(optimizer)
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
     main(arguments(squares, "--epochs", 10, "--lr", 1, "--eval-every", 10, "--weight-decay", 0.3,
                    "--out", tmp_path))
     expected = [(i + 1) / 3 for i in range(3)] + [(1 + math.cos(math.pi * i / 27)) / 2 for i in range(27)]
     assert all(a == b for a, b in rates) and [a for a, _ in rates] == pytest.approx(expected)
-    for decay, matrices, group in zip((0.3, 0), (True, False), groups, strict=True):
-        assert group["weight_decay"] == decay and group["params"]
-        assert all((p.ndim == 2) == matrices for p in group["params"])
     assert max(norms) == pytest.approx(1, abs=1e-4)
 
 
@@ -297,9 +284,7 @@ def test_the_recipe(squares, tmp_path, monkeypatch):
     ("--data msrvtt", 8, 16, 12, 5, 32, 1e-3),
     ("--data msvd --tune lora", 16, 16, 12, 5, 32, 1e-3),
     ("--data didemo --tune full", 8, 8, 64, 5, 64, 1e-5),
-    ("--data activitynet", 16, 512, 64, 20, 64, 1e-3),
-    ("--data activitynet --rank 4 --share 0 --frames 6 --epochs 2 --context 16 --lr 1", 4, 0, 6, 2, 16, 1),
-    ("--tune adapter-unshared", 8, 16, 12, 4, 32, 1e-2),
+    ("--data activitynet --rank 4 --epochs 2 --lr 1", 4, 512, 64, 2, 64, 1),
     ("--tune full", 8, 16, 12, 4, 32, 3e-4)])
 def test_settings_of_data_sets(argv, rank, share, frames, epochs, context, lr):
     """The published ones; what the command line gives wins."""
@@ -373,22 +358,25 @@ def test_metrics_in_blocks_are_those_of_whole_matrices(monkeypatch):
     texts = torch.randn(21, 8)
     videos = [torch.randn(len(x.images), 8) for x in instances]
     frames, mask = padded(videos, 9)
-    scores = plain_similarity(texts, videos)
-    whole = (lambda rows: scores[rows]), (lambda rows: scores.t()[rows])
-    expected = eval.retrieval_metrics(whole, **layout)
+    expected = metrics_of(plain_similarity(texts, videos), instances)
     sizes = []
 
     def spy(texts, frames, mask, tau):
         sizes.append(len(texts) * mask.numel())
         return similarity(texts, frames, mask, tau)
     monkeypatch.setattr(train_adapter, "similarity", spy)
-    for block, most in ((1 << 22, 1 << 22), (2 * 21 * 4, 2 * 21 * 4), (1, 21 * 4)):  # 1: one text or video
+    for block in (2 * 21 * 4, 1):  # 1: one text or video
         monkeypatch.setattr(eval, "BLOCK", block)
         sizes.clear()
         found = video_metrics(frames, mask, texts, layout)
-        assert found["rSum"] == pytest.approx(expected["rSum"])
         assert all(found[way] == pytest.approx(expected[way]) for way in eval.WAYS)
-        assert max(sizes) <= most and (block == 1 << 22 or len(sizes) > 8)
+        assert max(sizes) <= max(block, 21 * 4) and len(sizes) > 8
+
+
+def metrics_of(scores, instances):
+    """Those of a ready matrix of all captions with all videos."""
+    whole = (lambda rows: scores[rows]), (lambda rows: scores.t()[rows])
+    return eval.retrieval_metrics(whole, **eval.layout(instances))
 
 
 def embedded_plainly(tuned, instances, frames, context):
@@ -424,11 +412,11 @@ def films(squares):
 
 
 @pytest.mark.parametrize("words, frames, tau", [
-    ("--pool query", 4, 5.0), ("--pool mean --tune full", 100, None), ("--tau 0.5 --tune lora", 4, 0.5),
+    ("--tau 0.5 --tune lora", 4, 0.5), ("--pool mean --tune full", 100, None),
     ("--tune adapter-unshared --dropout 0.9 --rank 32 --lr 0.3", 2, 5.0)])
 def test_a_run_is_evaluated_by_its_similarity(words, frames, tau, films, tmp_path, monkeypatch, capsys):
     """By loops over the pictures and captions themselves: its report on test, of the tuned model and of the
-    CLIP alone. eval.py repeats it, and val's best. Training compares by the same tau. 100: all frames."""
+    CLIP alone. eval.py repeats it. Training compares by the same tau. 100: all frames."""
     temperatures = set()
 
     def noted(texts, shown, mask, tau):
@@ -440,22 +428,16 @@ def test_a_run_is_evaluated_by_its_similarity(words, frames, tau, films, tmp_pat
     assert temperatures == {tau or math.inf}
     instances, _ = data.load(films, split="test")
     found = metrics(out)
-    assert found.keys() == {"test", "test, not tuned"}
     for row, model in (("test", eval.restore(out / "best.pt", "cpu")[0]), ("test, not tuned", small_clip())):
         videos, texts = embedded_plainly(model, instances, frames, 14)
-        scores = plain_similarity(texts, videos, tau)
-        whole = (lambda rows: scores[rows]), (lambda rows: scores.t()[rows])
-        expected = eval.retrieval_metrics(whole, **eval.layout(instances))
+        expected = metrics_of(plain_similarity(texts, videos, tau), instances)
         for way in eval.WAYS:
             assert found[row]["model"][way] == pytest.approx(expected[way])
     evaluated(out / "best.pt", "--out", tmp_path / "again")
-    evaluated(out / "best.pt", "--out", tmp_path / "again", "--split", "val")
     assert metrics(tmp_path / "again")["test"] == found["test"]
-    assert metrics(tmp_path / "again")["val"]["model"] == log(out)[-1]["val"]
     costs = json.loads((out / "costs.json").read_text())
-    said = capsys.readouterr().err
-    share = f"{100 * costs['share']:.2f}% of CLIP's"
-    assert f"{costs['trained_parameters']:,} trained parameters, {share}" in said
+    assert (f"{costs['trained_parameters']:,} trained parameters, {100 * costs['share']:.2f}% of CLIP's"
+            in capsys.readouterr().err)
 
 
 # ---------------------------------------------------------------- the frozen CLIP
@@ -495,16 +477,11 @@ def test_the_default_run_adapts_the_small_clip(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more, says", [
     ("--share 33", "--share 33: more than the narrower encoder's width; choose 32 or less"),
-    ("--share -1", "0 or more"),
-    ("--rank 0", "not a positive whole number"),
-    ("--frames 0", "positive"),
-    ("--tune everything", "--tune"),
-    ("--dropout 1.5", "not a share from 0 to 1"),
+    ("--rank 0", "not a positive whole number"), ("--dropout 1.5", "not a share from 0 to 1"),
     ("--tau 0", "not a positive number"),
     ("--clip tiny", "--clip tiny has random weights, nothing to adapt: give a pretrained CLIP"),
     ("--context 33", "--context 33: this CLIP has 32 positions for the tokens of a text; choose that or"),
     ("--clip {resnet} --tune adapter", "--tune: adapters and lora go into transformer blocks"),
-    ("--clip {resnet} --tune adapter-unshared", "--tune: adapters and lora go into transformer blocks"),
     ("--clip {resnet} --tune lora", "--tune: adapters and lora go into transformer blocks")])
 def test_bad_settings(more, says, squares, tmp_path, capsys):
     more = more.format(resnet=f"{beside(squares, 'resnet.pt')} --image-size 32").split()

@@ -69,13 +69,12 @@ def squares(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(folder, squares, tmp_path_factory):
-    """{kind: folder} of a run on features from files, and of one on those of a frozen CLIP."""
-    made = tmp_path_factory.mktemp("runs")
+def frozen(squares, tmp_path_factory):
+    """The folder of a run on the features of a frozen CLIP."""
+    out = tmp_path_factory.mktemp("runs") / "frozen"
     with kept_signals():
-        main(on_features(folder, "--out", made / "features"))
-        main(on_squares(squares, "--out", made / "frozen", "--epochs", 12))
-    return {kind: made / kind for kind in ("features", "frozen")}
+        main(on_squares(squares, "--out", out, "--epochs", 12))
+    return out
 
 
 def heads_of(path):
@@ -111,10 +110,10 @@ def test_the_model_is_what_the_paper_says():
         assert torch.allclose(dropped.double(), F.normalize(h * kept, dim=1), atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [2173, 9000])
-def test_standardisation_is_that_of_the_training_features(rows):
+def test_standardisation_is_that_of_the_training_features():
     """A constant column is not blown up: rounding in sums is no deviation, and divided by it a test feature
     that differs a little would drown all others."""
+    rows = 9000
     rng = np.random.default_rng(0)
     images = (rng.normal(size=(rows, 3)) * (1, 50, 0.01) + (0, 7, 30)).astype(np.float32)
     texts = np.array([1, 0, 0.1, 123.4, 50000.3], np.float32).repeat(rows).reshape(5, rows).T.copy()
@@ -127,7 +126,6 @@ def test_standardisation_is_that_of_the_training_features(rows):
     assert np.allclose(model.image_std, images.astype(float).std(0), rtol=1e-5)
     assert np.allclose(model.text_mean, texts.astype(float).mean(0), rtol=1e-6)
     assert model.text_std.tolist() == pytest.approx([texts[:, 0].std(), 1, 1, 1, 1], rel=1e-5)
-    assert model.text_std[1:].tolist() == [1, 1, 1, 1]
 
 
 def test_a_hybrid_is_the_weighted_sum_of_its_losses():
@@ -172,14 +170,11 @@ def test_terms_of_a_loss():
 
 @pytest.mark.parametrize("loss, prototypes", [*((loss, "fixed") for loss in LOSSES),
                                               ("pcl+modality-invariant:0.1", "fixed"), ("pcl", "learned")])
-def test_every_loss_trains_and_only_what_it_has(loss, prototypes, folder, runs, tmp_path):
+def test_every_loss_trains_and_only_what_it_has(loss, prototypes, folder, tmp_path):
     """Fixed prototypes stay where they are whatever the loss; the classifier moves for those that have it."""
     main(on_features(folder, "--out", tmp_path, "--loss", loss, "--prototypes", prototypes))
     lines = log(tmp_path)
-    assert all(math.isfinite(line["loss"]) and line["val"]["mAP"] > 0 for line in lines)
-    assert lines[1]["loss"] < lines[0]["loss"]
-    values, defaults = ([line["loss"] for line in of_run] for of_run in (lines, log(runs["features"])))
-    assert (values == defaults) == ((loss, prototypes) == ("pcl", "fixed"))  # the defaults
+    assert lines[1]["loss"] < lines[0]["loss"] and lines[1]["val"]["mAP"] > 0
     heads = heads_of(tmp_path / "last.pt")
     start = CLIP4CMR(None, (DI, DT), CLASSES, 16, 8).state_dict()
     still = {name for name in start if torch.equal(heads[name], start[name])}
@@ -218,31 +213,28 @@ def test_defaults(argv, expected, start, folder):
     args = settings(argv)
     assert {name: getattr(args, name) for name in expected} == expected
     assert (args.dim, args.hidden, args.dropout) == (1024, 256, 0.1)
+    assert (args.loss, args.prototypes) == ("pcl", "fixed")
     assert args.clip == start and args.out == os.path.join("runs", f"clip4cmr-{folder}")
 
 
 @pytest.mark.parametrize("scarce, fraction", [("text", 0.3), ("image", 0.55)])
-def test_imbalance_cuts_every_batch_of_one_modality(scarce, fraction, folder, runs, tmp_path, monkeypatch):
+def test_imbalance_cuts_every_batch_of_one_modality(scarce, fraction, folder, tmp_path, monkeypatch):
     """round(fraction b) of a batch of b, one at least. They are others in every epoch, so that in the end all
-    classes were among them. The other modality is untouched, and standardisation is that of all samples."""
+    classes were among them. The other modality is untouched."""
     rows = {"image": [], "text": []}
     seen = set()
 
-    def seen_loss(model, weights, images, image_labels, texts, *rest):
+    def seen_loss(model, weights, images, image_labels, texts, text_labels, *rest):
         rows["image"].append(len(images))
         rows["text"].append(len(texts))
-        scarce_labels = rest[0] if scarce == "text" else image_labels
-        seen.update(scarce_labels[:1].tolist())
-        return total_loss(model, weights, images, image_labels, texts, *rest)
+        seen.update((text_labels if scarce == "text" else image_labels)[:1].tolist())
+        return total_loss(model, weights, images, image_labels, texts, text_labels, *rest)
     monkeypatch.setattr(train_clip4cmr, "total_loss", seen_loss)
     main(on_features(folder, f"--{scarce}-fraction", fraction, "--out", tmp_path, "--epochs", 12))
-    sizes = [7, 7, 5] * 12
     for modality, found in rows.items():
         share = fraction if modality == scarce else 1
-        assert found == [max(1, round(share * size)) for size in sizes]
+        assert found == [max(1, round(share * size)) for size in [7, 7, 5] * 12]
     assert seen == set(range(CLASSES))
-    heads, of_all = (heads_of(run / "last.pt") for run in (tmp_path, runs["features"]))
-    assert all(torch.equal(heads[f"{scarce}_{name}"], of_all[f"{scarce}_{name}"]) for name in ("mean", "std"))
 
 
 def test_without_standardisation_features_are_taken_as_they_are(folder, tmp_path):
@@ -267,21 +259,10 @@ def test_patience_spans_enough_steps(more, evaluations, folder, tmp_path, monkey
     assert said.endswith(f"no better val mAP than 30.0 in {evaluations} evaluations; stopped")
 
 
-@pytest.mark.parametrize("kind", ["features", "frozen"])
-def test_eval_repeats_what_a_run_reports(kind, runs, tmp_path):
-    """best.pt has the best average mAP on val, and eval.py finds the same on val and test."""
-    vals = [line["val"] for line in log(runs[kind])]
-    assert all(val["mAP"] == (val["image_to_text"] + val["text_to_image"]) / 2 for val in vals)
-    evaluated(runs[kind] / "best.pt", "--split", "val", "--out", tmp_path)
-    evaluated(runs[kind] / "best.pt", "--out", tmp_path)
-    assert metrics(tmp_path)["val"]["model"]["mAP"] == max(val["mAP"] for val in vals)
-    assert metrics(tmp_path)["test"] == metrics(runs[kind])["test"]
-
-
-def test_metrics_are_those_of_its_embeddings(squares, runs):
+def test_metrics_are_those_of_its_embeddings(squares, frozen):
     """By loops, from the pictures and captions themselves, so that labels, captions and directions cannot be
     mixed up on the way."""
-    model, _ = eval.restore(runs["frozen"] / "best.pt", "cpu")
+    model, _ = eval.restore(frozen / "best.pt", "cpu")
     transform = clip.transform(16)
     images, texts = [], []
     for row in map(json.loads, open(squares)):
@@ -289,11 +270,8 @@ def test_metrics_are_those_of_its_embeddings(squares, runs):
             files = [os.path.join(os.path.dirname(squares), file) for file in row["images"]]
             with torch.no_grad():
                 pixels = torch.stack([transform(Image.open(file)) for file in files])
-                views = model.encode_image(pixels)
-                tokens = model.tokenizer(row["captions"], 24)
-                captions = model.encode_text(tokens)
-                assert torch.equal(views, model.embed_image(model.clip.encode_image(pixels)))
-                assert torch.equal(captions, model.embed_text(model.clip.encode_text(tokens)))
+                views = model.embed_image(model.clip.encode_image(pixels))
+                captions = model.embed_text(model.clip.encode_text(model.tokenizer(row["captions"], 24)))
             images.append((views.sum(0), row["labels"]["outer"]))
             texts += [(caption, row["labels"]["outer"]) for caption in captions]
     for way, queries, gallery in (("image_to_text", images, texts), ("text_to_image", texts, images)):
@@ -302,7 +280,7 @@ def test_metrics_are_those_of_its_embeddings(squares, runs):
             cosines = torch.stack([F.cosine_similarity(query, item, dim=0) for item, _ in gallery])
             right = [gallery[i][1] == label for i in cosines.argsort(descending=True, stable=True)]
             precisions.append(np.mean([sum(right[:p + 1]) / (p + 1) for p in range(len(right)) if right[p]]))
-        mean = metrics(runs["frozen"])["test"]["model"][way]["mAP"]
+        mean = metrics(frozen)["test"]["model"][way]["mAP"]
         assert mean == pytest.approx(100 * np.mean(precisions), abs=1e-6)
 
 
@@ -323,7 +301,6 @@ def test_a_frozen_clip_stays_as_it_is_and_out_of_the_checkpoint(squares, tmp_pat
     checkpoint = clip.load_checkpoint(tmp_path / "run" / "last.pt")
     assert checkpoint["frozen_clip"] == identity and "clip" not in checkpoint
     assert not any(name.startswith("clip") for name in checkpoint["heads"])
-    assert len(checkpoint["optimizer"]["state"]) == 8
     other = clip.identity(save_clip(weights, squares, 1))
     line = refused(capsys, ["--checkpoint", tmp_path / "run" / "best.pt"], eval.main)
     assert identity[:12] in line and other[:12] in line and str(weights) in line
@@ -352,11 +329,11 @@ def outer_colour(item):
     return min(COLOURS, key=lambda c: np.abs(item[4, 4].astype(int) - COLOURS[c]).sum())
 
 
-def test_gallery_frames_by_class(runs, tmp_path, monkeypatch):
+def test_gallery_frames_by_class(frozen, tmp_path, monkeypatch):
     """A picture of another instance is right where its outer colour is that of the query."""
     rows = []
     monkeypatch.setattr(eval, "gallery_picture", lambda path, drawn: rows.extend(drawn))
-    evaluated(runs["frozen"] / "best.pt", "--split", "train", "--gallery", "gallery.png", "--out", tmp_path)
+    evaluated(frozen / "best.pt", "--split", "train", "--gallery", "gallery.png", "--out", tmp_path)
     frames = [green for _, results in rows for _, green in results]
     assert frames == [outer_colour(result) == outer_colour(query) for query, results in rows
                       for result, _ in results]
@@ -364,12 +341,12 @@ def test_gallery_frames_by_class(runs, tmp_path, monkeypatch):
     assert len(rows) == 12 and len(frames) == 60 and 12 < sum(frames) < 60
 
 
-@pytest.mark.parametrize("option, value, says", [
-    ("--query", "a red square", "no words"), ("--gallery", "{}/gallery.png", "no pictures"),
-    ("--attention", "{}/attention.png", "train_cmaclip"), ("--split", "unseen", "'unseen'")])
-def test_what_features_cannot_do_is_said(option, value, says, runs, tmp_path, capsys):
-    argv = ["--checkpoint", runs["features"] / "best.pt", "--out", tmp_path, option, value.format(tmp_path)]
-    assert says in refused(capsys, argv, eval.main) and os.listdir(tmp_path) == []
+def test_what_features_cannot_do_is_said(folder, tmp_path, capsys):
+    main(on_features(folder, "--out", tmp_path, "--epochs", 1))
+    for option, value, says in (("--query", "a red square", "no words"), ("--split", "unseen", "'unseen'"),
+                                ("--gallery", "a.png", "no pictures"), ("--attention", "a.png", "cmaclip")):
+        argv = ["--checkpoint", tmp_path / "best.pt", "--out", tmp_path / "new", option, value]
+        assert says in refused(capsys, argv, eval.main) and not (tmp_path / "new").exists()
 
 
 def relabelled(squares, path, relabel):
@@ -383,14 +360,14 @@ def relabelled(squares, path, relabel):
     return path
 
 
-def test_eval_of_other_data_goes_by_the_names_of_classes(squares, runs, tmp_path, capsys):
+def test_eval_of_other_data_goes_by_the_names_of_classes(squares, frozen, tmp_path, capsys):
     """Classes are numbered anew in every data set. In this one pink is called rose, which the model does not
     know, and black does not occur; what is left out is said."""
     def relabel(i, row):
         outer = row["labels"].get("outer")
         return None if outer == "black" else {"outer": "rose" if outer == "pink" else outer}
     other = relabelled(squares, tmp_path / "other.jsonl", relabel)
-    evaluated(runs["frozen"] / "best.pt", "--data", other, "--out", tmp_path)
+    evaluated(frozen / "best.pt", "--data", other, "--out", tmp_path)
     assert "2 of 7 instances have no known outer" in capsys.readouterr().err
     per_class = metrics(tmp_path)[f"{other} test"]["model"]["image_to_text"]["per_class"]
     # the green test row has no label
@@ -400,18 +377,13 @@ def test_eval_of_other_data_goes_by_the_names_of_classes(squares, runs, tmp_path
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("option, value, says", [
-    ("--loss", "pcl+hinge:2", "unknown loss 'hinge'"), ("--loss", "", "unknown loss"),
-    ("--loss", "pcl+", "unknown loss ''"), ("--loss", "pcl:-1", "not a positive number"),
+    ("--loss", "pcl+hinge:2", "unknown loss 'hinge'"), ("--loss", "pcl+", "unknown loss ''"),
     ("--loss", "pcl:0", "not a positive number"), ("--loss", "pcl+triplet:nan", "not a positive number"),
-    ("--loss", "pcl:inf", "not a positive number"), ("--loss", "pcl:much", "not a positive number"),
-    ("--loss", "pcl+triplet+pcl:0.5", "pcl is named twice"), ("--text-fraction", 0, "up to 1"),
-    ("--text-fraction", 1.5, "up to 1"), ("--image-fraction", -0.1, "up to 1"),
-    ("--image-fraction", "nan", "up to 1"), ("--dropout", 1.5, "from 0 to 1"), ("--dim", 0, "positive"),
-    ("--hidden", -3, "positive"), ("--margin", 0.1, "pcl has none"), ("--margin", -0.1, "0 or more"),
-    ("--temperature", 0, "positive"), ("--patience", 0, "positive"), ("--prototypes", "none", "fixed"),
-    ("--eval-every", 0, "positive"),
-    ("--task", "colour", "has the tasks inner, outer"),
-    ("--clip", "RN5", "did you mean 'RN50'"), ("--clip", "tiny", "random weights")])
+    ("--loss", "pcl:much", "not a positive number"), ("--loss", "pcl+triplet+pcl:0.5", "pcl is named twice"),
+    ("--text-fraction", 0, "up to 1"), ("--image-fraction", "nan", "up to 1"),
+    ("--dropout", 1.5, "from 0 to 1"), ("--margin", 0.1, "pcl has none"), ("--temperature", 0, "positive"),
+    ("--patience", 0, "positive"), ("--prototypes", "none", "fixed"),
+    ("--task", "colour", "has the tasks inner, outer"), ("--clip", "tiny", "random weights")])
 def test_bad_settings(option, value, says, squares, tmp_path, capsys):
     line = refused(capsys, on_squares(squares, "--out", tmp_path / "run", option, value), main)
     assert says in line and not (tmp_path / "run").exists()

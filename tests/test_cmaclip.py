@@ -210,25 +210,21 @@ def test_multitask_loss_is_a_loop():
 # ---------------------------------------------------------------- noise
 
 def test_corrupt_replaces_a_share_by_other_rows_of_the_batch():
+    """Whole rows, a larger share takes in a smaller one, images and texts apart from each other."""
     images = torch.arange(300)[:, None, None, None].expand(300, 3, 2, 2)
     tokens = torch.arange(300)[:, None].expand(300, 5)
-
-    def draw(seed, noise):
-        torch.manual_seed(seed)
-        return corrupt(images, tokens, noise)
     moved_before = torch.zeros(2, 300, dtype=torch.bool)
     for noise in ((0.0, 0.0), (0.0, 0.3), (0.4, 0.4), (1.0, 0.4), (1.0, 1.0)):
-        corrupted = draw(1, noise)
-        assert all(torch.equal(a, b) for a, b in zip(draw(1, noise), corrupted))
+        torch.manual_seed(1)
+        corrupted = corrupt(images, tokens, noise)
         rows = torch.stack([now.flatten(1)[:, 0] for now in corrupted])
-        assert all((now.flatten(1) == row[:, None]).all() for now, row in zip(corrupted, rows))  # whole rows
+        assert all((now.flatten(1) == row[:, None]).all() for now, row in zip(corrupted, rows))
         moved = rows != torch.arange(300)
         for share, part in zip(noise, moved):
             assert part.float().mean().item() == pytest.approx(share, abs=0.1 if 0 < share < 1 else 0)
-        assert not (moved_before & ~moved).any()  # a larger share takes in a smaller one
+        assert not (moved_before & ~moved).any()
         moved_before = moved
     assert (rows[0] != rows[1]).float().mean() > 0.9 and len(rows[0].unique()) > 150  # not of one other alone
-    assert not torch.equal(draw(2, noise)[0], corrupted[0])
     alone = corrupt(images[:1], tokens[:1], (1.0, 1.0))
     assert torch.equal(alone[0], images[:1]) and torch.equal(alone[1], tokens[:1])  # there is no other
 
@@ -275,33 +271,23 @@ def accuracy(path, checkpoint):
     return {task: pytest.approx(100 * np.mean(values)) for task, values in right.items()}
 
 
-def test_it_learns_what_needs_both_modalities(things, whole, tmp_path):
-    """cma learns both tasks, and where to look for each, so that noise harms it there; one modality is at
-    chance (25) in the other's task."""
+def test_it_learns_where_to_look(things, whole):
+    """Both tasks, one of the picture and one of the text, so that noise harms each where it looks."""
     rows = metrics(whole)["test"]
-    reached = {"cma": rows["model"]}
-    for fusion in ("image", "text"):
-        main(arguments(things, "--out", tmp_path / fusion, "--fusion", fusion, "--epochs", 15,
-                       "--eval-every", 5))
-        reached[fusion] = metrics(tmp_path / fusion)["test"]["model"]
-    cma, image, text = ({task: m[task]["accuracy"] for task in ("seen", "told")} for m in reached.values())
-    assert min(cma.values()) > 85 and cma == accuracy(things, whole / "best.pt")
-    assert image["seen"] > 85 and image["told"] < 50
-    assert text["told"] > 85 and text["seen"] < 50
-    assert reached["cma"]["seen"]["image_weight"] > 55 > 45 > reached["cma"]["told"]["image_weight"]
+    found = {task: rows["model"][task]["accuracy"] for task in ("seen", "told")}
+    assert min(found.values()) > 85 and found == accuracy(things, whole / "best.pt")
+    assert rows["model"]["seen"]["image_weight"] > 55 > 45 > rows["model"]["told"]["image_weight"]
     for kind, task, other in (("image", "seen", "told"), ("text", "told", "seen")):
         study = rows["noise"][kind]
-        assert study["0.0"][task] == pytest.approx(reached["cma"][task])
+        assert study["0.0"][task] == pytest.approx(rows["model"][task])
         assert study["1.0"][task]["accuracy"] < 50 < 70 < study["1.0"][other]["accuracy"]
 
 
 @pytest.mark.parametrize("fusion", FUSIONS[1:])
-def test_every_fusion_runs_and_eval_repeats_its_metrics(fusion, things, tmp_path, capsys):
+def test_every_fusion_runs_and_eval_repeats_its_metrics(fusion, things, tmp_path):
     main(arguments(things, "--out", tmp_path, "--fusion", fusion))
-    assert f"fusion {fusion};" in capsys.readouterr().err
     rows = metrics(tmp_path)["test"]
     assert rows["majority"] == {"seen": {"accuracy": 25.0}, "told": {"accuracy": 25.0}}
-    assert ("image_weight" in rows["model"]["mean_of_tasks"]) == (fusion == "modality")
     evaluated(tmp_path / "best.pt", "--out", tmp_path / "again")
     assert metrics(tmp_path / "again")["test"] == rows
 
@@ -317,25 +303,15 @@ def test_thresholds_are_those_of_the_same_model_on_val(things, tmp_path):
             assert torch.equal(classifier.threshold, expected) and expected.isfinite().any()
 
 
-def recorded(monkeypatch):
-    """-> (steps, models) of the runs that follow; a step is [(rate, weight decay, parameters) of a group]."""
-    steps, models = [], []
+def test_clip_is_trained_at_a_rate_of_its_own_and_only_matrices_decay(things, tmp_path, monkeypatch):
+    steps = []
 
     class AdamW(torch.optim.AdamW):
         def step(self):
             steps.append([(g["lr"], g["weight_decay"], g["params"]) for g in self.param_groups])
             super().step()
-
-    def build(*a):
-        models.append(CMACLIP(*a))
-        return models[-1]
+    models = built(monkeypatch)
     monkeypatch.setattr(torch.optim, "AdamW", AdamW)
-    monkeypatch.setattr(train_cmaclip, "CMACLIP", build)
-    return steps, models
-
-
-def test_clip_is_trained_at_a_rate_of_its_own_and_only_matrices_decay(things, tmp_path, monkeypatch):
-    steps, models = recorded(monkeypatch)
     monkeypatch.setattr(train_cmaclip, "WARMUP", 0.5)
     main(arguments(things, "--out", tmp_path, "--epochs", 2, "--weight-decay", 0.3, "--lr", 1e-2,
                    "--clip-lr", 1e-4))
@@ -349,21 +325,30 @@ def test_clip_is_trained_at_a_rate_of_its_own_and_only_matrices_decay(things, tm
     assert np.allclose([step[0][0] for step in steps], [1e-2 * x for x in shape], rtol=1e-9)
 
 
+def built(monkeypatch):
+    """The models of the runs that follow."""
+    models = []
+
+    def build(*a):
+        models.append(CMACLIP(*a))
+        return models[-1]
+    monkeypatch.setattr(train_cmaclip, "CMACLIP", build)
+    return models
+
+
 @pytest.mark.parametrize("resnet", [False, True])
 def test_a_frozen_clip_stays_as_it_is(resnet, things, tmp_path, monkeypatch):
     """Bit for bit, a ResNet's running statistics too; no gradient is computed for it; all else is trained."""
-    _, models = recorded(monkeypatch)
+    models = built(monkeypatch)
     clip_model = small_clip([x.captions[0] for x in data.load(things)[0]], resnet=resnet)
     clip.save_checkpoint(tmp_path / "clip.pt", {"clip": clip.describe(clip_model)})
     main(arguments(things, "--out", tmp_path / "run", "--clip", tmp_path / "clip.pt", "--freeze"))
     assert clip.identity(models[0].clip) == clip.identity(clip_model)
     assert all(p.grad is None for p in models[0].clip.parameters())
     start = CMACLIP(clip_model, {"seen": TOUCH, "told": TOUCH}).state_dict()
-    best = clip.load_checkpoint(tmp_path / "run" / "best.pt")
-    for name, value in clip_model.state_dict().items():
-        assert torch.equal(value, best["clip"]["state_dict"][name])
-    trained = best["heads"].keys() - {"classifiers.0.threshold", "classifiers.1.threshold"}
-    assert all(not torch.equal(best["heads"][name], start[name]) for name in trained)
+    heads = clip.load_checkpoint(tmp_path / "run" / "best.pt")["heads"]
+    for name in heads.keys() - {"classifiers.0.threshold", "classifiers.1.threshold"}:
+        assert not torch.equal(heads[name], start[name]), name
 
 
 def test_settings_reach_the_model(things, tmp_path):
@@ -373,11 +358,8 @@ def test_settings_reach_the_model(things, tmp_path):
     layer, = model.layers
     assert layer.self_attn.num_heads == 3 and layer.dropout.p == 0 and model.importance.shape == (1, 2, 24)
     assert checkpoint["classes"] == {"told": list(TOUCH)}
-    assert metrics(tmp_path)["test"]["model"].keys() == {"told", "mean_of_tasks"}
-    scratch, pretrained = train_cmaclip.SCRATCH, train_cmaclip.PRETRAINED
-    assert vars(settings([])).items() >= scratch.items()
-    assert vars(settings(["--clip", "ViT-B/32"])).items() >= pretrained.items()
-    assert vars(settings(["--lr", "0.5"])).items() >= (scratch | {"lr": 0.5}).items()
+    assert vars(settings([])).items() >= train_cmaclip.SCRATCH.items()
+    assert vars(settings(["--clip", "ViT-B/32"])).items() >= train_cmaclip.PRETRAINED.items()
 
 
 # ---------------------------------------------------------------- eval.py: pictures
@@ -401,7 +383,6 @@ def test_gallery_shows_predictions_by_the_names_of_classes(things, whole, drawn,
     test = relabelled(things, tmp_path / "other.jsonl", label)[-32:]
     by_pixels = {data.pixels(row["images"][0], eval.CELL).tobytes(): row for row in test}
     evaluated(whole / "best.pt", "--data", tmp_path / "other.jsonl", "--out", tmp_path, "--gallery", "x.png")
-    assert len(drawn) == 10
     judged = []
     for query, ((caption, _), (of_seen, unknown), (of_told, right)) in drawn:
         row = by_pixels[query.tobytes()]
@@ -410,7 +391,7 @@ def test_gallery_shows_predictions_by_the_names_of_classes(things, whole, drawn,
         assert of_told.startswith("told: ") and right == (label and of_told.split()[1] == label)
         assert (f"is {label}" in of_told) == (right is False)
         judged.append(right)
-    assert {True, False, None} == set(judged)
+    assert len(drawn) == 10 and {True, False, None} == set(judged)
 
 
 def test_attention_picture(things, whole, drawn, tmp_path):
@@ -444,8 +425,8 @@ def test_attention_picture(things, whole, drawn, tmp_path):
 def test_attention_of_other_fusions(fusion, things, drawn):
     """sequence has words and no weights, modality weights and no words; what has neither is refused."""
     classes = {"seen": sorted(list(COLOURS)[:4]), "told": list(TOUCH)}
-    model = CMACLIP(small_clip(CAPTIONS), classes, fusion)
     args = SimpleNamespace(data=things, root=None, split="test")
+    model = CMACLIP(small_clip(CAPTIONS), classes, fusion)
     if fusion == "concat":
         with pytest.raises(clip.CheckpointError, match="--fusion concat has no attention"):
             train_cmaclip.attention_picture(model, {"classes": classes}, args, "x.png")
@@ -474,16 +455,12 @@ def test_tasks_are_chosen(capsys):
     assert choose_tasks(classes, None, "mine", instances) == {"a": classes["a"], "c": classes["c"]}
     said = capsys.readouterr().err
     assert "'b' has one class only in train" in said and "'d' has 1,200 distinct values" in said
-    assert said.count("left out") == 2 == said.count("\n")
     assert list(choose_tasks(classes, "c,a", "mine", instances)) == ["c", "a"]
-    assert capsys.readouterr().err == ""
     # a stray comma brings in no task that nobody asked for
     for asked, says in (("a,e", "e: mine has the tasks a, b, c, d"), ("a,", ": mine has the tasks a, b"),
-                        ("b", "one class only"), ("d", "look like ids")):
+                        ("b", "one class only")):
         with pytest.raises(data.DataError, match=says):
             choose_tasks(classes, asked, "mine", instances)
-    with pytest.raises(data.DataError, match="no labels"):
-        choose_tasks({}, None, "mine", instances)
     with pytest.raises(data.DataError, match="none of the tasks b, d"):
         choose_tasks({task: classes[task] for task in "bd"}, None, "mine", instances)
 
@@ -491,11 +468,9 @@ def test_tasks_are_chosen(capsys):
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("words, says", [
-    ("--tasks seen,feel", "feel: "), ("--fusion both", "sequence"),
-    ("--heads 3", "--heads 3: does not divide the width 16"), ("--width 10", "does not divide the width 10"),
-    ("--heads 0", "positive"), ("--layers 0", "positive"), ("--width -4", "positive"),
-    ("--clip-lr 0", "positive"), ("--dropout 2", "from 0 to 1"), ("--precision 0", "up to 1"),
-    ("--train-noise-image nan", "from 0 to 1"), ("--train-noise-text -0.1", "from 0 to 1"),
+    ("--tasks seen,feel", "feel: "), ("--heads 3", "--heads 3: does not divide the width 16"),
+    ("--width 10", "does not divide the width 10"), ("--clip-lr 0", "positive"),
+    ("--dropout 2", "from 0 to 1"), ("--precision 0", "up to 1"), ("--train-noise-image nan", "from 0 to 1"),
     ("--clip tiny --freeze", "--freeze: tiny starts from random weights")])
 def test_bad_settings(words, says, things, tmp_path, capsys):
     assert says in refused(capsys, arguments(things, "--out", tmp_path / "new", *words.split()), main)

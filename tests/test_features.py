@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import struct
-import zipfile
 
 import numpy as np
 import pytest
@@ -41,9 +40,9 @@ def npz(path, **values):
     return str(path)
 
 
-def pkl(path, value, protocol=4):
+def pkl(path, value):
     with open(path, "wb") as f:
-        pickle.dump(value, f, protocol)
+        pickle.dump(value, f)
     return str(path)
 
 
@@ -59,36 +58,27 @@ def assert_same(found, expected):
 def test_npz(tmp_path):
     expected = content()
     assert_same(data.read_features(npz(tmp_path / "a.npz", **expected, other=np.zeros(3))), expected)
-    compressed = tmp_path / "b.npz"
     halves = expected["text"].astype(np.float16)
-    other_types = {"image": expected["image"].astype(">f8"), "text": halves, "ids": np.arange(60)}
-    np.savez_compressed(compressed, **expected | other_types)
-    found = data.read_features(str(compressed))
+    np.savez_compressed(tmp_path / "b.npz", **expected | {"image": expected["image"].astype(">f8"),
+                                                          "text": halves, "ids": np.arange(60)})
+    found = data.read_features(str(tmp_path / "b.npz"))
     assert found["image"].dtype == found["text"].dtype == np.float32
     assert_same(found, expected | {"text": halves.astype(np.float32), "ids": np.arange(60)})
-    ids = np.arange(60) > 9
-    column = content(label=(np.arange(60) % 3).astype(float)[:, None], ids=ids)  # as MATLAB writes
+    column = content(label=(np.arange(60) % 3).astype(float)[:, None], ids=None)  # as MATLAB writes
     found = data.read_features(npz(tmp_path / "d.npz", **column))
-    assert_same(found, expected | {"ids": ids.astype(np.int64)})
-    without = data.read_features(npz(tmp_path / "c.npz", **content(ids=None)))
-    assert_same(without, expected | {"ids": np.arange(60)})
+    assert_same(found, expected | {"ids": np.arange(60)})
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_pickles(protocol, tmp_path):
+def test_pickles(tmp_path):
     expected = content()
-    more = expected | {"other": [{"x": 1.5}]}
-    assert_same(data.read_features(pkl(tmp_path / "a.pkl", more, protocol)), expected)
+    assert_same(data.read_features(pkl(tmp_path / "a.pkl", expected | {"other": [{"x": 1.5}]})), expected)
     plain = {key: value.tolist() for key, value in expected.items()}  # lists in place of arrays
-    assert_same(data.read_features(pkl(tmp_path / "a.p", plain, protocol)), expected)
+    assert_same(data.read_features(pkl(tmp_path / "a.p", plain)), expected)
     strings = content(label=np.array(["art", "biology", "art"] * 20, dtype=object),
                       ids=np.array([7, "b", None] * 20, dtype=object))
-    found = data.read_features(pkl(tmp_path / "a.pickle", strings, protocol))
+    found = data.read_features(pkl(tmp_path / "a.pickle", strings))
     assert found["label"].tolist() == ["art", "biology", "art"] * 20
     assert found["ids"].tolist() == ["7", "b", "None"] * 20
-    fortran = content(image=np.arange(240.0).reshape(4, 60).T)  # columns first
-    doubles = data.read_features(pkl(tmp_path / "b.pkl", fortran, protocol))
-    assert doubles["image"].dtype == np.float32 and doubles["image"][7].tolist() == [7, 67, 127, 187]
 
 
 def python2(values):
@@ -115,15 +105,10 @@ def test_npz_that_would_run_code(tmp_path):
     """Objects within a .npz, a pickle that calls itself .npz: both are pickles, and refused unread."""
     path = tmp_path / "a.npz"
     call = Call(os.mkdir, (str(tmp_path / "mark"),))
-    for key in ("image", "label", "ids"):
-        npz(path, **content() | {key: np.array([call] * 60, dtype=object)})
-        refused("a.npz: .*Object arrays cannot be loaded", data.read_features, str(path))
+    npz(path, **content() | {"ids": np.array([call] * 60, dtype=object)})
+    refused("a.npz: .*Object arrays cannot be loaded", data.read_features, str(path))
     pkl(path, content() | {"ids": call})
     refused("a.npz: refused.*pickle", data.read_features, str(path))
-    npz(path, **content(image=None))
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("image.npy", pickle.dumps(call))  # a member that is no array
-    refused("a.npz: (refused|image is)", data.read_features, str(path))
     assert os.listdir(tmp_path) == ["a.npz"]
 
 
@@ -135,82 +120,37 @@ def with_value(key, row, value):
 
 BAD = {
     "NaN": (with_value("image", 7, np.nan), "image row 7 holds a NaN or an infinite number .1 such"),
-    "infinite": (with_value("text", 59, -np.inf), "text row 59 holds a NaN or an infinite number"),
     "too large": ({"text": np.full((60, 3), 1e39)}, "text row 0 holds a NaN or an infinite number .60 such"),
     "fewer images": ({"image": np.zeros((59, 4))}, "59 rows of image, but 60 labels"),
-    "fewer texts": ({"text": np.zeros((1, 3))}, "1 rows of text, but 60 labels"),
     "more ids": ({"ids": np.arange(61)}, "61 rows of ids, but 60 labels"),
-    "no image": ({"image": None}, "image.*expected a .npz or .pkl"),
     "no text and label": ({"text": None, "label": None}, "text.*expected a .npz"),
-    "image a scalar": ({"image": np.float32(1)}, r"image is float32 of shape \(\)"),
-    "label a scalar": ({"label": np.int64(1)}, r"label is int64 of shape \(\)"),
     "scalar, no ids": ({"label": np.int64(1), "ids": None}, r"label is int64 of shape \(\)"),
-    "ids a scalar": ({"ids": np.int64(1)}, r"ids is int64 of shape \(\)"),
-    "image a vector": ({"image": np.zeros(60)}, r"image is float64 of shape \(60,\)"),
     "image of pixels": ({"image": np.zeros((60, 3, 2, 2))}, r"image is float64 of shape \(60, 3, 2, 2\)"),
     "label one-hot": ({"label": np.eye(60)}, r"label is int64 of shape \(60, 60\); expected one class"),
     "label of fractions": ({"label": np.arange(60) / 7}, "label is float64"),
+    "label a dict": ({"label": {"a": 1}}, "label is object"),
     "image of strings": ({"image": np.full((60, 4), "1.5")}, "image is <U3"),
-    "complex": ({"image": np.zeros((60, 4), complex)}, "image is complex"),
-    "no rows": ({"image": np.zeros((0, 4)), "text": np.zeros((0, 3)), "label": np.zeros(0, int), "ids": None},
-                r"image is float64 of shape \(0, 4\)|label is int64 of shape \(0,\)|no rows"),
-    "no columns": ({"image": np.zeros((60, 0))}, r"image is float64 of shape \(60, 0\)|no columns"),
+    "no columns": ({"image": np.zeros((60, 0))}, r"image is float64 of shape \(60, 0\)"),
 }
 
 
 @pytest.mark.filterwarnings("error")  # what is said is said by the error
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("end", ["npz", "pkl"])
-def test_features_that_do_not_fit_together(name, end, tmp_path):
+def test_features_that_do_not_fit_together(name, tmp_path):
     changes, said = BAD[name]
-    save = pkl if end == "pkl" else lambda path, values: npz(path, **values)
-    bad = save(tmp_path / f"bad.{end}", content(**changes))
-    good = npz(tmp_path / "good.npz", **content())
-    said = f"bad.{end}: .*({said})"
-    refused(said, data.read_features, bad)
-    for files in ((bad, good), (good, bad)):
-        refused(said, data.feature_splits, files, None)
-
-
-def broken_archives(good):
-    """Damaged copies of a .npz: cut, flipped, packed in a way that zipfile does not know, encrypted."""
-    for size in (0, 1, 30, 100, len(good) // 2, len(good) - 30, len(good) - 1):
-        yield good[:size]
-    for at, value in ((8, 99), (6, 1)):  # in each member's header and in the table of contents
-        broken = bytearray(good)
-        for mark, shift in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):
-            for start in [i for i in range(len(good)) if good[i:i + 4] == mark]:
-                broken[start + at + shift] = value
-        yield bytes(broken)
-    flipped = bytearray(good)
-    at = good.find(b"\x93NUMPY")  # a compressed archive does not show it
-    flipped[at + 200 if at > 0 else 120] ^= 255
-    yield bytes(flipped)
+    refused(f"bad.pkl: .*({said})", data.read_features, pkl(tmp_path / "bad.pkl", content(**changes)))
 
 
 def test_files_that_hold_no_features(tmp_path):
+    """What is damaged: test_damage.py."""
     path = tmp_path / "bad.npz"
     refused("bad.npz: cannot be read.*No such file", data.read_features, str(path))
-    path.mkdir()
-    refused("bad.npz: cannot be read", data.read_features, str(path))
-    path.rmdir()
-    for save in (np.savez, np.savez_compressed):
-        save(path, **content())
-        for broken in broken_archives(path.read_bytes()):
-            path.write_bytes(broken)
-            refused("bad.npz: (refused|cannot be read)", data.read_features, str(path))
     with open(path, "wb") as f:  # one array, not several
         np.save(f, np.zeros((3, 4)))
     refused("bad.npz: refused", data.read_features, str(path))
-    path = tmp_path / "bad.pkl"
     ragged = {"image": [[1.0], [2.0, 3.0]], "text": [[1.0]] * 2, "label": [0, 1]}
-    other = [[1, 2], "image, text, label", 7, None, {}, {"image"}, np.zeros(3), ragged]
-    for value in [*other, content() | {"label": {"a": 1}}]:
-        refused("bad.pkl: ", data.read_features, pkl(path, value))
-    good = pickle.dumps(content())
-    for size in (0, 1, 100, len(good) - 1):
-        path.write_bytes(good[:size])
-        refused("bad.pkl: refused", data.read_features, str(path))
+    for value in [[1, 2], "image, text, label", 7, {}, np.zeros(3), ragged]:
+        refused("bad.pkl: ", data.read_features, pkl(tmp_path / "bad.pkl", value))
 
 
 # ---------------------------------------------------------------- splits of features
@@ -241,46 +181,37 @@ def test_feature_splits(tmp_path, said):
     assert splits["val"].images[:, 0].tolist() == [i for i in range(200) if data.hash_tenth(i) == 9]
 
 
-@pytest.mark.parametrize("kind", [str, "S", object, np.uint8])
+@pytest.mark.parametrize("kind", ["S", np.uint8])
 def test_labels_that_train_lacks_are_left_out(kind, tmp_path, said):
     """Names sort as strings; of val and test, rows of another class go. One class is in val alone."""
+    a, ab, b, c, d = (1, 4, 0, 3, 2) if kind is np.uint8 else ("a", "ab", "b", "c", "d")
     labels = []
     for i in range(100):
         tenth = data.hash_tenth(f"row{i}")
-        if tenth == 9 and i % 2:
-            labels.append("ab")
-        else:
-            labels.append("b" if tenth < 5 else "d")
-
-    def save(name, count, values):
-        if kind is np.uint8:
-            values = [{"b": 0, "a": 1, "d": 2, "c": 3, "ab": 4}[value] for value in values]
-        values = content(count, label=np.array(values).astype(kind))
-        if kind is object:
-            return pkl(tmp_path / f"{name}.p", values)
-        return npz(tmp_path / f"{name}.npz", **values)
-    splits, names = data.feature_splits((save("train", 100, labels), save("test", 40, [*"badc"] * 10)), None)
-    assert names == (["0", "2"] if kind is np.uint8 else ["b", "d"])
+        labels.append(ab if tenth == 9 and i % 2 else b if tenth < 5 else d)
+    files = []
+    for name, values in (("train", labels), ("test", [b, a, d, c] * 10)):
+        values = content(len(values), label=np.array(values).astype(kind))
+        files.append(npz(tmp_path / f"{name}.npz", **values))
+    splits, names = data.feature_splits(files, None)
+    assert names == [str(b), str(d)]
     assert splits["test"].labels.tolist() == [0, 1] * 10
     assert splits["test"].images[:, 0].tolist() == [i for i in range(40) if i % 4 in (0, 2)]
-    val = [i for i in np.flatnonzero(late(100)) if labels[i] != "ab"]
+    val = [i for i in np.flatnonzero(late(100)) if labels[i] != ab]
     assert splits["val"].images[:, 0].tolist() == val and splits["val"].labels.tolist() == [1] * len(val)
-    train = [["b", "d"].index(labels[i]) for i in np.flatnonzero(~late(100))]
+    train = [[b, d].index(labels[i]) for i in np.flatnonzero(~late(100))]
     assert splits["train"].labels.tolist() == train
-    out = labels.count("ab")
     notes = said()
-    assert f"val: {out} of {out + len(val)} rows have a label that train does not" in notes
+    assert f"val: {labels.count(ab)} of {labels.count(ab) + len(val)} rows have a label that train" in notes
     assert "test: 20 of 40 rows" in notes
 
 
 EARLY = [i for i in range(99) if data.hash_tenth(i) < 9][:3]  # ids that are no validation data
 UNUSABLE = [  # changes, rows, where the file stands (train, test), what is said
     ({"image": np.zeros((100, 5))}, 100, "test", "image has 5 columns, in .*good.npz it has 4"),
-    ({"text": np.zeros((100, 1))}, 100, "test", "text has 1 columns, in .*good.npz it has 3"),
     ({"label": np.zeros(100, int)}, 100, "train", "one class only in train"),
     ({"label": np.arange(4800) % 1200}, 4800, "train", r"1,\d\d\d distinct values in .* ids"),
     ({"label": np.arange(100) % 80}, 100, "train", "distinct values in .* rows; these look like ids"),
-    ({"label": np.full(100, 77)}, 100, "test", "no row of split 'test' has a label that train has"),
     ({"label": np.array(["0"] * 100)}, 100, "test", "no row of split 'test' has a label that train has"),
     ({}, 2, "train", "one class only|no row of split 'val'"),
     ({"ids": np.array(EARLY), "label": np.array([0, 1, 1])}, 3, "train",
@@ -293,8 +224,6 @@ def test_splits_that_cannot_be_used(tmp_path, said):
         bad = npz(tmp_path / "bad.npz", **content(rows, **changes))
         files = (bad, good) if place == "train" else (good, bad)
         refused(f"bad.npz: .*({problem})", data.feature_splits, files, None)
-    bad = npz(tmp_path / "bad.npz", **content(100, text=np.zeros((100, 1))))  # of two, the second is named
-    refused("good.npz: text has 3 columns, in .*bad.npz it has 1", data.feature_splits, (bad, good), None)
     assert "1 of 2 classes have a single training instance" in said()
 
 
@@ -335,7 +264,7 @@ def equal(a, b):
 
 def test_every_instance_once_per_epoch_with_rows_of_its_own():
     loader = data.FeatureLoader(features(), 5, seed=3)
-    assert len(loader) == 5 and len(list(loader.batches())) == 5 and len(list(loader.batches(3))) == 2
+    assert len(loader) == 5 and len(list(loader.batches())) == 5
     seen = {"images": set(), "texts": set()}
     epochs = []
     for epoch in range(40):
@@ -343,8 +272,6 @@ def test_every_instance_once_per_epoch_with_rows_of_its_own():
         assert [len(b["index"]) for b in parts] == [5, 5, 5, 5, 3]
         epochs.append(tuple(torch.cat([b["index"] for b in parts]).tolist()))
         for batch in parts:
-            assert batch["index"].dtype == torch.int64
-            assert batch["images"].dtype == batch["texts"].dtype == torch.float32
             for kind in seen:
                 assert torch.equal(batch[kind][:, 0], batch["index"].float())
                 seen[kind] |= set(map(tuple, batch[kind].tolist()))
@@ -352,10 +279,10 @@ def test_every_instance_once_per_epoch_with_rows_of_its_own():
     for kind, counts in (("images", VIEWS), ("texts", CAPTIONS)):  # of five, one is missed once in 7,500
         assert seen[kind] == {(i, k) for i, n in enumerate(counts) for k in range(n)}
     other = next(data.FeatureLoader(features(), 23, seed=4).batches())["index"].tolist()
-    assert tuple(other) != epochs[0] and sorted(other) == list(range(23))
+    assert tuple(other) != epochs[0]
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 4])
 def test_processes_share_the_batch(world):
     """The parts of all processes, one after another, are the batch of a single one, of the last batch too."""
     single = batches(0, 10)
@@ -369,9 +296,8 @@ def test_processes_share_the_batch(world):
 
 def test_batches_resume_at_any_step():
     unbroken = batches(0, 12, 0, 1, 2)
-    for start in range(13):
-        rest = batches(start, 12, 0, 1, 2)
-        assert len(rest) == 12 - start and all(map(equal, rest, unbroken[start:]))
+    for start in (1, 5, 12):
+        assert all(map(equal, batches(start, 12, 0, 1, 2), unbroken[start:]))
 
 
 def test_seed_step():
@@ -415,16 +341,10 @@ def test_choose_task(tmp_path, said):
     assert chosen(path, "size") == "size"
     assert "a.csv: task 'size': 1 of 2 classes have a single training instance" in said()
     refused("--task colour: .*a.csv has the tasks color, size", chosen, path, "colour")
-    refused("--task id: .*a.csv", chosen, path, "id")
-    no_labels = "no labels; this method learns from classes"
-    refused(f"a.csv: {no_labels}", chosen, table(csv, ["train", "val", "test"], "image,caption,split"))
-    refused(f"a.csv: {no_labels}", chosen, table(csv, ["train,", "train,", "val,", "test,"]))
     unlabelled = lines(jsonl, ("train", {}), ("train", None), ("val", {}), ("test", {}))
-    refused(f"a.jsonl: {no_labels}", chosen, unlabelled)
+    refused("a.jsonl: no labels; this method learns from classes", chosen, unlabelled)
     single = table(csv, ["train,red", "train,red", "train,", "val,red", "test,red"])
     refused("a.csv: task 'color' has one class only in train", chosen, single)
-    single = lines(jsonl, ("train", {"t": 1}), ("train", {"t": "1"}), ("val", {"t": 1}), ("test", {}))
-    refused("a.jsonl: .*one class only", chosen, single)
     mixed = lines(jsonl, ("train", {"t": 1}), ("train", {"t": 2, "other": "x"}), ("train", {"other": "y"}),
                   ("val", {}))
     assert chosen(mixed, "t") == "t" and chosen(mixed) == "other"  # the first by name
@@ -436,8 +356,6 @@ def test_a_column_of_ids_is_no_task(tmp_path, said):
     assert chosen(path) == "color"
     assert "'number' has 1000 distinct values in 2000 training instances: taken as a remark" in said()
     refused("--task number: .*a.csv has the tasks color .*remark", chosen, path, "number")
-    rows = [f"train,n{i % 40}" for i in range(70)] + ["val,n1", "test,n1"]
-    refused("a.csv: no labels", chosen, table(tmp_path / "a.csv", rows))
     some = np.append(np.full(25, 1), np.zeros(30, int))
     for count, said in ((np.full(1000, 9), "1,000 distinct values in 9,000"),
                         (np.ones(21, int), "21 distinct values in 21"), (some, "25 distinct values in 25")):
@@ -445,8 +363,6 @@ def test_a_column_of_ids_is_no_task(tmp_path, said):
                 data.check_classes, count, "styles.csv", "task 'x'")
     for fine in (np.full(999, 2), np.ones(20, int), np.array([1, 1])):
         data.check_classes(fine, "a.csv", "x")
-    for single in (np.array([5]), np.array([0, 9, 0]), np.zeros(0, int)):
-        refused("a.csv: x has one class only", data.check_classes, single, "a.csv", "x")
 
 
 def test_load_split(tmp_path, said):
@@ -468,95 +384,72 @@ def test_load_split(tmp_path, said):
     assert [x.id for x in test] == ["8"] and "test: 1 of 2 instances have no known color" in said()
     problem = "a.csv: no instance of split 'val' has a known color; label some, or choose another --task"
     refused(problem, load_split, path, "val", "color", ["green", "red"])
-    unknown = "a.csv: no instance of split 'test' has a known size"
-    refused(unknown, load_split, path, "test", "size")
-    path = table(tmp_path / "a.csv", [*rows[:5], "val,", *rows[6:]])
-    refused(problem, load_split, path, "val", "color")
-    path = lines(tmp_path / "a.jsonl", ("train", {"t": "a"}), ("train", {"t": "b"}), ("val", {"other": "z"}))
-    refused("a.jsonl: no instance of split 'val' has a known t", load_split, path, "val", "t")
 
 
 # ---------------------------------------------------------------- what tells two models apart
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-rn"])
 def test_identity(name, tmp_path):
+    """Equal weights have the same, wherever they come from or lie; any other number changes it."""
     tokenizer = clip.Tokenizer.train(["a red cone", "a blue ball"], 520)
     model = clip.build(name, tokenizer, seed=1)
     known = clip.identity(model)
-    again, other = (clip.identity(clip.build(name, tokenizer, seed=seed)) for seed in (1, 2))
-    assert len(known) == 64 and int(known, 16) and known == again != other
+    assert len(known) == 64 and int(known, 16)
     clip.save(model, tmp_path / "a.pt")
     clip.save_checkpoint(tmp_path / "b.pt", {"clip": clip.describe(model), "method": "train_x"})
     for file in ("a.pt", "b.pt"):
         assert clip.identity(clip.load(tmp_path / file, "cpu")[0]) == known
-    weights = list(model.state_dict().items())
-    for key, value in weights[::1 if name == "tiny" else 5]:  # one number of any weight or statistic
+    for key, value in list(model.state_dict().items())[::7]:
         before = value.view(-1)[0].item()
         value.view(-1)[0] += 1
         assert clip.identity(model) != known, key
         value.view(-1)[0] = before
-    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        assert clip.identity(model.to(device).eval().requires_grad_(False)) == known
-    # nor does it matter in what order memory holds the numbers
-    assert clip.identity(model.cpu().to(memory_format=torch.channels_last)) == known
+    assert clip.identity(model.eval().requires_grad_(False).to(memory_format=torch.channels_last)) == known
 
 
 def test_identity_of_orders_names_shapes_and_types():
-    def module(*entries):
+    def of(**entries):
         out = torch.nn.Module()
-        for name, value in entries:
+        for name, value in entries.items():
             out.register_buffer(name, value)
         return clip.identity(out)
     a, b = torch.arange(6.0), torch.ones(2)
-    assert module(("a", a), ("b", b)) == module(("b", b), ("a", a))
-    different = [module(("a", a)), module(("a", a), ("c", b)), module(("b", a), ("a", b))]
+    assert of(a=a, b=b) == of(b=b, a=a)
     others = (a, a.view(2, 3), a.view(3, 2), a.double(), a.view(torch.int32), a.flip(0))
-    different += [module(("a", x), ("b", b)) for x in others]
+    different = [of(a=a), of(a=a, c=b), of(b=a, a=b), *(of(a=x, b=b) for x in others)]
     assert len(set(different)) == len(different)
-    transposed = torch.tensor([[0.0, 3], [1, 4], [2, 5]])
-    assert module(("a", torch.arange(6.0).view(2, 3).t())) == module(("a", transposed))
 
 
 class Head(torch.nn.Module):
-    def __init__(self, inner, width=3):
+    def __init__(self, width=3):
         super().__init__()
-        self.clip = inner
+        self.clip = torch.nn.Linear(2, 2)
         self.out = torch.nn.Linear(2, width)
         self.clipped = torch.nn.BatchNorm1d(width)  # a name that begins like clip's is a head's
 
 
-def inner(seed):
-    out = torch.nn.Linear(2, 2)
-    torch.nn.init.constant_(out.weight, float(seed))
-    return out
-
-
-def test_heads_go_and_come_back(tmp_path):
-    model, other = Head(inner(1)), Head(inner(2))
+def test_heads_go_and_come_back():
+    model, other = Head(), Head()
     model.clipped.running_mean += 3
     heads = clip.describe_heads(model)
     names = [name for name in model.state_dict() if not name.startswith("clip.")]
     assert sorted(heads) == sorted(names) and len(heads) == 7
     before = {key: value.clone() for key, value in heads.items()}
-    clip.save_checkpoint(tmp_path / "a.pt", {"heads": heads})
     with torch.no_grad():
         model.out.weight += 1  # what was described is the model as it was
-    assert all(torch.equal(heads[key], before[key]) for key in heads)
-    assert clip.load_heads(other, clip.load_checkpoint(tmp_path / "a.pt")["heads"]) is None
-    assert all(torch.equal(value, before[key]) for key, value in clip.describe_heads(other).items())
-    assert (other.clip.weight == 2).all()
+    own = other.clip.weight.clone()
     clip.load_heads(other, heads | {"clip.weight": torch.full((2, 2), 9.0)})  # CLIP's own are no head's
-    assert (other.clip.weight == 2).all()
-    bare = Head(None)  # a model on features from files has no CLIP
-    clip.load_heads(bare, heads)
-    assert torch.equal(bare.out.weight, before["out.weight"])
+    assert all(torch.equal(value, before[key]) for key, value in clip.describe_heads(other).items())
+    assert torch.equal(other.clip.weight, own)
+    other.clip = None  # a model on features from files has no CLIP
+    clip.load_heads(other, heads)
 
 
 def test_heads_of_another_model_are_refused():
-    model = Head(inner(1))
+    model = Head()
     heads = clip.describe_heads(model)
     less = {key: value for key, value in heads.items() if key != "out.bias"}
-    wider = clip.describe_heads(Head(inner(1), 4))
+    wider = clip.describe_heads(Head(4))
     more = heads | {"out.more": torch.zeros(1)}
     for wrong, said in ((less, "out.bias"), (more, "out.more"), ({}, "out.weight"),
                         (wider, "size mismatch|shape"), (heads | {"out.weight": [1, 2]}, "out.weight")):

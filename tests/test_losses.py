@@ -1,7 +1,7 @@
 """Tests of losses.py: every loss against loops over samples, in value and in gradient, at extremes and in
-half precision; two processes against one. A function with the name of a loss is that loss by its definition.
+half precision. A function with the name of a loss is that loss by its definition.
 
-Each script's own loss is tested with it, by the same functions.
+Each script's own loss is tested with it; CLIP's and means of instances in test_mxm.py.
 
     python -m pytest tests/test_losses.py
 """
@@ -45,7 +45,7 @@ def assert_finite(values):
     assert all(value.isfinite().all() for value in values)
 
 
-# ---------------------------------------------------------------- CLIP's loss, and means of instances
+# ---------------------------------------------------------------- supervised retrieval losses
 
 def both_directions(terms_of, images, texts, scale, image_owner, text_owner):
     """The mean of the images' terms and that of the texts', averaged.
@@ -78,29 +78,6 @@ def mean_terms(positives, negatives):
         return []
     return [mean(-torch.log(p / sum(positives + negatives)) for p in positives)]
 
-
-def test_clip_loss():
-    """Row i of images and texts is a pair, and all else is negative."""
-    leaves = (features(5, 0), features(5, 1), torch.tensor(7.0, dtype=torch.float64))
-    row = torch.arange(5)
-    expected = value_and_gradients(functools.partial(both_directions, pair_terms), leaves, row, row)
-    assert_close(value_and_gradients(losses.clip_loss, leaves), expected)
-    half = [x.bfloat16() for x in leaves[:2]]
-    assert_finite(value_and_gradients(losses.clip_loss, (*half, torch.tensor(100.0))))
-
-
-def test_instance_means():
-    """Their numbers are any, in any order."""
-    images = features(6, 0)
-    owner = torch.tensor([2 ** 40, 3, 41, 3, 2 ** 40, 3])
-    means, position = losses.instance_means(images, owner)
-    assert position.tolist() == [2, 0, 1, 0, 2, 0]
-    for number, found in zip((3, 41, 2 ** 40), means, strict=True):
-        total = images[owner == number].sum(0)
-        assert_close([found], [total / total.norm()], 1e-12)
-
-
-# ---------------------------------------------------------------- supervised retrieval losses
 
 CLASSES = 5  # class 4 has no sample, class 3 only a text, class 2 only an image
 IMAGE_LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 1])
@@ -224,28 +201,20 @@ def test_class_wise(definition):
 
 
 @pytest.mark.parametrize("definition", PAIR_WISE)
-@pytest.mark.parametrize("image_labels, text_labels, equal", [
-    ([0] * 6, [0] * 6, False), ([0] * 6, [1] * 6, False), ([0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2], True)],
-    ids=["no negatives", "no positives", "equal features"])
-def test_pair_wise_extremes_stay_finite(definition, image_labels, text_labels, equal):
+@pytest.mark.parametrize("case", ["no negatives", "no positives", "equal features"])
+def test_pair_wise_extremes_stay_finite(definition, case):
     leaves = (features(6, 4).float(), features(6, 5).float())
-    if equal:
+    if case == "equal features":
         leaves = (torch.eye(6)[:1].repeat(6, 1),) * 2  # at distances of exactly 0
-    labels = (torch.tensor(image_labels), torch.tensor(text_labels))
-    assert_finite(value_and_gradients(getattr(losses, definition.__name__), leaves, *labels))
+    image_labels = torch.arange(6) // 2 if case == "equal features" else torch.zeros(6)
+    text_labels = image_labels + (case == "no positives")
+    loss = getattr(losses, definition.__name__)
+    assert_finite(value_and_gradients(loss, leaves, image_labels, text_labels))
 
 
 def test_label_regression_of_what_is_right_stays_finite():
     """A distance of exactly 0, where a square root has no gradient."""
     assert_finite(value_and_gradients(losses.label_regression_loss, (torch.eye(3),), torch.arange(3)))
-
-
-def test_triplet_of_ties_at_the_margin():
-    """Distances that meet the margin exactly: the hinge is 0 there, from either side."""
-    x = torch.tensor([[1.0, 0.0]])
-    y = torch.tensor([[0.0, 1.0], [0.0, -1.0], [-1.0, 0.0]])  # squared distances 2, 2, 4
-    loss = losses.triplet_loss(x, y, torch.tensor([0]), torch.tensor([0, 1, 1]), margin=2.0)
-    assert loss.item() == pytest.approx((2.0 + 0.0) / 2)  # texts as anchors have no negative image
 
 
 # ---------------------------------------------------------------- retrieval with queues
@@ -291,17 +260,14 @@ QUEUE_LOSSES = [(losses.info_nce_queue_loss, info_nce_term),
                 (losses.hardest_triplet_queue_loss, triplet_term)]
 BATCH_LOSSES = [(losses.info_nce_loss, info_nce_loss),
                 (losses.hardest_triplet_loss, hardest_triplet_loss)]
+SAME = torch.tensor([0, 1, 0, 3, 0])[:, None] == torch.tensor([0, 1, 0, 3, 0])
 
 
 @pytest.mark.parametrize("loss, definition", BATCH_LOSSES)
-@pytest.mark.parametrize("shown", [[0, 1, 2, 3, 4], [0, 1, 0, 3, 0]])
-def test_batch_losses(loss, definition, shown):
-    shown = torch.tensor(shown)
-    same = shown[:, None] == shown[None, :]
+def test_batch_losses(loss, definition):
     leaves = (features(N, 0, dim=3), features(N, 10, dim=3))
-    expected = value_and_gradients(definition, leaves, same)
-    assert_close(value_and_gradients(loss, leaves, same), expected)
-    assert min(gradient.abs().max() for gradient in expected[1:]) > 1e-3
+    expected = value_and_gradients(definition, leaves, SAME)
+    assert_close(value_and_gradients(loss, leaves, SAME), expected)
 
 
 @pytest.mark.parametrize("loss, term", QUEUE_LOSSES)
@@ -312,21 +278,18 @@ def test_queue_losses_leave_out_keys_of_the_same(loss, term):
     same[4] = True  # no negatives at all
     expected = value_and_gradients(functools.partial(queue_loss, term), (queries,), keys, queue, same)
     assert_close(value_and_gradients(loss, (queries,), keys, queue, same), expected)
-    assert expected[1].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("cosine", [-1.0, 1.0])
-def test_finite_for_any_cosine_in_any_precision(dtype, cosine):
-    """All at one cosine: e^(1 / 0.05) of each of 4,096 keys would overflow half precision."""
-    x = F.normalize(torch.ones(4, 8, dtype=dtype), dim=1)
+def test_finite_for_any_cosine_in_half_precision(cosine):
+    """All at one cosine: e^(1 / 0.05) of each of 4,096 keys would overflow."""
+    x = F.normalize(torch.ones(4, 8, dtype=torch.float16), dim=1)
     y = cosine * x
-    queue = y[:1].expand(4096, 8)
     same = torch.zeros(4, 4096, dtype=torch.bool)
     for loss, _ in BATCH_LOSSES:
         assert_finite(value_and_gradients(loss, (x,), y, torch.eye(4, dtype=torch.bool)))
     for loss, _ in QUEUE_LOSSES:
-        assert_finite(value_and_gradients(loss, (x,), y, queue, same))
+        assert_finite(value_and_gradients(loss, (x,), y, y[:1].expand(4096, 8), same))
 
 
 # ---------------------------------------------------------------- two processes

@@ -70,17 +70,10 @@ def test_the_commands(capsys):
     assert len({line.split(" --out ")[1] for line in lines}) == len(lines)
     assert not any("|" in line or "{" in line for line in lines)
     everything = study.run_folder(study.CLIPS["everything"], 0, study.settings(arguments))
-    file = os.path.abspath("runs/everything.jsonl")
-    for line in (
-        f"train_mxm.py --data {file} --clip tiny --loss hard --captions 2 "
-        f"--batch-size 128 --vocab-size 4096 --epochs 40 --eval-every 8 --seed 0 --out {everything}",
-        f"train_user.py --data products --clip {everything}/best.pt --dim 256 --epochs 2 --eval-every 2 "
-        "--batch-size 16 --batch-weight 1 --lr-drop 0.8 --clip-lr 1e-4 --lr 3e-3 --queue 0 --root goods "
-        "--seed 0 --out runs/user-data-products-clip-clip-everything-dim-256-epochs-2-e-2-batch-size-16-"
-        "batch-weight-1-lr-drop-0.8-clip-lr-1e-4-lr-3e-3-queue-0-seed-0",
-        "train_mxm.py --loss hard --seed 2 --out runs/mxm-loss-hard-seed-2",
-    ):
-        assert f"python {line}" in lines
+    assert (f"python train_mxm.py --data {os.path.abspath('runs/everything.jsonl')} --clip tiny --loss hard "
+            "--captions 2 --batch-size 128 --vocab-size 4096 --epochs 40 --eval-every 8 --seed 0 --out "
+            f"{everything}") in lines
+    assert any(f"--clip {everything}/best.pt" in line and "--root goods" in line for line in lines)
     assert any("--data flickr8k" in line and "--root 'my photos'" in line for line in lines)
     assert any(line.startswith("python tests/variants.py train_mxm:oracle --lr 1e-3") for line in lines)
     for row in study.rows_of(study.settings([])):
@@ -100,7 +93,7 @@ def test_the_choice_is_the_best_on_validation_and_has_all_seeds(made):
     assert len(clips) == 1 and len(choices) == 15  # three rates for each of five rows
 
 
-@pytest.mark.parametrize("name", ["mxm-shapes", "cmr-wikipedia", "cma-foreign", "user-loss", "adapter-known"])
+@pytest.mark.parametrize("name", ["cmr-wikipedia", "cma-foreign", "adapter-known"])
 def test_tables(name, made):
     args = study.settings(made(name))
     _, folders, options = study.planned(name, args)
@@ -138,16 +131,14 @@ def test_write_replaces_what_stands_between_the_markers_and_nothing_else(results
     assert "| d_s 16 | 12.0 ± 1.4 | 12.0 ± 1.4 |" in written
 
 
-@pytest.mark.parametrize("more, expected", [("mxm-default", "4 runs are missing"),  # of two rows
-                                            ("mxm-relation", "3 runs are missing"),  # that choose a rate
-                                            ("adapter-share", "there are no lines <!-- study: adapter-sh")])
-def test_what_cannot_be_written_is_refused_and_nothing_changes(more, expected, results, made, capsys):
-    arguments = [more, *made("adapter-share"), "--write"]
+def test_what_cannot_be_written_is_refused_and_nothing_changes(results, made, capsys):
+    arguments = [*made("adapter-share"), "--write"]
     old = results.read_text()
-    if more == "adapter-share":
-        old = old.replace("old\n<!-- end -->", "old")
-        results.write_text(old)
-    assert expected in refused(capsys, arguments, study.main) and results.read_text() == old
+    assert "4 runs are missing" in refused(capsys, ["mxm-default", *arguments], study.main)  # of two rows
+    assert results.read_text() == old
+    results.write_text(old.replace("old\n<!-- end -->", "old"))
+    assert "there are no lines <!-- study: adapter-share" in refused(capsys, arguments, study.main)
+    assert results.read_text() == old.replace("old\n<!-- end -->", "old")
 
 
 def test_files_of_data_sets(tmp_path):
@@ -180,13 +171,12 @@ def test_a_study_runs_its_scripts(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert "| mil-nce, `--lr 1e-" in printed.out and "2 of 2 runs" in printed.err
     assert len(list((tmp_path / "runs").glob("*/metrics.json"))) == 3
-    os.unlink(squares)
     study.main(command)  # nothing is left to run
     assert capsys.readouterr().out == printed.out
+    os.unlink(squares)
     command[2] = "3"
     with pytest.raises(data.DataError, match="exit code 2, see .*output.txt"):
         study.main(command)
-    assert "squares.jsonl" in next((tmp_path / "runs").glob("*seed-2/output.txt")).read_text()
 
 
 def test_results_md_has_the_rows_of_its_studies():

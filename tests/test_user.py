@@ -4,7 +4,6 @@ its loss, momentum and queues against brute force; then whole runs.
     python -m pytest tests/test_user.py
 """
 import copy
-import itertools
 import json
 import math
 import os
@@ -22,18 +21,14 @@ import runs
 import train_user
 from runs import SMALL, arguments, metrics, refused
 from runs import in_process  # noqa: F401 (a fixture that acts by being here)
-from train_user import GPO, LOSSES, SGE, USER, Queue, main, momentum_update, settings, total_loss
+from train_user import LOSSES, SGE, USER, Queue, main, settings, total_loss
 
 CAPTIONS = ["a red square on blue", "wet", "a blue thing that is soft to touch", "red"]
 
 
-def small_clip(seed=0):
-    """A very small CLIP with a tokenizer of its own."""
-    tokenizer = clip.Tokenizer.train(CAPTIONS * 2, 600)
-    torch.manual_seed(seed)
-    model = clip.CLIP(clip.Config(16, 16, 1, 32, 8, 16, tokenizer.vocab_size, 32, 2, 1, 2))
-    model.tokenizer = tokenizer
-    return model
+def small_clip():
+    """With a tokenizer of its own, as `small` makes it."""
+    return clip.build("tiny", clip.Tokenizer.train(CAPTIONS * 2, 600), image_size=16, context_length=16)
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +40,10 @@ def small(monkeypatch):
 def squares(tmp_path_factory):
     """Squares of which three in a row count as the same thing."""
     path = runs.make_squares(tmp_path_factory.mktemp("squares"))
-    with open(path) as f:
-        rows = [json.loads(line) for line in f]
+    rows = [json.loads(line) for line in open(path)]
     with open(path, "w") as f:
-        for row in rows:
-            row["group"] = f"g{int(row['id'][1:]) // 3}"
-            f.write(json.dumps(row) + "\n")
+        for i, row in enumerate(rows):
+            f.write(json.dumps(row | {"group": f"g{i // 3}"}) + "\n")
     return path
 
 
@@ -63,11 +56,11 @@ def shaken(module, seed=0):
     return module
 
 
-# ---------------------------------------------------------------- the model: each set (L, D) alone, in double
+# ---------------------------------------------------------------- the model: each sample alone, in double
 
 def plain_guided(x, g):
     a = (x @ g).softmax(0)
-    return x + torch.outer(a / (a @ a).sqrt(), g)
+    return x + torch.outer(a / a.norm(), g)
 
 
 def plain_branch(branch, rows):
@@ -75,13 +68,13 @@ def plain_branch(branch, rows):
     return norm(linear(rows)).tanh()
 
 
-def plain_sge(sge, sets):
-    local = plain_branch(sge.local_branch, torch.cat(sets)).split([len(x) for x in sets])
-    of_means = plain_branch(sge.global_branch, torch.stack([x.mean(0) for x in sets]))
+def plain_sge(sge, x):
+    places = plain_branch(sge.local_branch, x.flatten(0, 1)).view_as(x)
+    means = plain_branch(sge.global_branch, x.mean(1))
     out = []
-    for x, places, of_mean in zip(sets, local, of_means):
-        weights = ((places * of_mean) @ sge.score.weight[0]).softmax(0)
-        out.append(F.normalize(weights @ x, dim=0))
+    for sample, place, mean in zip(x, places, means):
+        weights = ((place * mean) @ sge.score.weight[0]).softmax(0)
+        out.append(F.normalize(weights @ sample, dim=0))
     return out
 
 
@@ -91,40 +84,40 @@ def plain_cge(cge, clip_embedding):
     return F.normalize(last(norm(first(first_norm(fixed))).clamp(min=0)), dim=1)
 
 
-def plain_gpo_weights(gpo, L):
-    encoding = torch.zeros(L, 32, dtype=torch.float64)
-    for rank, i in itertools.product(range(L), range(16)):
-        angle = rank / 10000 ** (2 * i / 32)
-        encoding[rank, 2 * i] = math.sin(angle)
-        encoding[rank, 2 * i + 1] = math.cos(angle)
-    states, _ = gpo.gru(encoding)
-    return ((states[:, :32] + states[:, 32:]) / 2 @ gpo.score.weight[0] / 0.1).softmax(0)
-
-
 def plain_gpo(gpo, x):
-    return plain_gpo_weights(gpo, len(x)) @ x.sort(0, descending=True).values
+    """x (L, D) -> (D,)."""
+    encoding = torch.zeros(len(x), 32, dtype=torch.float64)
+    for rank in range(len(x)):
+        for i in range(16):
+            angle = rank / 10000 ** (2 * i / 32)
+            encoding[rank, 2 * i] = math.sin(angle)
+            encoding[rank, 2 * i + 1] = math.cos(angle)
+    states, _ = gpo.gru(encoding)
+    weights = ((states[:, :32] + states[:, 32:]) / 2 @ gpo.score.weight[0] / 0.1).softmax(0)
+    return weights @ x.sort(0, descending=True).values
 
 
 def plain_image(model, images):
     """Patches without the class token, or regions; fc and a residual MLP; -> (B, dim)."""
+    clip_embedding = None
     if isinstance(images, data.Regions):
-        sets, clip_embedding = list(images.features), images.clip_input
+        x, clip_embedding = images.features, images.clip_input
     elif images.ndim == 3:
-        sets = list(images)
+        x = images
     else:
         clip_embedding, tokens = model.clip.encode_image(images, tokens=True)
-        sets = [x[1:] for x in tokens]
+        x = tokens[:, 1:]
     if model.unit_norm:
-        sets = [x / x.square().sum(1, keepdim=True).sqrt() for x in sets]
+        x = x / x.norm(dim=2, keepdim=True)
     if model.sge:
-        sets = [plain_guided(x, g) for x, g in zip(sets, plain_sge(model.sge, sets))]
+        x = torch.stack([plain_guided(sample, g) for sample, g in zip(x, plain_sge(model.sge, x))])
     if model.cge:
-        sets = [plain_guided(x, g) for x, g in zip(sets, plain_cge(model.cge, clip_embedding))]
+        x = torch.stack([plain_guided(*sample) for sample in zip(x, plain_cge(model.cge, clip_embedding))])
     first, norm, _, last = model.image_mlp
-    rows = torch.cat(sets)
+    rows = x.flatten(0, 1)
     rows = model.image_fc(rows) + last(norm(first(rows)).clamp(min=0))
-    sets = rows.split([len(x) for x in sets])
-    return F.normalize(torch.stack([plain_gpo(model.image_gpo, x) for x in sets]))
+    x = rows.view(*x.shape[:2], -1)
+    return F.normalize(torch.stack([plain_gpo(model.image_gpo, sample) for sample in x]))
 
 
 def plain_text(model, tokens):
@@ -138,22 +131,21 @@ def plain_text(model, tokens):
 
 PICTURES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 FEATURES = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(2))  # of regions
-EMBEDDINGS = torch.randn(4, 16, generator=torch.Generator().manual_seed(3))  # CLIP's
+EMBEDDINGS = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))  # CLIP's
+GIVEN = {"pictures": (PICTURES, PICTURES.double()), "features": (FEATURES, FEATURES.double()),
+         "regions": (data.Regions(FEATURES, EMBEDDINGS),
+                     data.Regions(FEATURES.double(), EMBEDDINGS.double()))}
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("enhance, images, unit_norm", [
-    ("none", "pictures", False), ("sge", "pictures", False), ("cge", "pictures", False),
-    ("both", "pictures", False), ("both", "pictures", True),
-    ("both", "regions", False), ("sge", "features", False), ("none", "features", True)])
+    ("none", "pictures", False), ("cge", "pictures", False), ("both", "pictures", True),
+    ("both", "regions", False), ("sge", "features", False)])
 def test_the_encoders_are_the_plain_version_of_each_sample(enhance, images, unit_norm, training, monkeypatch):
     """In value, in the gradient of every weight, CLIP's included, and in batch norm's statistics; captions of
     several lengths; pictures, regions with CLIP's embeddings of the same images, or without."""
     monkeypatch.setattr(train_user, "DROPOUT", 0.0)
-    given, in_double = {"pictures": (PICTURES, PICTURES.double()),
-                        "features": (FEATURES, FEATURES.double()),
-                        "regions": (data.Regions(FEATURES, EMBEDDINGS),
-                                    data.Regions(FEATURES.double(), EMBEDDINGS.double()))}[images]
+    given, in_double = GIVEN[images]
     sees_pictures = images == "pictures"
     model = USER(small_clip(), enhance, unit_norm, dim=12, regions=None if sees_pictures else 6)
     model = shaken(model).train(training)
@@ -162,7 +154,6 @@ def test_the_encoders_are_the_plain_version_of_each_sample(enhance, images, unit
     for found, expected in ((model.encode_image(given), plain_image(plain, in_double)),
                             (model.encode_text(tokens), plain_text(plain, tokens))):
         assert found.dtype == torch.float32 and torch.allclose(found.double(), expected, atol=1e-5)
-        assert torch.allclose(found.norm(dim=1), torch.ones(4))
         direction = torch.randn(4, 12)
         (found * direction).sum().backward()
         (expected * direction.double()).sum().backward()
@@ -178,8 +169,6 @@ def test_the_encoders_are_the_plain_version_of_each_sample(enhance, images, unit
         if reached:
             atol = 2e-5 * max(1, expected[name].abs().max())
             assert torch.allclose(p.grad.double(), expected[name], atol=atol), name
-    assert model.clip.token_embedding.weight.grad.abs().max() > 1e-6
-    assert not sees_pictures or model.clip.visual.conv1.weight.grad.abs().max() > 1e-6
 
 
 def test_dropout_is_in_sge_in_training_only():
@@ -188,23 +177,6 @@ def test_dropout_is_in_sge_in_training_only():
     assert not torch.equal(sge(FEATURES), sge(FEATURES))
     sge.eval()
     assert torch.equal(sge(FEATURES), sge(FEATURES))
-
-
-def test_gpo_is_a_loop():
-    """Over sets of several lengths, whatever stands in the padding; a set has no order."""
-    lengths = (3, 5, 1, 5)
-    torch.manual_seed(0)
-    x = torch.randn(4, 8, 6)
-    mask = torch.arange(8) < torch.tensor(lengths)[:, None]
-    x[~mask] = 7.0
-    gpo = shaken(GPO())
-    plain = copy.deepcopy(gpo).double()
-    found = gpo(x, mask)
-    expected = [plain_gpo(plain, row[:length].double()) for row, length in zip(x, lengths)]
-    assert torch.allclose(found.double(), torch.stack(expected), atol=1e-5)
-    assert plain_gpo_weights(plain, 5).std() > 1e-2  # no mean
-    x[1, :5] = x[1, torch.randperm(5)]
-    assert torch.equal(gpo(x, mask), found)
 
 
 def test_starting_weights():
@@ -225,25 +197,6 @@ def test_starting_weights():
 
 # ---------------------------------------------------------------- momentum contrast
 
-def test_momentum_update():
-    """m times the old plus 1 - m times the model, of what is trained; buffers are copied; the model stays."""
-    model = shaken(SGE(6))
-    model.score.requires_grad_(False)
-    momentum_model = shaken(copy.deepcopy(model), seed=1).requires_grad_(False)
-    model.local_branch[1].num_batches_tracked += 5
-    before = copy.deepcopy(model.state_dict())
-    expected = copy.deepcopy(momentum_model).double().state_dict()
-    for name, value in before.items():
-        if name.endswith(("mean", "var", "tracked")):
-            expected[name] = value.to(expected[name].dtype)
-        elif name != "score.weight":
-            expected[name] = 0.9 * expected[name] + 0.1 * value.double()
-    momentum_update(momentum_model, model, 0.9)
-    for name, value in momentum_model.state_dict().items():
-        assert torch.allclose(value.to(expected[name].dtype), expected[name], atol=1e-6), name
-        assert torch.equal(model.state_dict()[name], before[name])
-
-
 def unit(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
@@ -259,21 +212,11 @@ def in_order(queue):
     return rows[int(queue.next):] + rows[:int(queue.next)]
 
 
-def test_a_queue_holds_the_last_pairs():
-    """As a list does, whatever the sizes of the batches; what is enqueued carries no gradient. It starts with
-    random unit vectors of nothing."""
+def test_a_queue_starts_with_random_unit_vectors_of_nothing():
     queue = Queue(7, 4)
     both = torch.cat([queue.images, queue.texts])
     assert torch.allclose(both.norm(dim=1), torch.ones(14)) and len(both.unique(dim=0)) == 14
-    assert queue.groups.tolist() == [-1] * 7 and not list(queue.parameters())
-    pairs = in_order(queue)
-    for step, n in enumerate([3, 3, 3, 7, 1, 5, 2, 6, 4, 7, 7]):
-        images = unit(n, 4, seed=2 * step).requires_grad_()
-        texts = unit(n, 4, seed=2 * step + 1)
-        group = torch.arange(n) + 100 * step
-        queue.enqueue(images, texts, group)
-        pairs = (pairs + rows_of(images, texts, group))[-7:]
-        assert in_order(queue) == pairs and not queue.images.requires_grad
+    assert queue.groups.tolist() == [-1] * 7
 
 
 # ---------------------------------------------------------------- the loss
@@ -313,9 +256,10 @@ def value_and_gradients(loss, *leaves):
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
-@pytest.mark.parametrize("mu", [90.0, 20.0])
+@pytest.mark.parametrize("mu", [90.0, 20.0, 400.0])
 def test_uto_is_a_loop(mu):
-    """Of a batch and of a queue, where what shows the same thing is no negative; 90 is the default."""
+    """Of a batch and of a queue, where what shows the same thing is no negative; 90 is the default.
+    With 400, e^(mu / 2) would overflow."""
     more = {} if mu == 90 else {"mu": mu}
     queue = unit(7, 4, seed=5)
     queued = torch.zeros(5, 7, dtype=torch.bool)
@@ -324,7 +268,6 @@ def test_uto_is_a_loop(mu):
 
     def check(found, expected, *leaves):
         expected = value_and_gradients(expected, *(x.double() for x in leaves))
-        assert min(x.abs().max() for x in expected) > 1e-3
         for x, y in zip(value_and_gradients(found, *leaves), expected, strict=True):
             assert torch.allclose(x.double(), y, rtol=1e-4, atol=1e-5)
     check(lambda x, y: train_user.uto_loss(x, y, SAME, **more),
@@ -333,75 +276,45 @@ def test_uto_is_a_loop(mu):
           lambda x: plain_uto_queue(x, TEXT_KEYS.double(), queue.double(), queued, mu), IMAGES)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("cosine", [-1.0, 1.0])
-def test_uto_is_finite_for_any_cosine_in_any_precision(dtype, cosine):
-    """All at one cosine, with a mu of which e^(mu / 2) would overflow."""
-    x = F.normalize(torch.ones(4, 8, dtype=dtype), dim=1)
-    y = cosine * x
-    queue = y[:1].expand(4096, 8)
-    nothing = torch.zeros(4, 4096, dtype=torch.bool)
-    same = torch.eye(4, dtype=torch.bool)
-    of_batch = value_and_gradients(lambda x: train_user.uto_loss(x, y, same, mu=400.0), x)
-    of_queue = value_and_gradients(lambda x: train_user.uto_queue_loss(x, y, queue, nothing, mu=400.0), x)
-    assert all(value.isfinite().all() for value in of_batch + of_queue)
-    expected = math.log(1 + 4096 * math.exp(400 * (cosine - 0.5))) / 400 - math.log(1 + max(0.0, cosine))
-    assert of_queue[0].item() == pytest.approx(expected, abs=0.02)
-
-
-@pytest.mark.parametrize("kind", LOSSES)
-def test_total_loss_is_its_sum(kind):
+@pytest.mark.parametrize("kind, mu", [*((kind, None) for kind in LOSSES), ("uto", 20.0)])
+def test_total_loss_is_its_sum(kind, mu):
     """Images against queued texts with the texts' keys, and the other way round."""
     queue = Queue(6, 4, seed=5)
     queue.enqueue(unit(4, 4, seed=6), unit(4, 4, seed=7), torch.tensor([2, 9, 3, 2]))
     queued = torch.tensor([[a == b for b in queue.groups.tolist()] for a in GROUP.tolist()])
-    assert queued.sum() == 5 and SAME.sum() == 7
     batch_loss, queue_loss = LOSSES[kind]
-    for mu in ({}, {"mu": 20.0}) if kind == "uto" else ({},):
-        batch = batch_loss(IMAGES, TEXTS, SAME, **mu).item()
-        to_texts = queue_loss(IMAGES, TEXT_KEYS, queue.texts, queued, **mu).item()
-        to_images = queue_loss(TEXTS, IMAGE_KEYS, queue.images, queued, **mu).item()
-        for weight in (0.0, 1.0, 20.0):
-            args = SimpleNamespace(loss=kind, mu=mu.get("mu"), batch_weight=weight)
-            alone = total_loss(args, IMAGES, TEXTS, GROUP, None, None)
-            assert alone.item() == pytest.approx(weight * batch, rel=1e-5)
-            loss = total_loss(args, IMAGES, TEXTS, GROUP, (IMAGE_KEYS, TEXT_KEYS), queue)
-            assert loss.item() == pytest.approx(weight * batch + to_texts + to_images, rel=1e-5)
+    more = {"mu": mu} if mu else {}
+    batch = 20 * batch_loss(IMAGES, TEXTS, SAME, **more).item()
+    to_texts = queue_loss(IMAGES, TEXT_KEYS, queue.texts, queued, **more).item()
+    to_images = queue_loss(TEXTS, IMAGE_KEYS, queue.images, queued, **more).item()
+    args = SimpleNamespace(loss=kind, mu=mu, batch_weight=20.0)
+    alone = total_loss(args, IMAGES, TEXTS, GROUP, None, None)
+    assert alone.item() == pytest.approx(batch, rel=1e-5)
+    loss = total_loss(args, IMAGES, TEXTS, GROUP, (IMAGE_KEYS, TEXT_KEYS), queue)
+    assert loss.item() == pytest.approx(batch + to_texts + to_images, rel=1e-5)
 
 
 # ---------------------------------------------------------------- settings
 
-SHARED = dict(enhance="both", unit_norm=False, loss="uto", mu=None, momentum=0.999, weight_decay=1e-4,
-              batch_size=128)
-PRETRAINED = SHARED | dict(lr=5e-4, clip_lr=5e-5, dim=1024, eval_every=1)
-
-
 @pytest.mark.parametrize("words, expected", [
-    ("--data flickr30k", PRETRAINED | dict(
-        epochs=20, queue=2048, batch_weight=20.0, lr_drop=0.5, out="runs/user-flickr30k")),
-    ("--data coco", PRETRAINED | dict(
-        epochs=25, queue=4096, batch_weight=1.0, lr_drop=0.6, out="runs/user-coco")),
-    ("", SHARED | dict(
-        epochs=3, queue=2048, batch_weight=1.0, lr=3e-4, clip_lr=3e-4, dim=256, lr_drop=0.85, eval_every=1,
-        out="runs/user-primitives")),
-    ("--clip-lr 0", dict(lr=3e-4, clip_lr=0.0)),
-    ("--clip ViT-B/32 --lr 0.3 --queue 0 --batch-weight 0 --epochs 3 --loss infonce", dict(
-        lr=0.3, clip_lr=0.3 / 10, queue=0, batch_weight=0.0, eval_every=1)),
-    ("--clip x.pt --clip-lr 0.2", dict(dim=1024, clip_lr=0.2))])
+    ("--data flickr30k", dict(epochs=20, batch_size=128, lr=5e-4, clip_lr=5e-5, dim=1024, queue=2048,
+                              batch_weight=20.0, lr_drop=0.5, momentum=0.999, weight_decay=1e-4, eval_every=1,
+                              enhance="both", unit_norm=False, loss="uto", mu=None)),
+    ("--data coco", dict(epochs=25, queue=4096, batch_weight=1.0, lr_drop=0.6)),
+    ("", dict(lr=3e-4, clip_lr=3e-4, dim=256)),
+    ("--clip ViT-B/32 --lr 0.3", dict(clip_lr=0.3 / 10))])
 def test_settings_are_the_papers(words, expected):
     """Flickr30K, COCO, and those for random weights; CLIP's rate is a tenth where it is pretrained."""
     assert vars(settings(words.split())).items() >= expected.items()
 
 
-@pytest.mark.parametrize("option, value, says", [
-    ("--queue", 7, "--queue 7 cannot hold a batch of keys; give 8 or more"), ("--queue", -1, "0 or more"),
-    ("--momentum", 1.5, "a share from 0 to 1"), ("--batch-weight", -1, "0 or more"),
-    ("--dim", 1, "2 or more"), ("--lr-drop", 1.1, "a share"),
-    ("--clip-lr", -1, "0 or more"), ("--enhance", "all", "--enhance"),
-    ("--loss", "clip", "--loss"), ("--batch-size", 1, "2 or more"), ("--mu", 0, "positive"),
-    ("--mu", "20 --loss infonce", "only uto"), ("--data", "primitives --regions", "train_ims.npy: cannot be read")])
-def test_bad_settings(option, value, says, squares, tmp_path, capsys):
-    argv = arguments(squares, "--out", tmp_path / "run", option, *str(value).split())
+@pytest.mark.parametrize("words, says", [
+    ("--queue 7", "--queue 7 cannot hold a batch of keys; give 8 or more"),
+    ("--dim 1", "2 or more"), ("--batch-size 1", "2 or more"), ("--mu 20 --loss infonce", "only uto"),
+    ("--momentum 1.5", "a share from 0 to 1"), ("--lr-drop 1.1", "a share"),
+    ("--data primitives --regions", "train_ims.npy: cannot be read")])
+def test_bad_settings(words, says, squares, tmp_path, capsys):
+    argv = arguments(squares, "--out", tmp_path / "run", *words.split())
     assert says in refused(capsys, argv, main) and not (tmp_path / "run").exists()
 
 
@@ -446,7 +359,6 @@ def spied(squares, tmp_path_factory):
 
     with runs.kept_signals(), pytest.MonkeyPatch.context() as patch:
         patch.setitem(clip.MODELS, "tiny", SMALL)
-        patch.setattr(os, "fsync", lambda file: None)
         patch.setattr(torch.optim, "AdamW", AdamW)
         patch.setattr(train_user, "DROPOUT", 0.0)
         patch.setattr(data, "CHANGED", 0.5)
@@ -469,8 +381,8 @@ def test_learning_rates(spied):
         assert clip_lr == pytest.approx(4e-4 * rate) and lr == pytest.approx(2e-3 * rate)
         assert clip_decay == decay == 0.3
         assert of_clip == [name for name in step.weights if name.startswith("clip.")]
-        assert sorted(of_clip + heads) == sorted(step.weights) and step.norm < 2.001
-    assert max(step.norm for step in spied.steps) > 1.999
+        assert sorted(of_clip + heads) == sorted(step.weights)
+    assert max(step.norm for step in spied.steps) == pytest.approx(2, abs=1e-3)
 
 
 def test_keys_enter_the_queues_after_the_loss(spied):
@@ -478,8 +390,8 @@ def test_keys_enter_the_queues_after_the_loss(spied):
     pairs = in_order(Queue(52, 12))
     for x in spied.losses:
         assert x.queue == pairs[-52:] and not any(k.requires_grad for k in x.keys)
-        assert all(torch.allclose(k.norm(dim=1), torch.ones(20)) for k in x.keys)
         pairs += rows_of(*x.keys, x.group)
+    assert len({group for *_, group in pairs[52:]}) == 8  # of 24 squares, three in each
     queue = Queue(52, 12, seed=1)
     queue.load_state_dict(clip.load_checkpoint(spied.out / "last.pt")["queue"])
     assert in_order(queue) == pairs[-52:]
@@ -490,13 +402,13 @@ def test_keys_enter_the_queues_after_the_loss(spied):
 
 
 def test_momentum_encoders_follow(spied):
-    """Through every step, by the weights before it."""
+    """Through every step, by the weights before it; buffers are copied."""
     expected = {name: value.double() for name, value in spied.steps[0].weights.items()}
     for step in spied.steps:
         expected = {name: 0.75 * value + 0.25 * step.weights[name] for name, value in expected.items()}
     found = clip.load_checkpoint(spied.out / "last.pt")["momentum"]
-    assert found.keys() == spied.models[0].state_dict().keys()
     assert all(torch.allclose(found[name].double(), value, atol=1e-5) for name, value in expected.items())
+    assert found["sge.local_branch.1.num_batches_tracked"] == 13  # the model's, and its own last one
     assert (expected["text_fc.weight"] - spied.steps[-1].weights["text_fc.weight"]).abs().max() > 1e-4
 
 
@@ -516,15 +428,12 @@ def assert_eval_repeats(out):
 
 
 @pytest.mark.parametrize("enhance, more", [("none", ["--queue", 0, "--loss", "triplet"]),
-                                           ("sge", ["--loss", "infonce", "--batch-weight", 0]),
-                                           ("cge", ["--unit-norm"])])
+                                           ("sge", ["--loss", "infonce"]), ("cge", ["--unit-norm"])])
 def test_baselines_run_and_eval_repeats_their_metrics(enhance, more, squares, tmp_path):
     main(arguments(squares, "--out", tmp_path, "--epochs", 1, "--dim", 10, "--queue", 8,
                    "--enhance", enhance, *more))
     last = clip.load_checkpoint(tmp_path / "last.pt")
     assert ("queue" in last) == ("momentum" in last) == (enhance != "none")
-    heads = {name.split(".")[0] for name in last["heads"]}
-    assert heads & {"sge", "cge"} == {enhance} - {"none"} and "clip" not in heads
     assert_eval_repeats(tmp_path)
 
 
@@ -534,10 +443,8 @@ def test_a_frozen_clip_keeps_its_weights(squares, tmp_path):
     main([*argv, "--clip", "tiny-rn", "--out", str(tmp_path / "before")])
     clip_file = str(tmp_path / "before" / "best.pt")
     main([*argv, "--clip", clip_file, "--out", str(tmp_path / "run"), "--clip-lr", "0"])
-    expected = clip.load(clip_file, "cpu")[0].state_dict()
     last = clip.load_checkpoint(tmp_path / "run" / "last.pt")
-    assert "visual.bn1.running_mean" in expected
-    for name, value in expected.items():
+    for name, value in clip.load(clip_file, "cpu")[0].state_dict().items():
         assert torch.equal(last["clip"]["state_dict"][name], value), name
         assert torch.equal(last["momentum"][f"clip.{name}"], value), name
     assert not torch.equal(last["momentum"]["text_fc.weight"], last["heads"]["text_fc.weight"])
@@ -576,13 +483,6 @@ def test_regions(enhance, precomp, tmp_path, capsys):
     assert_eval_repeats(out)
     argv = ["--checkpoint", out / "best.pt", "--device", "cpu", "--gallery", tmp_path / "gallery.png"]
     assert "have no picture to show" in refused(capsys, argv, eval.main)
-    model, _ = eval.restore(out / "best.pt", "cpu")
-    images, _ = eval.embed(model, data.load_regions("flickr30k", str(tmp_path), "test")[0], "off")
-    regions = torch.from_numpy(np.load(tmp_path / "precomp" / "test_ims.npy"))
-    if enhance == "both":
-        regions = data.Regions(regions, torch.from_numpy(np.load(tmp_path / "precomp" / "test_clip.npy")))
-    with torch.no_grad():
-        assert torch.allclose(images, model.encode_image(regions), atol=1e-5)
 
 
 @pytest.mark.parametrize("end, row, says", [
