@@ -193,7 +193,6 @@ class Attention(nn.Module):
     """Multi-head self-attention with torch's parameter names (`in_proj_weight`, `out_proj`).
 
     x: (L, B, width), as in OpenAI's code, or packed texts, (N, width), with `packed`.
-    With `keep_weights` set, `weights` keeps the last call's softmax, (B, heads, L, L), for pictures.
     """
 
     def __init__(self, width, heads, causal):
@@ -203,8 +202,6 @@ class Attention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
-        self.keep_weights = False
-        self.weights = None
         nn.init.normal_(self.in_proj_weight, std=width ** -0.5)
 
     def forward(self, x, packed=None):
@@ -217,16 +214,13 @@ class Attention(nn.Module):
             qkv = qkv.new_zeros(B * L, qkv.shape[-1]).index_copy_(0, rows, qkv)
         qkv = qkv.reshape(B, L, 3, self.heads, x.shape[-1] // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # each (B, heads, L, width / heads)
-        if (x.is_cuda or _fused_on_cpu()) and not self.keep_weights:
+        if x.is_cuda or _fused_on_cpu():
             out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:
             scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)  # (B, heads, L, L)
             if self.causal:
                 scores += scores.new_full((L, L), -math.inf).triu(1)
-            weights = scores.softmax(-1)
-            if self.keep_weights:
-                self.weights = weights.detach()
-            out = weights @ v
+            out = scores.softmax(-1) @ v
         out = out.transpose(1, 2).flatten(2)
         if packed is not None:
             out = out.flatten(0, 1).index_select(0, rows)

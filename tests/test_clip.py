@@ -246,25 +246,24 @@ def test_openai_builds_and_reads_what_save_writes(config, tmp_path):
 
 
 def plain_attention(q, k, v, heads, mask=0):
-    """Attention as the equation says it: (B, L, width) each -> (B, L, width), weights (B, heads, L, L)."""
+    """Attention as the equation says it: (B, L, width) each -> (B, L, width)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask).softmax(-1)
-    return (weights @ v).transpose(1, 2).flatten(2), weights
+    return (weights @ v).transpose(1, 2).flatten(2)
 
 
 def block_attention(attn, x):
-    """A block's attention by the equation, causal in that of a text. -> output, weights."""
+    """A block's attention by the equation, causal in that of a text."""
     mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1) if attn.causal else 0
     q, k, v = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
-    out, weights = plain_attention(q, k, v, attn.heads, mask)
-    return attn.out_proj(out), weights
+    return attn.out_proj(plain_attention(q, k, v, attn.heads, mask))
 
 
 def plain_text(model, text):
     """The text encoder as the paper has it: every column, an explicit mask. -> (B, columns, embed_dim)."""
     x = model.token_embedding(text) + model.positional_embedding[:text.shape[1]]
     for block in model.transformer.resblocks:
-        x = x + block_attention(block.attn, block.ln_1(x))[0]
+        x = x + block_attention(block.attn, block.ln_1(x))
         h = block.mlp.c_fc(block.ln_2(x))
         h = h * torch.sigmoid(1.702 * h) if model.config.quick_gelu else F.gelu(h)
         x = x + block.mlp.c_proj(h)
@@ -360,7 +359,7 @@ def test_image_tokens(vit):
     pool = resnet.visual.attnpool
     x = feature_maps[0].flatten(2).transpose(1, 2)
     x = torch.cat([x.mean(1, keepdim=True), x], 1) + pool.positional_embedding
-    out, _ = plain_attention(pool.q_proj(x), pool.k_proj(x), pool.v_proj(x), pool.heads)
+    out = plain_attention(pool.q_proj(x), pool.k_proj(x), pool.v_proj(x), pool.heads)
     close(tokens, pool.c_proj(out))
 
     image, _ = a_batch(SMALL_VIT)
@@ -382,22 +381,9 @@ def test_attention(fused, request):
         attn = transformer.resblocks[0].attn
         x = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
         out = attn(x.transpose(0, 1)).transpose(0, 1)
-        expected, _ = block_attention(attn, x)
+        expected = block_attention(attn, x)
         close(out, expected)
         close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (out, expected)))
-
-
-def test_attention_weights_on_request():
-    """The kept weights are those of the output, so pictures show what the model computes."""
-    model = make(SMALL_VIT)
-    attn = model.transformer.resblocks[0].attn
-    model.encode_text(a_batch(SMALL_VIT)[1])
-    assert attn.weights is None
-    attn.keep_weights = True
-    x = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0))
-    for got, want in zip((attn(x.transpose(0, 1)).transpose(0, 1), attn.weights), block_attention(attn, x)):
-        close(got, want)
-    assert attn.weights.triu(1).abs().max() == 0 and attn.weights.shape == (2, 2, 6, 6)
 
 
 def coop_text(model, text):
