@@ -172,9 +172,10 @@ def _hooked(module):
     return any(getattr(module, kind) for kind in kinds) or "forward" in module.__dict__
 
 
-def _untouched(layer, kind):
-    """Whether a layer is still what it was made as. Any other is called, and its weights are not read."""
-    return type(layer) is kind and type(layer.weight) is nn.Parameter and not _hooked(layer)
+def _untouched(layer):
+    """Whether a layer is still the nn.Linear that was made. Any other is called, its weights are not read."""
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.bias is not None \
+        and not _hooked(layer)
 
 
 @torch.compiler.assume_constant_result
@@ -237,8 +238,7 @@ class MLP(nn.Module):
         self.quick_gelu = quick_gelu
 
     def forward(self, x):
-        layers = self.c_fc, self.c_proj
-        if not all(_untouched(layer, nn.Linear) and layer.bias is not None for layer in layers):
+        if not (_untouched(self.c_fc) and _untouched(self.c_proj)):
             h = self.c_fc(x)
             return self.c_proj(h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
         lying = x.transpose(0, -2)  # as it lies in memory
@@ -292,6 +292,18 @@ class Transformer(nn.Module):
         return x
 
 
+class PatchConv(nn.Conv2d):
+    """A convolution whose stride is its kernel, as one matrix product over the patches."""
+
+    def forward(self, x):
+        B, C, _, R = x.shape
+        p = self.kernel_size[0]
+        g = R // p  # there are g by g patches
+        x = x[..., :g * p, :g * p].reshape(B, C, g, p, g, p).permute(0, 2, 4, 1, 3, 5)
+        x = F.linear(x.reshape(B, g * g, C * p * p), self.weight.flatten(1))
+        return x.transpose(1, 2).unflatten(2, (g, g))  # (B, width, g, g)
+
+
 class VisionTransformer(nn.Module):
     """ViT (Dosovitskiy et al. 2021) with CLIP's extra norm before the blocks and a projection after them.
 
@@ -301,11 +313,11 @@ class VisionTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.vision_width
-        p = self.patch_size = config.vision_patch_size
+        p = config.vision_patch_size
         self.input_resolution = config.image_resolution
         self.output_dim = config.embed_dim
         scale = width ** -0.5
-        self.conv1 = nn.Conv2d(3, width, p, p, bias=False)
+        self.conv1 = PatchConv(3, width, p, p, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         patches = (config.image_resolution // p) ** 2
         self.positional_embedding = nn.Parameter(scale * torch.randn(patches + 1, width))
@@ -317,7 +329,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x, tokens=False):
         """x: (B, 3, R, R) -> (B, embed_dim); with tokens also (B, 1 + patches, embed_dim), class first."""
-        x = self._patches(x)  # (B, patches, width)
+        x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, patches, width)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = x + self.positional_embedding.to(x.dtype)
         x = self.transformer(self.ln_pre(x).transpose(0, 1)).transpose(0, 1)  # (B, 1 + patches, width)
@@ -325,19 +337,6 @@ class VisionTransformer(nn.Module):
         if self.proj is not None:
             x = x @ self.proj
         return (x[:, 0], x) if tokens else x
-
-    def _patches(self, x):
-        """conv1. A convolution whose stride is its kernel is one matrix product over the patches."""
-        conv = self.conv1
-        p = self.patch_size
-        plain = _untouched(conv, nn.Conv2d) and conv.stride == conv.kernel_size == (p, p) \
-            and conv.padding == (0, 0) and conv.dilation == (1, 1) and conv.groups == 1 and conv.bias is None
-        if not plain:
-            return conv(x).flatten(2).transpose(1, 2)
-        B, C, _, R = x.shape
-        g = R // p  # there are g by g patches
-        x = x[..., :g * p, :g * p].reshape(B, C, g, p, g, p).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(x.reshape(B, g * g, C * p * p), conv.weight.flatten(1))
 
 
 class Bottleneck(nn.Module):
