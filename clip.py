@@ -718,7 +718,9 @@ def load(name, device=None, jit=False, download_root=None, image_size=None, quic
         sha256 = MODELS[_known(path)][1]
         train = f"train it (python train_mxm.py --clip {path}) and load the checkpoint"
         expect(sha256, repr(path), f"never published: {train}")
-        path = _download_model(path, sha256, download_root)
+        file = path.replace("/", "-").replace("@", "-")
+        path = download(f"{MODEL_URL}/{sha256}/{file}.pt", sha256, download_root,
+                        also=f", and its tokenizer's beside it, of {MERGES_URL}")
     path = _weight_file(path)
     content, said = _read_file(path)
     if content.get("format") == CHECKPOINT_FORMAT:
@@ -742,19 +744,11 @@ def _known(name):
     return name
 
 
-def _download_model(name, sha256, root):
-    """The path of a published model's file. Where it cannot be had, the error names its tokenizer's too."""
-    file = name.replace("/", "-").replace("@", "-")
-    try:
-        return download(f"{MODEL_URL}/{sha256}/{file}.pt", sha256, root)
-    except DownloadError as e:
-        raise DownloadError(f"{name}: {e}, and its tokenizer's beside it, of {MERGES_URL}") from None
-
-
-def download(url, sha256, root=None):
+def download(url, sha256, root=None, also=""):
     """The path of a published file, fetched once into `root` (default $CLIP_CACHE, then ~/.cache/clip).
 
-    sha256: what the file's must be, 64 hex digits. Raises DownloadError where it cannot be had.
+    sha256: what the file's must be, 64 hex digits. also: what else to do where it cannot be had, which raises
+    DownloadError.
     """
     root = root or os.environ.get("CLIP_CACHE") or os.path.expanduser("~/.cache/clip")
     path = os.path.join(root, url.rsplit("/", 1)[-1])
@@ -762,17 +756,17 @@ def download(url, sha256, root=None):
         warnings.warn(f"{path} does not have the published checksum; fetching it again")
         os.unlink(path)
     if not os.path.isfile(path):
-        fetch(url, path, sha256)
+        fetch(url, path, sha256, also)
     return path
 
 
-def fetch(url, path, sha256=None):
+def fetch(url, path, sha256=None, also=""):
     """Download `url` to the file `path`, with progress on a terminal. Raises DownloadError."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         torch.hub.download_url_to_file(url, path, sha256, progress=sys.stderr.isatty())
     except (OSError, RuntimeError, http.client.HTTPException) as e:  # RuntimeError: another checksum
-        problem = f"could not be fetched ({_line(e)}); put the file at {path} by hand"
+        problem = f"could not be fetched ({_line(e)}); put the file at {path} by hand{also}"
         raise DownloadError(f"{url} {problem}") from None
 
 
