@@ -29,7 +29,7 @@ import tempfile
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from operator import methodcaller
 from typing import NamedTuple
@@ -299,7 +299,7 @@ class PatchConv(nn.Conv2d):
         B, C, _, R = x.shape
         p = self.kernel_size[0]
         g = R // p  # there are g by g patches
-        x = x[..., :g * p, :g * p].reshape(B, C, g, p, g, p).permute(0, 2, 4, 1, 3, 5)
+        x = x.reshape(B, C, g, p, g, p).permute(0, 2, 4, 1, 3, 5)
         x = F.linear(x.reshape(B, g * g, C * p * p), self.weight.flatten(1))
         return x.transpose(1, 2).unflatten(2, (g, g))  # (B, width, g, g)
 
@@ -466,8 +466,7 @@ class CLIP(nn.Module):
         projection, or a ResNet's attention pool asked at every place. Raises ValueError for another R.
         """
         size = self.visual.input_resolution
-        step = self.config.vision_patch_size or 1  # less than a patch at the edge is not looked at
-        if image.ndim != 4 or image.shape[1] != 3 or {n // step for n in image.shape[2:]} != {size // step}:
+        if image.shape[1:] != (3, size, size):
             raise ValueError(f"images are {tuple(image.shape)}; this model takes (B, 3, {size}, {size})")
         return self.visual(image.to(self.dtype), tokens)
 
@@ -722,11 +721,13 @@ def load(name, device=None, jit=False, download_root=None, image_size=None, quic
         path = download(f"{MODEL_URL}/{sha256}/{file}.pt", sha256, download_root,
                         also=f", and its tokenizer's beside it, of {MERGES_URL}")
     path = _weight_file(path)
-    content, said = _read_file(path)
+    content, hints = _read_file(path)
     if content.get("format") == CHECKPOINT_FORMAT:
         model = from_description(content.get("clip"), path)
     else:
-        model = from_state_dict(*_find_clip(content, said, path, quick_gelu), where=path)
+        with reading(path, "give a file of CLIP weights"):
+            state, hints = _find_clip(content, hints, path, quick_gelu)
+            model = _assemble(_infer_config(state, hints), state, hints.get("tokenizer"), path)
     if image_size is not None and image_size != model.config.image_resolution:
         resize_images(model, image_size)
     if context_length:
@@ -813,10 +814,10 @@ def transform(resolution):
 CHECKPOINT_FORMAT = "clip-methods-1"
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin",  # the next may be timm's
                 "model.safetensors", "pytorch_model.bin", "best.pt", "last.pt")
-HINTS = ("quick_gelu", "vision_heads", "transformer_heads", "image_resolution", "end_token", "image_mean",
-         "image_std", "image_resize", "squash", "interpolation")  # what the shapes of the tensors do not tell
-PARTS = ("visual", "transformer", "token_embedding", "positional_embedding", "positional_embedding_res",
-         "ln_final", "text_projection", "logit_scale")
+HINTS = ("quick_gelu", "vision_heads", "transformer_heads", "end_token", "image_mean", "image_std",
+         "image_resize", "squash", "interpolation")  # what the shapes of the tensors do not tell
+PARTS = ("visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection",
+         "logit_scale")
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
 NAMES = (  # transformers' parts of names and OpenAI's, replaced in this order
     ("text_model.", ""), ("vision_model.", "visual."), ("encoder.layers.", "transformer.resblocks."),
@@ -841,75 +842,60 @@ def _weight_file(path):
     return files[0]
 
 
-def read_weights(path):
-    """A file or folder of weights, of which nothing is run -> (state dict with OpenAI's keys, hints).
+def _find_clip(content, hints, path, quick_gelu):
+    """-> (state dict with OpenAI's keys, hints) of a file's content.
 
-    hints: a dict of what is said beside the tensors: HINTS and `tokenizer`. Raises CheckpointError.
+    hints: a dict of what is said beside the tensors, HINTS, `image_resolution` and `tokenizer`; given are
+    those of the file's format. quick_gelu: the activation, None where the caller does not state it.
     """
-    path = _weight_file(os.fspath(path))
-    return _find_clip(*_read_file(path), path)
-
-
-def _find_clip(content, said, path, quick_gelu=None):
-    """`read_weights` of a file's content. said: hints that its format gives. quick_gelu: the activation."""
-    with reading(path, "give a file of CLIP weights"):
-        place, state, metadata = _pick(content, path)
-        hints = said | {key: metadata[key] for key in HINTS if key in metadata}  # `_add_hints` wrote them
-        if "merges" in metadata:
-            hints["tokenizer"] = _tokenizer_of(metadata)
-        if not hints and "input_resolution" in state:
-            hints = {"quick_gelu": True}  # OpenAI's archives alone have it
-        folder, name = os.path.split(path)
-        gelu = place.startswith("state_dict.") or name.startswith("open_clip_")
-        if any(key.startswith("text_model.") for key in state):
-            gelu = False
-            state = _from_hugging_face(state)
-            hints = hints or _read_hugging_face(folder)
-        hints = hints or _read_open_clip(folder)
-        if quick_gelu is not None:
-            hints["quick_gelu"] = quick_gelu
-        if "quick_gelu" not in hints:
-            hints["quick_gelu"] = not gelu
-            taken = "GELU, open_clip's default" if gelu else "QuickGELU, OpenAI's"
-            warnings.warn(f"{path}: does not say its activation; taking {taken} "
-                          f"(state it: clip.load(..., quick_gelu={gelu}))")
-        if "positional_embedding_res" in state:  # Long-CLIP's: the first 20 positions are CLIP's
-            longer = state.pop("positional_embedding_res")
-            state["positional_embedding"] = torch.cat([state["positional_embedding"][:20], longer[20:]])
-    return {key: value for key, value in state.items() if key.split(".")[-1] not in NO_WEIGHTS}, hints
-
-
-def _pick(content, path):
-    """-> (place, tensors, what was written beside them) of the CLIP in a nest of dicts.
-
-    Of several it is the first that is no average or teacher. A warning names the tensors that are left out.
-    """
-    found = list(_candidates(content))
-    copies = [any(word in place.lower() for word in ("ema", "teacher", "momentum")) for place, _, _ in found]
-    place, prefix, held = found[copies.index(min(copies))] if found else ("", "", content)
-    tensors = {str(key): value for key, value in held.items() if isinstance(value, torch.Tensor)}
-    state = {key.removeprefix(prefix).replace("_orig_mod.", ""): value
-             for key, value in tensors.items() if key.startswith(prefix)}
-    if "text.token_embedding.weight" in state:  # open_clip's custom text towers
-        state = {key.removeprefix("text."): value for key, value in state.items()}
-
-    others = [kind for part, kind in OTHER_KINDS if any(part in key for key in tensors)]
-    has_images = any(key.startswith(("visual.", "vision_model.")) for key in state)
-    lacks = "the image tower" if found else "the text tower" if has_images else "'token_embedding.weight'"
-    shown = ", ".join(map(repr, [*tensors][:3])) or "no tensors"
-    expect(not others, path, f"{' '.join(others)}, which is not supported; use the library that it is of")
-    expect(found and has_images, path,
-           f"not CLIP weights: {lacks} is missing; it holds {shown}. Give a file of CLIP weights")
-
-    tops = (*PARTS, *NO_WEIGHTS, "text_model", "vision_model", "visual_projection")
-    odd = [key for key in state if key.split(".")[0] not in tops]
-    left = [other for other, _, _ in found if other != place]
-    left += [key for key in tensors if not key.startswith(prefix)] + odd
+    place, state, metadata, left = _pick(content, path)
+    hints = hints | {key: metadata[key] for key in HINTS if key in metadata}  # `_add_hints` wrote them
+    if "merges" in metadata:
+        hints["tokenizer"] = _tokenizer_of(metadata)
+    hugging_face = any(key.startswith("text_model.") for key in state)
+    if hugging_face:
+        state = _from_hugging_face(state)
+    folder = os.path.dirname(path)
+    if not hints:
+        with reading(folder or ".", "fetch its configuration again, or move that away"):
+            hints = _read_hugging_face(folder) if hugging_face else _read_open_clip(folder)
+    if quick_gelu is None and "quick_gelu" not in hints:
+        gelu = place.startswith("state_dict.") and not hugging_face  # as open_clip's training writes it
+        quick_gelu = not gelu
+        taken = "GELU, open_clip's default" if gelu else "QuickGELU, OpenAI's"
+        warnings.warn(f"{path}: does not say its activation; taking {taken} "
+                      f"(state it: clip.load(..., quick_gelu={gelu}))")
+    if quick_gelu is not None:
+        hints["quick_gelu"] = quick_gelu
+    if "positional_embedding_res" in state:  # Long-CLIP's: the first 20 positions are CLIP's
+        longer = state.pop("positional_embedding_res")
+        state["positional_embedding"] = torch.cat([state["positional_embedding"][:20], longer[20:]])
+    left += [key for key in state if key.split(".")[0] not in PARTS]
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         warnings.warn(f"{path}: left out, as no part of the CLIP: {', '.join(left[:5])}{more}")
-    state = {key: value for key, value in state.items() if key not in odd}
-    return place, state, getattr(held, "_metadata", {}).get(prefix.rstrip("."), {})
+    return {key: value for key, value in state.items() if key.split(".")[0] in PARTS}, hints
+
+
+def _pick(content, path):
+    """-> (place, tensors, what was written beside them, names of what is left out) of the first CLIP in a
+    nest of dicts."""
+    found = list(_candidates(content))
+    place, prefix, held = found[0] if found else ("", "", content)
+    tensors = {str(key): value for key, value in held.items() if isinstance(value, torch.Tensor)}
+    others = [kind for part, kind in OTHER_KINDS if any(part in key for key in tensors)]
+    expect(not others, path, f"{' '.join(others)}, which is not supported; use the library that it is of")
+    left = [other for other, _, _ in found[1:]] + [key for key in tensors if not key.startswith(prefix)]
+    state = {key.removeprefix(prefix).replace("_orig_mod.", ""): value for key, value in tensors.items()
+             if key.startswith(prefix) and key.split(".")[-1] not in NO_WEIGHTS}
+    if "text.token_embedding.weight" in state:  # open_clip's custom text towers
+        state = {key.removeprefix("text."): value for key, value in state.items()}
+    shown = ", ".join(map(repr, [*tensors][:3])) or "no tensors"
+    lacks = "image" if found else "text"
+    whole = found and any(key.startswith(("visual.", "vision_model.")) for key in state)
+    expect(whole, path,
+           f"not CLIP weights: the {lacks} tower is missing; it holds {shown}. Give a file of CLIP weights")
+    return place, state, getattr(held, "_metadata", {}).get(prefix.rstrip("."), {}), left
 
 
 def _candidates(held, place=""):
@@ -944,6 +930,7 @@ def _from_hugging_face(state):
 # What fields of transformers' and open_clip's configurations may be. Those of ANY may be anything: they are
 # read, or in the tensors' shapes, or for training alone. open_clip's others have to be off.
 FIELDS = {
+    "model_type": ("clip", "clip_text_model", "clip_vision_model"),
     "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "num_channels": (3,),
     "do_resize": (True,), "do_rescale": (True,), "rescale_factor": (1 / 255,), "do_normalize": (True,),
     "resample": (2, 3), "pool_type": ("tok", "argmax", "eos"), "norm_kwargs": (None, {}, {"eps": 1e-5}),
@@ -963,9 +950,8 @@ def _supported(path, config, others=None):
                f"{field} {value!r} is not supported; use the library that the model is of")
 
 
-def _read_json(folder, name):
-    """The content of a JSON file, a dict; {} without one."""
-    path = os.path.join(folder, name)
+def _read_json(path):
+    """The content of a JSON file, a dict; {} without the file."""
     if not os.path.isfile(path):
         return {}
     with reading(path, "fetch it again, or move it away"), open(path, encoding="utf-8") as f:
@@ -975,108 +961,97 @@ def _read_json(folder, name):
 def _read_hugging_face(folder):
     """The hints of transformers' configuration of a CLIP, its preprocessing and tokenizer; {} without one."""
     path = os.path.join(folder, "config.json")
-    config = _read_json(folder, "config.json")
+    config = _read_json(path)
     if not config:
         return {}
-    kind = config.get("model_type", "clip")
-    expect(kind == "clip", path, f"a {kind}, not a CLIP; use transformers")
-    with reading(path, "fetch it again, or move it away"):
-        towers = []
-        for name, heads in (("vision", 12), ("text", 8)):
-            defaults = {"num_attention_heads": heads, "hidden_act": "quick_gelu", "image_size": 224,
-                        "eos_token_id": 2}  # files leave out what is default
-            tower = defaults | (config.get(f"{name}_config") or {})
-            if config.get(f"{name}_config_dict") is not None:  # older files have both, and this one counts
-                tower |= defaults | config[f"{name}_config_dict"]
-            _supported(path, tower)
-            towers.append(tower)
-        vision, text = towers
-        same = vision["hidden_act"] == text["hidden_act"]
-        expect(same, path, "hidden_act is not the same for both towers: not supported; use transformers")
-        hints = {"quick_gelu": text["hidden_act"] == "quick_gelu",
-                 "vision_heads": vision["num_attention_heads"],
-                 "transformer_heads": text["num_attention_heads"],
-                 "image_resolution": vision["image_size"],
-                 "end_token": None if text["eos_token_id"] == 2 else text["eos_token_id"],  # as transformers
-                 "tokenizer": _folder_tokenizer(folder)}
+    _supported(path, config)
+    towers = []
+    for name, heads in (("vision_config", 12), ("text_config", 8)):
+        stated = config.get(f"{name}_dict")  # which counts in older files, where both are
+        if stated is None:
+            stated = config.get(name) or {}
+        defaults = {"num_attention_heads": heads, "hidden_act": "quick_gelu", "image_size": 224,
+                    "eos_token_id": 2}  # files leave out what is default
+        towers.append(defaults | stated)
+        _supported(path, towers[-1])
+    vision, text = towers
+    same = vision["hidden_act"] == text["hidden_act"]
+    expect(same, path, "hidden_act is not the same for both towers: not supported; use transformers")
+
     path = os.path.join(folder, "preprocessor_config.json")
-    pixels = _read_json(folder, "preprocessor_config.json")
-    with reading(path, "fetch it again, or move it away"):
-        _supported(path, pixels)
-        side = hints["image_resolution"]
-        size = pixels.get("size", side)
-        shorter = size.get("shortest_edge") if isinstance(size, dict) else size
-        crop = pixels.get("crop_size", side)
-        crop = crop if isinstance(crop, dict) else {"height": crop, "width": crop}
-        cropped = shorter and pixels.get("do_center_crop", True) and set(crop.values()) == {side}
-        fits = cropped or size == {"height": side, "width": side}
-        expect(fits, path, f"size {size} and crop {crop}: the model takes {side} pixels a side; correct them")
-        hints |= {"squash": not shorter,
-                  "image_resize": None if shorter == side else shorter,
-                  "interpolation": "bilinear" if pixels.get("resample") == 2 else "bicubic",
-                  "image_mean": tuple(pixels.get("image_mean", IMAGE_MEAN)),
-                  "image_std": tuple(pixels.get("image_std", IMAGE_STD))}
-    return hints
+    pixels = _read_json(path)
+    _supported(path, pixels)
+    side = vision["image_size"]
+    square = {"height": side, "width": side}
+    size = pixels.get("size", side)
+    shorter = size.get("shortest_edge") if isinstance(size, dict) else size
+    crop = pixels.get("crop_size", side) if pixels.get("do_center_crop", True) else None
+    expect(size == square or shorter and crop in (side, square), path,
+           f"size {size} and crop {crop}: the model takes {side} pixels a side; correct them")
+    return {"quick_gelu": text["hidden_act"] == "quick_gelu",
+            "vision_heads": vision["num_attention_heads"],
+            "transformer_heads": text["num_attention_heads"],
+            "image_resolution": side,
+            "end_token": None if text["eos_token_id"] == 2 else text["eos_token_id"],  # as transformers
+            "squash": not shorter,
+            "image_resize": None if shorter == side else shorter,
+            "interpolation": "bilinear" if pixels.get("resample") == 2 else "bicubic",
+            "image_mean": tuple(pixels.get("image_mean", IMAGE_MEAN)),
+            "image_std": tuple(pixels.get("image_std", IMAGE_STD)),
+            "tokenizer": _folder_tokenizer(folder)}
 
 
 def _read_open_clip(folder):
     """The hints of open_clip's configuration and of the tokenizer beside it; {} without one."""
     path = os.path.join(folder, "open_clip_config.json")
-    whole = _read_json(folder, "open_clip_config.json")
+    whole = _read_json(path)
     if not whole:
         return {}
-    with reading(path, "fetch it again, or move it away"):
-        config = whole["model_cfg"]
-        vision = config["vision_cfg"]
-        text = config["text_cfg"]
-        pixels = whole.get("preprocess_cfg") or {}
-        for part in (config, vision, text, pixels):
-            _supported(path, part, others=(None, False, {}))
-        side = vision.get("image_size", 224)
-        expect(isinstance(side, int), path, f"image_size {side} is not supported; use open_clip")
-        widening = 32 if isinstance(vision.get("layers"), list) else 1  # a ResNet's up to its pool
-        return {"quick_gelu": bool(config.get("quick_gelu", False)),
-                "vision_heads": widening * vision.get("width", 768) // vision.get("head_width", 64),
-                "transformer_heads": text.get("heads", 8),
-                "image_resolution": side,
-                "end_token": text.get("eos_id", 2) if text.get("pool_type") == "eos" else None,
-                "squash": pixels.get("resize_mode") == "squash",
-                "interpolation": pixels.get("interpolation") or "bicubic",
-                "image_mean": tuple(pixels.get("mean") or IMAGE_MEAN),
-                "image_std": tuple(pixels.get("std") or IMAGE_STD),
-                "tokenizer": _folder_tokenizer(folder, text)}
+    config = whole["model_cfg"]
+    vision = config["vision_cfg"]
+    text = config["text_cfg"]
+    pixels = whole.get("preprocess_cfg") or {}
+    for part in (config, vision, text, pixels):
+        _supported(path, part, others=(None, False, {}))
+    widening = 32 if isinstance(vision.get("layers"), list) else 1  # a ResNet's up to its pool
+    return {"quick_gelu": bool(config.get("quick_gelu", False)),
+            "vision_heads": widening * vision.get("width", 768) // vision.get("head_width", 64),
+            "transformer_heads": text.get("heads", 8),
+            "image_resolution": vision.get("image_size", 224),
+            "end_token": text.get("eos_id", 2) if text.get("pool_type") == "eos" else None,
+            "squash": pixels.get("resize_mode") == "squash",
+            "interpolation": pixels.get("interpolation") or "bicubic",
+            "image_mean": tuple(pixels.get("mean") or IMAGE_MEAN),
+            "image_std": tuple(pixels.get("std") or IMAGE_STD),
+            "tokenizer": _folder_tokenizer(folder, text)}
 
 
 def _folder_tokenizer(folder, text_config={}):
     """A folder's own tokenizer, None where it has none; a ForeignTokenizer where that is no CLIP BPE."""
-    def has(name):
-        return os.path.isfile(os.path.join(folder, name))
-
-    whole = _read_json(folder, "tokenizer.json")
+    file = partial(os.path.join, folder)
+    whole = _read_json(file("tokenizer.json"))
+    ids = _read_json(file("vocab.json"))
     kinds = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-    others = [name for name in kinds if has(name)] + [text_config.get("hf_tokenizer_name")]
     try:
-        for key in ("tokenizer_mode", "tokenizer_kwargs"):
+        for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"):
             if text_config.get(key):
                 raise ValueError(f"{key} {text_config[key]}")
         if whole:
             ids = whole["model"]["vocab"]
             pairs = whole["model"]["merges"]
-        elif has("vocab.json") and has("merges.txt"):
-            ids = _read_json(folder, "vocab.json")
-            with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as f:
+        elif ids:
+            with open(file("merges.txt"), encoding="utf-8") as f:
                 pairs = [line for line in f.read().splitlines() if line and not line.startswith("#version")]
-        elif any(others):
-            raise ValueError(f"it is {others[0]}")
         else:
+            if any(os.path.isfile(file(name)) for name in kinds):
+                raise ValueError("it is of another kind")
             return None
-        added = _read_json(folder, "added_tokens.json").keys()
+        added = _read_json(file("added_tokens.json")).keys()
         added |= {token["content"] for token in whole.get("added_tokens", ())}
         if not added <= ids.keys():
             raise ValueError("tokens were added")
-        vocabulary = [""] * (max(ids.values()) + 1)
-        for symbol, i in ids.items():
-            vocabulary[i] = symbol
+        symbols = {i: symbol for symbol, i in ids.items()}
+        vocabulary = [symbols.get(i, "") for i in range(max(symbols) + 1)]
         return Tokenizer([pair.split(" ") if isinstance(pair, str) else pair for pair in pairs], vocabulary)
     except Exception as e:
         problem = f"its tokenizer is no byte-level BPE as CLIP's ({_line(e)})"
@@ -1085,17 +1060,6 @@ def _folder_tokenizer(folder, text_config={}):
 
 # ---------------------------------------------------------------- putting a CLIP together
 
-def from_state_dict(state, hints=None, where="the weights"):
-    """A CLIP of the architecture that the tensors' shapes tell, with a float32 copy of the tensors.
-
-    state, hints: as `read_weights` returns them. where: the file, for errors: CheckpointError, which names
-    the first keys that do not fit.
-    """
-    hints = hints or {}
-    with reading(where, "give a file of CLIP weights"):
-        return _assemble(_infer_config(state, hints), state, hints.get("tokenizer"), where)
-
-
 def from_description(description, where="the checkpoint"):
     """The CLIP that `describe` described, in eval mode, float32, on the CPU, with its own tokenizer.
 
@@ -1103,16 +1067,8 @@ def from_description(description, where="the checkpoint"):
     where: the file, for errors: CheckpointError, where the description is damaged.
     """
     with reading(where, "write or fetch it again"):
-        stored = dict(description["config"])
-        unknown = stored.keys() - {field.name for field in fields(Config)}
-        if unknown:
-            warnings.warn(f"{where}: its configuration has {', '.join(unknown)}, which is not known here")
-        expect("quick_gelu" in stored, where, "its configuration lacks quick_gelu; write or fetch it again")
-        config = Config(**{name: value for name, value in stored.items() if name not in unknown})
-        state = dict(description["state_dict"])
-        layers = config.vision_layers if config.vision_patch_size else sum(config.vision_layers)
-        expect(layers + config.transformer_layers < len(state), where, "more layers than weights: damaged")
-        return _assemble(config, state, _tokenizer_of(description), where).eval()
+        config = Config(**description["config"])
+        return _assemble(config, description["state_dict"], _tokenizer_of(description), where).eval()
 
 
 def _infer_config(state, hints):
@@ -1144,12 +1100,13 @@ def _infer_config(state, hints):
         positions = state["visual.attnpool.positional_embedding"].shape[0]
         heads = 32 * width // 64
         config["vision_layers"] = tuple(count(f"visual.layer{i}.") for i in (1, 2, 3, 4))
-    step = patch or 32
-    grid = math.isqrt(positions - 1)
-    config |= {"vision_width": width, "vision_patch_size": patch, "vision_heads": heads}
+    size = (patch or 32) * math.isqrt(positions - 1)
+    stated = hints.get("image_resolution", size)
+    if stated != size:
+        raise ValueError(f"image_size {stated} is not supported: its positions are of {size} pixels a side")
+    config |= {"vision_width": width, "vision_patch_size": patch, "vision_heads": heads,
+               "image_resolution": size}
     config |= {key: hints[key] for key in HINTS if key in hints}
-    if config.get("image_resolution", 0) // step != grid:  # not stated, or not of these weights
-        config["image_resolution"] = step * grid
     if (config.get("end_token") or vocab_size) >= vocab_size - 1:
         config["end_token"] = None  # the largest id anyway
     return Config(**config)
@@ -1159,34 +1116,20 @@ def _assemble(config, state, tokenizer, where):
     """A CLIP of this configuration that holds a float32 copy of the tensors, which must be all of its own."""
     pooled_width = config.vision_width if config.vision_patch_size else 32 * config.vision_width
     text = config.transformer_width, config.transformer_heads
-    for width, n in ((pooled_width, config.vision_heads), text):
-        divides = type(n) is int and n > 0 and width % n == 0
-        expect(divides, where, f"a width of {width} has no {n} attention heads; give a file of CLIP weights")
-    _supported(where, {"interpolation": config.interpolation})
+    for width, heads in ((pooled_width, config.vision_heads), text):
+        expect(heads > 0 and width % heads == 0, where,
+               f"a width of {width} has no {heads} attention heads; give a file of CLIP weights")
     with torch.device("meta"):
         model = CLIP(config)
-    expected = model.state_dict()
-    counters = [key for key in expected if key.endswith("num_batches_tracked")]  # older files lack these
-    state = dict.fromkeys(counters, torch.zeros((), dtype=torch.int64, device="cpu")) | state
-    if "logit_scale" in state and state["logit_scale"].numel() == 1:
-        state["logit_scale"] = state["logit_scale"].reshape(())  # open_clip also writes shape (1,)
-    both = [key for key in expected if key in state]
-    wrong = {"missing": [key for key in expected if key not in state],
-             "unexpected": [key for key in state if key not in expected],
-             "of another shape": [key for key in both if expected[key].shape != state[key].shape]}
+    copies = {}
+    for key, value in state.items():
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        copies[key] = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    missing, unexpected = model.load_state_dict(copies, strict=False, assign=True)
+    wrong = {"missing": missing, "unexpected": unexpected}
     parts = [f"{len(keys)} {problem} (first {keys[0]!r})" for problem, keys in wrong.items() if keys]
     kind = "a ViT" if config.vision_patch_size else "a ResNet"
     expect(not parts, where, f"does not fit {kind} CLIP: {', '.join(parts)}; give a file of CLIP weights")
-    for key, value in state.items():
-        # A tensor whose stride is 0 repeats its numbers: a copy of it could fill the memory.
-        held = 0 if value.is_meta else value.untyped_storage().nbytes()
-        expect(value.numel() * value.element_size() <= held, where,
-               f"{key!r} holds fewer numbers than its shape needs; the file is damaged")
-        dtype = torch.int64 if key in counters else torch.float32  # whatever the process's default is
-        state[key] = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
-    model.load_state_dict(state, assign=True)
-    fits = getattr(tokenizer, "vocab_size", 0) <= config.vocab_size
-    expect(fits, where, f"its tokenizer has more symbols than its model ({config.vocab_size}): damaged")
     model.tokenizer = tokenizer
     return model
 
