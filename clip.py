@@ -25,7 +25,6 @@ import math
 import os
 import pickle
 import sys
-import tempfile
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
@@ -1347,27 +1346,22 @@ def write_file(path, write):
 
     Raises CheckpointError where it cannot be written. What else `write` raises passes through.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    temporary = None
+    folder, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(folder, f".writing-{os.getpid()}-{name}")
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writing-", delete=False) as f:
-            temporary = f.name
+        with open(temporary, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # a temporary file is private; the result is an ordinary file
         os.replace(temporary, path)
-        temporary = None
     except (OSError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "inline_container" not in str(e):  # which is how torch.save fails
             raise
         problem = f"cannot be written ({_line(e)}); the old file stays. Free space or choose another folder"
         raise CheckpointError(f"{path}: {problem}") from None
     finally:
-        if temporary:
+        if os.path.exists(temporary):
             os.unlink(temporary)
 
 
