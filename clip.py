@@ -1421,36 +1421,27 @@ class Tokenizer:
                              "word, start and end)")
         blank = cls([])
         frequency = Counter(word for text in texts for word in PATTERN.findall(clean(text)))
-        words = [(blank._split(word), n) for word, n in sorted(frequency.items())]  # (symbols, how often)
+        words = [(blank._split(word), n) for word, n in frequency.items()]  # (symbols, how often)
         counts = Counter()  # of every pair
-        places = {}  # of every pair: the words that have it
 
-        def count(i):
-            symbols, n = words[i]
+        def count(symbols, n):
             for pair in zip(symbols, symbols[1:]):
                 counts[pair] += n
-                places.setdefault(pair, set()).add(i)
 
-        for i in range(len(words)):
-            count(i)
+        for symbols, n in words:
+            count(symbols, n)
         merges = {}  # an ordered set: a pair that other merges spell anew is joined again, but listed once
-        while len(merges) < vocab_size - 514 and counts:
-            most = max(counts.values())
+        while len(merges) < vocab_size - 514:
+            most = max(counts.values(), default=0)
             if most < 2:
                 break
             best = min(pair for pair, n in counts.items() if n == most)
             merges[best] = None
-            changed = set()
-            for i in places.pop(best):
-                symbols, n = words[i]
-                for pair in zip(symbols, symbols[1:]):
-                    counts[pair] -= n
-                    changed.add(pair)
-                words[i] = _join(symbols, best), n
-                count(i)
-            for pair in changed:
-                if not counts[pair]:
-                    del counts[pair]
+            for i, (symbols, n) in enumerate(words):
+                if best[0] in symbols and best[1] in symbols:
+                    count(symbols, -n)
+                    words[i] = _join(symbols, best), n
+                    count(words[i][0], n)
         return cls(list(merges))
 
     def _split(self, word):
