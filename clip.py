@@ -532,7 +532,7 @@ class CLIP(nn.Module):
             for block in self.transformer.resblocks)
 
     def _encode_columns(self, text, tokens):
-        """The same of all columns, with (L, B, width) for the blocks, as in OpenAI's code."""
+        """`encode_text` of all columns, with (L, B, width) for the blocks, as in OpenAI's code."""
         B, L = text.shape
         x = self.token_embedding(text) + self.positional_embedding[:L]
         x = self.ln_final(self.transformer(x.to(self.dtype).transpose(0, 1)).transpose(0, 1))
@@ -575,12 +575,9 @@ def build(name, tokenizer=None, seed=0, image_size=None, context_length=None):
     Raises CheckpointError for an unknown name or an image size that no whole number of patches fills.
     """
     config = MODELS[_known(name)][0]
-    if image_size:
-        config = replace(config, image_resolution=image_size)
-    if context_length:
-        config = replace(config, context_length=context_length)
-    if tokenizer:
-        config = replace(config, vocab_size=tokenizer.vocab_size)
+    changes = {"image_resolution": image_size, "context_length": context_length,
+               "vocab_size": tokenizer and tokenizer.vocab_size}
+    config = replace(config, **{key: value for key, value in changes.items() if value})
     _check_size(config, config.image_resolution)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
@@ -676,9 +673,8 @@ def autocast(amp, model):
     elif device == "cpu":  # the narrower, the more of the time is converting; a ResNet's stem widens 32 times
         c = model.config
         width = min(c.vision_width if c.vision_patch_size else 32 * c.vision_width, c.transformer_width)
-        names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        checks = [getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)]
-        pays = width >= 256 and any(check() for check in checks)
+        pays = width >= 256 and any(getattr(torch.cpu, f"_is_{units}_supported", bool)()  # bool() is False
+                                    for units in ("amx_tile", "avx512_bf16"))
     if amp == "bf16" or amp == "auto" and pays:
         return torch.autocast(device, torch.bfloat16)
     return contextlib.nullcontext()
@@ -1144,7 +1140,6 @@ DTYPES = {  # torch's dtype: its name in safetensors, the name of its storages i
 
 def _read_file(path):
     """-> (dict of tensors and plain values, hints that the format gives). Raises CheckpointError."""
-    expect(os.path.isfile(path), path, "no such file; give a file or folder of weights")
     with reading(path, "give a file of weights, or fetch it again; nothing of it was run"):
         with open(path, "rb") as f:
             head = f.read(64)
@@ -1187,8 +1182,8 @@ def _read_pickle(path):
         asks = regex.search(r"GLOBAL (\S+)|(?:class|function|type) (\S+\.\S+)", str(e))
         reason = f"asks for {asks[1] or asks[2]}, which weights do not need" if asks else "no weight file"
         raise pickle.UnpicklingError(reason) from None
-    problem = f"holds a {type(weights).__name__}, not a dictionary of weights; save model.state_dict()"
-    expect(isinstance(weights, dict), path, problem)
+    expect(isinstance(weights, dict), path,
+           f"holds a {type(weights).__name__}, not a dictionary of weights; save model.state_dict()")
     return weights
 
 
@@ -1310,8 +1305,8 @@ def save(model, path):
 
 def describe(model):
     """What a checkpoint holds of a CLIP: its configuration, weights, and the merges of its own tokenizer."""
-    tokenizer = _describe_tokenizer(model.tokenizer)
-    return {"config": asdict(model.config), "state_dict": weights(model), **tokenizer}
+    return {"config": asdict(model.config), "state_dict": weights(model),
+            **_describe_tokenizer(model.tokenizer)}
 
 
 def describe_heads(model):
