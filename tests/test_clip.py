@@ -5,7 +5,6 @@ Peers (open_clip_torch, transformers, safetensors) and ../shared are used where 
 import copy
 import csv
 import hashlib
-import http.server
 import io
 import json
 import os
@@ -13,9 +12,7 @@ import pickle
 import random
 import re
 import shutil
-import socket
 import struct
-import threading
 import types
 import warnings
 import zipfile
@@ -99,24 +96,24 @@ def open_clip_model(config, custom=False, seed=0):
     return randomise(model, seed)
 
 
-def transformers_model(config, seed=0):
-    """transformers' model of the same architecture."""
+def transformers_model(config, text={}, vision={}):
+    """transformers' model of the same architecture but for changes to its configurations."""
     transformers = pytest.importorskip("transformers")
     c = config
     activation = "quick_gelu" if c.quick_gelu else "gelu"
-    text = dict(hidden_size=c.transformer_width, intermediate_size=4 * c.transformer_width,
-                num_attention_heads=c.transformer_heads, num_hidden_layers=c.transformer_layers,
-                max_position_embeddings=c.context_length, vocab_size=c.vocab_size, hidden_act=activation,
-                bos_token_id=c.vocab_size - 2, eos_token_id=c.vocab_size - 1)
-    vision = dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width,
-                  num_attention_heads=c.vision_heads, num_hidden_layers=c.vision_layers,
-                  image_size=c.image_resolution, patch_size=c.vision_patch_size, hidden_act=activation)
+    text = dict(hidden_act=activation, hidden_size=c.transformer_width, intermediate_size=4 * c.transformer_width,
+                num_hidden_layers=c.transformer_layers, num_attention_heads=c.transformer_heads,
+                max_position_embeddings=c.context_length, vocab_size=c.vocab_size,
+                bos_token_id=c.vocab_size - 2, eos_token_id=c.vocab_size - 1) | text
+    vision = dict(hidden_act=activation, hidden_size=c.vision_width, intermediate_size=4 * c.vision_width,
+                  num_hidden_layers=c.vision_layers, num_attention_heads=c.vision_heads,
+                  image_size=c.image_resolution, patch_size=c.vision_patch_size) | vision
     whole = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=c.embed_dim)
     model = on_meta(transformers.CLIPModel, whole)
     for module in model.modules():
         if hasattr(module, "position_ids"):
             module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
-    return randomise(model, seed)
+    return randomise(model)
 
 
 @torch.no_grad()
@@ -176,13 +173,6 @@ def refused(path, match="", readers=(clip.load, clip.load_checkpoint)):
     """Every reader fails on the file and names it first."""
     for read in readers:
         fails(re.escape(os.path.basename(path)) + ".*" + match, read, path)
-
-
-def raising(error):
-    """A function that raises the error, whatever its arguments."""
-    def function(*_):
-        raise error
-    return function
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +407,7 @@ class Lora(nn.Module):
         super().__init__()
         self.base = base
         width = base.out_channels if isinstance(base, nn.Conv2d) else base.out_features
-        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, width))
+        self.scale = nn.Parameter(torch.ones(width))
         self.shape = (-1, 1, 1) if isinstance(base, nn.Conv2d) else (-1,)
 
     weight = property(lambda self: self.base.weight)
@@ -433,21 +423,21 @@ def test_layers_may_be_exchanged_and_looked_at(quick_gelu):
     model = make(replace(SMALL_VIT, quick_gelu=quick_gelu))
     image, text = a_batch(SMALL_VIT)
     exchanged = copy.deepcopy(model)
-    with torch.no_grad():
-        for module in (*model.modules(),):  # the same change, written into the weights
-            for name, layer in module.named_children():
-                if name in ("c_fc", "c_proj", "conv1"):
-                    scale = torch.linspace(0.5, 1.5, len(layer.weight))
-                    layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.ndim - 1)))
-                    if layer.bias is not None:
-                        layer.bias.mul_(scale)
     for module in (*exchanged.modules(),):
         for name, layer in (*module.named_children(),):
             if name in ("c_fc", "c_proj", "conv1"):
                 setattr(module, name, Lora(layer))
     same_outputs(model, exchanged)
     exchanged(image, text)[0].sum().backward()
-    assert all(layer.scale.grad.abs().max() > 0 for layer in exchanged.modules() if isinstance(layer, Lora))
+    scales = [layer.scale for layer in exchanged.modules() if isinstance(layer, Lora)]
+    assert len(scales) == 9 and all(scale.grad.abs().max() > 0 for scale in scales)
+    for encode, x in ((exchanged.encode_image, image), (exchanged.encode_text, text)):
+        before = encode(x)
+        for scale in scales:
+            scale.data += 0.5
+        assert not torch.allclose(encode(x), before, atol=1e-3)
+        for scale in scales:
+            scale.data -= 0.5
 
     fired = set()
     layers = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
@@ -651,64 +641,43 @@ def test_names(tmp_path):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch, vit):
-    """ViT-B/32 as a server on this machine would publish it -> (the file, what was asked of the server)."""
+    """A file as ViT-B/32 is published, below an address on this machine."""
     folder = tmp_path / "web" / "sha"
     clip.save(vit, folder / "ViT-B-32.pt")
-    asked = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            super().do_GET()
-
-        def log_message(self, *_):
-            pass
-
-    handler = partial(Handler, directory=tmp_path / "web")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        sha256 = clip.file_sha256(folder / "ViT-B-32.pt")
-        os.rename(folder, tmp_path / "web" / sha256)
-        monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(clip, "MODEL_URL", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setitem(clip.MODELS, "ViT-B/32", (SMALL_VIT, sha256))
-        yield tmp_path / "web" / sha256 / "ViT-B-32.pt", asked
-        server.shutdown()
+    sha256 = hashlib.sha256((folder / "ViT-B-32.pt").read_bytes()).hexdigest()
+    monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(clip, "MODEL_URL", (tmp_path / "web").as_uri())
+    monkeypatch.setitem(clip.MODELS, "ViT-B/32", (SMALL_VIT, sha256))
+    return folder.rename(tmp_path / "web" / sha256) / "ViT-B-32.pt"
 
 
 def test_a_published_model_is_fetched_once(published, tmp_path, vit):
-    file, asked = published
-    assert clip.file_sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest()
-    for _ in range(2):
-        model, _ = clip.load("ViT-B/32", "cpu")
-    state_equal(model.state_dict(), vit.state_dict())
-    assert len(asked) == 1 and os.listdir(tmp_path / "cache") == ["ViT-B-32.pt"]
+    clip.load("ViT-B/32", "cpu", download_root=str(tmp_path / "other"))
+    clip.load("ViT-B/32", "cpu")
+    content = published.read_bytes()
+    published.unlink()
+    for folder in ("cache", "other"):
+        assert os.listdir(tmp_path / folder) == ["ViT-B-32.pt"]
+        model, _ = clip.load("ViT-B/32", "cpu", download_root=str(tmp_path / folder))
+        state_equal(model.state_dict(), vit.state_dict())
     (tmp_path / "cache" / "ViT-B-32.pt").write_bytes(b"rotten")
+    published.write_bytes(content)
     with pytest.warns(UserWarning, match="checksum"):
         clip.load("ViT-B/32", "cpu")
-    clip.load("ViT-B/32", "cpu", download_root=str(tmp_path / "other"))
-    assert len(asked) == 3 and (tmp_path / "cache" / "ViT-B-32.pt").read_bytes() == file.read_bytes()
+    assert (tmp_path / "cache" / "ViT-B-32.pt").read_bytes() == content
 
 
-def test_downloads_that_fail_say_what_to_put_where(published, tmp_path, monkeypatch):
-    """Another file under the same name; no network, where the tokenizer's file is missing too; no folder."""
-    file, _ = published
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(clip, "MERGES_URL", f"{clip.MODEL_URL}/{BPE}")
-    both = re.escape(f"put the file at {cache / 'ViT-B-32.pt'} by hand") + ".*tokenizer.*" + BPE
-    content = file.read_bytes()
-    file.write_bytes(content[:-1] + b"!")
+def test_downloads_that_fail_say_what_to_put_where(published, tmp_path):
+    """Another file under the same name; none; no folder. The tokenizer's file may be missing too."""
+    both = re.escape(f"put the file at {tmp_path / 'cache' / 'ViT-B-32.pt'} by hand") + ".*tokenizer.*" + BPE
+    content = published.read_bytes()
+    published.write_bytes(content[:-1] + b"!")
     fails("invalid hash value.*" + both, clip.load, "ViT-B/32", "cpu")
-    assert os.listdir(cache) == []
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))  # bound, but nobody listens
-        for name in ("MODEL_URL", "MERGES_URL"):
-            monkeypatch.setattr(clip, name, f"http://127.0.0.1:{s.getsockname()[1]}/{BPE}")
-        fails("refused.*" + both, clip.load, "ViT-B/32", "cpu")
-    file.write_bytes(content)
-    a_file = str(file)
-    fails("could not be fetched", clip.load, "ViT-B/32", "cpu", download_root=a_file)
+    assert os.listdir(tmp_path / "cache") == []
+    published.unlink()
+    fails("could not be fetched.*" + both, clip.load, "ViT-B/32", "cpu")
+    published.write_bytes(content)
+    fails("could not be fetched", clip.load, "ViT-B/32", "cpu", download_root=str(published))
 
 
 class Scripted(nn.Module):
@@ -736,6 +705,7 @@ def jit_archive(model, path, half):
         block.attn_mask = torch.full((3, 3), -torch.inf)  # no weight
     for key, value in (("input_resolution", 40), ("context_length", 20), ("vocab_size", 700)):
         archive.register_buffer(key, torch.tensor(value))
+    archive.text_projection.data = archive.text_projection.data.t().contiguous().t()  # strides of its own
     archive.patch_size = 10
     archive.training_steps = [1, 2, 3]
     torch.jit.script(archive).save(str(path))
@@ -865,18 +835,6 @@ def test_hugging_face_folders_and_files(quick_gelu, tmp_path):
     fails("k_proj.bias", clip.load, tmp_path / "bin", "cpu")
 
 
-def hugging_face_folder(folder, text={}, vision={}):
-    """-> transformers' model of these changes to a configuration, written into the folder."""
-    transformers = pytest.importorskip("transformers")
-    common = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2)
-    text = dict(common, vocab_size=700, max_position_embeddings=20, bos_token_id=698, eos_token_id=699) | text
-    vision = dict(common, image_size=40, patch_size=10) | vision
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=48)
-    model = randomise(transformers.CLIPModel(config))
-    model.save_pretrained(folder)
-    return model
-
-
 @pytest.mark.parametrize("text, vision, refusal", [
     ({"intermediate_size": 200}, {"intermediate_size": 300}, None),
     ({"hidden_act": "gelu"}, {"hidden_act": "gelu"}, None),
@@ -887,7 +845,8 @@ def hugging_face_folder(folder, text={}, vision={}):
     ({"layer_norm_eps": 1e-3}, {}, "layer_norm_eps"), ({}, {"layer_norm_eps": 1e-6}, "layer_norm_eps")])
 def test_hugging_face_configurations(text, vision, refusal, tmp_path):
     """What a configuration changes about the function is followed, or refused by its name."""
-    theirs = hugging_face_folder(tmp_path, text, vision)
+    theirs = transformers_model(SMALL_VIT, text, vision)
+    theirs.save_pretrained(tmp_path)
     if refusal:
         return fails(f"{refusal} .*not supported|{refusal}.*both towers", clip.load, tmp_path, "cpu")
     ours, _ = clip.load(tmp_path, "cpu")
@@ -939,7 +898,7 @@ def test_preprocessing_is_the_folders(tmp_path):
     transformers = pytest.importorskip("transformers")
     open_clip = pytest.importorskip("open_clip")
     picture = Image.effect_noise((90, 60), 80).convert("RGB")
-    hugging_face_folder(tmp_path / "hf")
+    transformers_model(SMALL_VIT).save_pretrained(tmp_path / "hf")
     half = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     square = {"height": 40, "width": 40}
     for stated in ({}, half, {"resample": 2}, {"size": {"shortest_edge": 52}},
@@ -972,7 +931,7 @@ def test_a_folders_own_tokenizer(whole, tmp_path):
     ids = list(range(own.vocab_size - 2))
     random.Random(0).shuffle(ids)
     vocab = dict(zip(own.symbols, [*ids, own.start, own.end]))
-    hugging_face_folder(tmp_path, {"vocab_size": own.vocab_size, "eos_token_id": own.end})
+    transformers_model(replace(SMALL_VIT, vocab_size=own.vocab_size)).save_pretrained(tmp_path)
     if whole:
         tokenizer = {"model": {"type": "BPE", "vocab": vocab, "merges": own.merges},
                      "added_tokens": [{"id": own.end, "content": "<|endoftext|>"}]}
@@ -1123,58 +1082,19 @@ class Evil:
 
 
 @pytest.mark.parametrize("function, argument, name", [
-    (os.mkdir, "ran", os.mkdir.__module__ + ".mkdir"), (eval, "__import__('os').mkdir('ran')", "eval"),
+    (eval, "__import__('os').mkdir('ran')", "eval"),
     (torch.hub.load_state_dict_from_url, "file://ran", "load_state_dict_from_url")])
 def test_malicious_pickles(function, argument, name, tmp_path, monkeypatch):
-    """Zip, legacy and bare pickles, an archive's data.pkl: refused, and nothing ran."""
+    """A builtin and a function of torch's; test_damage.py tries another module's, in more formats."""
     monkeypatch.chdir(tmp_path)
     evil = Evil(function, (argument,))
     torch.save({"state_dict": evil}, "zip.pt")
-    torch.save({"state_dict": evil}, "legacy.pt", _use_new_zipfile_serialization=False)
-    (tmp_path / "bare.pt").write_bytes(pickle.dumps({"a": evil}))
     with zipfile.ZipFile("script.pt", "w") as z:
         z.writestr("a/data.pkl", pickle.dumps(evil, 2))
-        z.writestr("a/constants.pkl", pickle.dumps(evil, 2))
-    with open("plain.pt", "wb") as f:
-        pickle.dump(evil, f)
-    with open("plain.pt", "rb") as f, pytest.raises(pickle.UnpicklingError, match=name):
-        clip.RestrictedUnpickler(f, {("builtins", "list"): list}).load()
+        z.writestr("a/constants.pkl", b"")
     for file in ("zip.pt", "script.pt"):
         refused(file, f"{name}.*nothing of it was run")
-    for file in ("legacy.pt", "bare.pt"):
-        refused(file)
     assert not os.path.exists("ran")
-    if function is not torch.hub.load_state_dict_from_url:
-        pickle.loads(pickle.dumps(evil))
-        assert os.path.exists("ran")  # the trap works
-
-
-class Archived:
-    """Stands for a storage, and for the module of an archive, whose class is of __torch__."""
-
-
-def script_archive(args, raw=struct.pack("<4f", 1, 2, 3, 4), kind="FloatStorage", record="data/0"):
-    """A hand-made archive: one module, one tensor "w" = _rebuild_tensor_v2(storage "0" of `raw`, *args)."""
-    storage = Archived()
-
-    class Tensor:
-        def __reduce__(self):
-            return torch._utils._rebuild_tensor_v2, (storage, *args, False, {})
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value):
-            return ("storage", getattr(torch, kind), "0", "cpu", 4) if value is storage else None
-
-    module = Archived()
-    module.w = Tensor()
-    pickled = io.BytesIO()
-    Pickler(pickled, 2).dump(module)
-    data = pickled.getvalue().replace(f"c{__name__}\n".encode(), b"c__torch__\n")
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as z:
-        for name, body in (("a/data.pkl", data), ("a/constants.pkl", b""), (f"a/{record}", raw)):
-            z.writestr(name, body)
-    return out.getvalue()
 
 
 def safetensors(tensors, length=None):
@@ -1183,38 +1103,8 @@ def safetensors(tensors, length=None):
 
 
 ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}  # of a tensor in 16 bytes
-HALVES = {"raw": struct.pack("<4e", 1, 2, 3, 4), "kind": "HalfStorage", "record": "constants/0"}
-GOOD = {  # what it is: its content, the tensor "w" that it holds
-    "safetensors": (safetensors({"w": ENTRY}), torch.zeros(2, 2)),
-    "offset": (script_archive((1, (2,), (1,))), torch.tensor([2.0, 3.0])),
-    "last number": (script_archive((3, (1, 1), (9, 9))), torch.tensor([[4.0]])),
-    "stride": (script_archive((0, (2,), (3,))), torch.tensor([1.0, 4.0])),
-    "empty tensor": (script_archive((0, (0, 5), (5, 1))), torch.zeros(0, 5)),
-    "transposed": (script_archive((0, (2, 2), (1, 2)), **HALVES), torch.tensor([[1, 3], [2, 4]]).half())}
-
-
-@pytest.mark.parametrize("name", GOOD)
-def test_good_files(name, tmp_path):
-    body, want = GOOD[name]
-    (tmp_path / "good.pt").write_bytes(body)
-    state_equal(clip._read_file(str(tmp_path / "good.pt"))[0], {"w": want})
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
-def test_damaged_files(tmp_path, vit):
-    """Cut at many places, flipped, or no weights; a folder without any."""
+def test_files_without_weights(tmp_path, vit):
     clip.save(vit, tmp_path / "good.pt")
-    jit_archive(vit, tmp_path / "jit.pt", True)
-    torch.save(vit.state_dict(), tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    for name in ("good.pt", "jit.pt", "legacy.pt"):
-        body = (tmp_path / name).read_bytes()
-        for cut in (1, 5, 9, 300, len(body) // 2, len(body) - 10):
-            (tmp_path / "cut.pt").write_bytes(body[:cut])
-            refused(tmp_path / "cut.pt")
-    jit = (tmp_path / "jit.pt").read_bytes()
-    at = jit.index(b"data.pkl")
-    (tmp_path / "flip.pt").write_bytes(jit[:at + 100] + b"\xff" * 40 + jit[at + 140:])
-    refused(tmp_path / "flip.pt", "damaged")
     if hasattr(os, "geteuid") and os.geteuid() != 0:  # root may read everything
         os.chmod(tmp_path / "good.pt", 0)
         refused(tmp_path / "good.pt", "ermission")
@@ -1225,11 +1115,18 @@ def test_damaged_files(tmp_path, vit):
     refused(tmp_path / "folder")
 
 
-OUTSIDE = [  # offset, shape, stride of a tensor in a storage of four numbers
-    (-1, (2,), (1,)), (3, (2,), (1,)), (4, (1,), (1,)), (2 ** 62, (2,), (1,)), (2 ** 62, (1,), (0,)),
-    (0, (2,), (4,)), (0, (2, 2), (2 ** 62, 1)), (0, (2, 2), (2, 3)), (0, (2,), (-1,)), (3, (2,), (-1,)),
-    (0, (-4,), (1,)), (0, (2 ** 40, 2 ** 40), (1, 1)), (0, ("a",), (1,)), (0, (2.0,), (1,)),
-    (0.0, (2,), (1,)), (0, (5,), (1,)), (0, (2, 2), (1,)), (0, (2,), (1, 1))]
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_an_archive_with_less_in_it_than_it_says(tmp_path, vit):
+    jit_archive(vit, tmp_path / "whole.pt", False)
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole:
+        records = {name: whole.read(name) for name in whole.namelist()}
+    for name in [name for name in records if "/data/" in name or "/constants/" in name][:5]:
+        with zipfile.ZipFile(tmp_path / "less.pt", "w") as less:
+            for other, content in records.items():
+                less.writestr(other, content[:-4] if other == name else content)
+        refused(tmp_path / "less.pt", "refused, damaged")
+
+
 WRONG_ENTRIES = [
     {"data_offsets": [0, 32]}, {"data_offsets": [-16, 0]}, {"data_offsets": [8, 24]},
     {"data_offsets": [16, 0]}, {"data_offsets": [0.0, 16.0]}, {"data_offsets": [0]}, {"shape": [2, 3]},
@@ -1244,9 +1141,6 @@ REFUSED = {  # what it is: its content, what the error says
     "no zip": (b"PK\x03\x04 but no zip", ""),
     "zeros": (bytes(5000), ""),
     "pickled list": (pickle.dumps([1, 2], 2), ""),
-    **{f"archive {at}": (script_archive(at), "") for at in OUTSIDE},
-    "short storage": (script_archive((0, (4,), (1,)), raw=b"12345678"), ""),
-    "cut storage": (script_archive((0, (1,), (1,)), raw=b"123"), ""),
     **{f"safetensors {change}": (safetensors({"w": ENTRY | change}), "") for change in WRONG_ENTRIES},
     "safetensors, no entry": (safetensors({"w": [1]}), ""),
     "safetensors, huge header": (safetensors({"w": ENTRY}, 2 ** 63), ""),
@@ -1292,18 +1186,14 @@ def test_weights_of_something_else(tmp_path, vit):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "r.pt")
     refused(tmp_path / "r.pt", "the text tower is missing; it holds 'conv1.weight'", [clip.load])
     refused(tmp_path / "r.pt", readers=[clip.load_checkpoint])
+    for key, shape in (("positional_embedding", (20, 63)), ("visual.positional_embedding", (18, 64)),
+                       ("visual.positional_embedding", (0, 64)), ("ln_final.weight", ()),
+                       ("visual.conv1.weight", (64, 3)), ("text_projection", (64,))):
+        torch.save(vit.state_dict() | {key: torch.ones(shape)}, tmp_path / "w.pt")
+        refused(tmp_path / "w.pt", readers=[clip.load])
 
 
-@pytest.mark.parametrize("key, shape", [
-    ("positional_embedding", (20, 63)), ("visual.positional_embedding", (18, 64)), ("ln_final.weight", ()),
-    ("ln_final.weight", (0,)), ("visual.conv1.weight", (64, 3)), ("text_projection", (64,)),
-    ("visual.positional_embedding", (0, 64)), ("transformer.resblocks.99999999999.ln_1.bias", (64,))])
-def test_shapes_that_fit_no_clip(key, shape, tmp_path, vit):
-    torch.save(vit.state_dict() | {key: torch.ones(shape)}, tmp_path / "w.pt")
-    refused(tmp_path / "w.pt", readers=[clip.load])
-
-
-def test_writing_is_atomic(tmp_path, monkeypatch, vit):
+def test_writing_is_atomic(tmp_path, vit):
     """A failure at any point leaves the old file whole and no other file behind."""
     path = tmp_path / "last.pt"
     clip.save_checkpoint(path, {"epoch": 1})
@@ -1322,9 +1212,6 @@ def test_writing_is_atomic(tmp_path, monkeypatch, vit):
         clip.write_file(path, half(KeyboardInterrupt()))
     with pytest.raises((AttributeError, pickle.PicklingError)):
         clip.save_checkpoint(path, {"epoch": 2, "bad": lambda: None})
-    with monkeypatch.context() as m:
-        m.setattr(os, "replace", raising(OSError(5, "I/O error")))
-        fails("I/O error", clip.save_checkpoint, path, {"epoch": 2})
     assert path.read_bytes() == old and os.listdir(tmp_path) == ["last.pt"]
     fails("cannot be written", clip.save, vit, path / "under a file" / "w.pt")
     clip.save_checkpoint(path, {"epoch": 2})
@@ -1435,16 +1322,14 @@ def test_clean():
     assert clip.clean("half \ud83d a pair") == "half \ufffd a pair"  # broken JSON must not end a run
 
 
-def test_merging_equals_brute_force(tok):
-    """Against the plain loop, on real merges and random ones, whose symbols have many spellings."""
+def test_merging_equals_brute_force():
+    """Against the plain loop, on random merges, whose symbols have many spellings."""
     def check(tokenizer, word):
         merged = [tokenizer.symbols[i] for i in tokenizer._merge(word)]
         assert merged == brute_force_bpe(tokenizer, word), (tokenizer.merges[:20], word)
         return merged
 
     r = random.Random(0)
-    for _ in range(150):
-        check(tok, "".join(r.choice("abcdefghijklmnopqrstuvwxyzéü東") for _ in range(r.randrange(1, 40))))
     # "aab" has two spellings: both copies are merged before the pair that the first makes with its neighbour.
     two_spellings = clip.Tokenizer([("a", "a"), ("a", "b"), ("a", "ab"), ("aab", "aa"), ("aa", "b")])
     assert check(two_spellings, "aabaabc") == ["aab", "aab", "c</w>"]
