@@ -352,11 +352,9 @@ def test_image_tokens(vit):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_attention(fused, request):
+def test_attention(fused, monkeypatch):
     """The output and the gradient are the equation's, with torch's fused attention and without it."""
-    switch = torch.backends.cuda.enable_flash_sdp
-    request.addfinalizer(partial(switch, torch.backends.cuda.flash_sdp_enabled()))
-    switch(fused)
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: fused)
     model = make(SMALL_VIT)
     for transformer in (model.transformer, model.visual.transformer):  # causal and not
         attn = transformer.resblocks[0].attn
@@ -379,11 +377,13 @@ def test_inner_modules_take_length_first(vit):
     """Transformers and blocks, called as those of OpenAI's package, and what hooks on them see."""
     image, text = a_batch(SMALL_VIT, images=3)
     close(coop_text(vit, text), vit.encode_text(text))
-    v = vit.visual
+    v = copy.deepcopy(vit.visual)
     x = v.conv1(image).flatten(2).transpose(1, 2)
     x = torch.cat([v.class_embedding.expand(3, 1, -1), x], 1) + v.positional_embedding
     x = v.transformer(v.ln_pre(x).permute(1, 0, 2)).permute(1, 0, 2)
     close(v.ln_post(x[:, 0]) @ v.proj, vit.encode_image(image))
+    v.proj = None  # as linear probes set it
+    close(v.ln_post(x[:, 0]), v(image))
     x = torch.randn(5, 2, 64)
     for block in vit.transformer.resblocks:  # causal: what follows changes nothing
         assert torch.allclose(block(x)[:3], block(x[:3]), atol=1e-5)
@@ -479,15 +479,6 @@ def test_traced_and_exported_encoders_take_other_texts(vit):
     close(of_each.sum(0), torch.autograd.grad(vit.encode_text(text).sum(), vit.text_projection)[0])
 
 
-def test_without_a_projection(vit):
-    """As linear probes set it: the features are the last norm's."""
-    model = copy.deepcopy(vit)
-    model.visual.proj = None
-    image, _ = a_batch(SMALL_VIT)
-    assert model.encode_image(image).shape == (2, 64)
-    close(model.encode_image(image) @ vit.visual.proj, vit.encode_image(image))
-
-
 @pytest.mark.parametrize("config, new, step, key", [
     (SMALL_VIT, 60, 10, "visual.positional_embedding"),
     (SMALL_RN, 96, 32, "visual.attnpool.positional_embedding")])
@@ -567,12 +558,6 @@ def test_compile_blocks():
         assert transformer.resblocks[0]._compiled_call_impl is not None
     same_outputs(compiled, model)
     state_equal(compiled.state_dict(), model.state_dict())
-
-
-@pytest.mark.parametrize("matmul", [None, types.SimpleNamespace()])
-def test_fast_float32_where_torch_has_no_such_switch(matmul, monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "matmul", matmul, raising=False)
-    assert clip.fast_float32() is False
 
 
 # ---------------------------------------------------------------- as OpenAI's package
@@ -763,20 +748,32 @@ def test_what_is_loaded_is_float32_on_the_device_asked_for(tmp_path, vit):
 
 
 def test_own_weights_round_trip(tmp_path):
-    """`save` keeps what shapes do not tell (GELU, heads); torch's old format is read."""
+    """What shapes do not tell (GELU, heads) comes back from each format that keeps it; else a file is warned
+    of."""
+    st = pytest.importorskip("safetensors.torch")
     model = make(GELU_VIT)
-    clip.save(model, tmp_path / "deep" / "er" / "w.pt")
-    loaded, _ = clip.load(tmp_path / "deep" / "er" / "w.pt", "cpu")
-    assert loaded.config == model.config
-    torch.save(model.state_dict(), tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    legacy, _ = clip.load(tmp_path / "legacy.pt", "cpu", quick_gelu=False)
-    for other in (loaded, legacy):
-        state_equal(other.state_dict(), model.state_dict())
-    assert legacy.config == loaded.config
-    for wrapped in (nn.DataParallel(model), torch.compile(model)):
-        clip.save(wrapped, tmp_path / "wrapped.pt")
-        assert clip.load(tmp_path / "wrapped.pt", "cpu")[0].config == model.config
+    state = model.state_dict()
+    os.makedirs(tmp_path / "by")
+    for name, wrapped in (("deep/er", model), ("by/parallel", nn.DataParallel(model)),
+                          ("by/compiled", torch.compile(model))):
+        clip.save(wrapped, tmp_path / name)
+        torch.save({"model": {"state_dict": wrapped.state_dict()}}, tmp_path / (name + " within"))
+        for file in (name, name + " within"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                loaded, _ = clip.load(tmp_path / file, "cpu")
+            assert loaded.config == GELU_VIT
+            state_equal(loaded.state_dict(), state)
     fails("a Linear is no CLIP", clip.save, nn.Linear(2, 2), tmp_path / "w.pt")
+    torch.save(dict(state), tmp_path / "dict")
+    torch.save(dict(state), tmp_path / "legacy", _use_new_zipfile_serialization=False)
+    st.save_file(state, tmp_path / "tensors")
+    for name in ("dict", "legacy", "tensors"):
+        with pytest.warns(UserWarning, match="does not say its activation; taking QuickGELU"):
+            assert clip.load(tmp_path / name, "cpu")[0].config.quick_gelu
+        stated, _ = clip.load(tmp_path / name, "cpu", quick_gelu=False)
+        assert not stated.config.quick_gelu
+        state_equal(stated.state_dict(), state)
 
 
 def test_own_checkpoint_round_trip(tmp_path):
@@ -998,24 +995,6 @@ def test_weights_within_other_checkpoints(tmp_path, vit):
     assert torch.equal(got, torch.cat([x[a:b] for x, a, b in zip(longer.values(), (0, 20), (20, 50))]))
 
 
-def test_the_activation_is_said_or_asked_for(tmp_path):
-    """What this project writes says it; a file that does not is warned of."""
-    st = pytest.importorskip("safetensors.torch")
-    model = make(GELU_VIT)
-    for name, content in (("plain", model.state_dict()), ("parallel", nn.DataParallel(model).state_dict()),
-                          ("within", {"model": {"state_dict": torch.compile(model).state_dict()}})):
-        torch.save(content, tmp_path / name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert clip.load(tmp_path / name, "cpu")[0].config == GELU_VIT
-    torch.save(dict(model.state_dict()), tmp_path / "dict")
-    st.save_file(model.state_dict(), tmp_path / "tensors")
-    for name in ("dict", "tensors"):
-        with pytest.warns(UserWarning, match="does not say its activation; taking QuickGELU"):
-            assert clip.load(tmp_path / name, "cpu")[0].config.quick_gelu
-        assert not clip.load(tmp_path / name, "cpu", quick_gelu=False)[0].config.quick_gelu
-
-
 def test_safetensors_equal_the_library(tmp_path):
     st = pytest.importorskip("safetensors.torch")
     numbers = torch.tensor([[0.0, 1.0], [2.5, -3.0]])
@@ -1027,36 +1006,24 @@ def test_safetensors_equal_the_library(tmp_path):
     state_equal(clip.read_safetensors(str(tmp_path / "a.safetensors")), tensors)
 
 
-def test_open_clip_training_checkpoints(tmp_path):
-    """Nested, with `module.` before the names; the activation is stated or warned of."""
-    theirs = open_clip_model(replace(OPENAI_VIT, quick_gelu=False))
-    state = {f"module.{key}": value for key, value in theirs.state_dict().items()}
-    path = tmp_path / "epoch_1.pt"
-    torch.save({"epoch": 1, "name": "run", "state_dict": state, "optimizer": {"state": {}}}, path)
-    with pytest.warns(UserWarning, match="activation"):
-        loaded, _ = clip.load(path, "cpu")
-    assert not loaded.config.quick_gelu
-    state_equal(loaded.state_dict(), theirs.state_dict())
-    same_outputs(loaded, theirs)
-    assert clip.load(path, "cpu", quick_gelu=True)[0].config.quick_gelu
-
-
-def test_open_clip_hub_folders(tmp_path):
-    """A compiled model with a custom text tower; heads and activation come from the configuration."""
-    theirs = open_clip_model(SMALL_VIT, custom=True)
+def test_open_clip_checkpoints(tmp_path):
+    """Nested, of a compiled model in DataParallel, with a custom text tower. Heads and activation come from
+    the configuration; without it GELU is taken, with a warning."""
+    theirs = open_clip_model(replace(OPENAI_VIT, quick_gelu=False), custom=True)
     state = dict(theirs.state_dict(), logit_scale=theirs.logit_scale.detach().reshape(1))
     assert "text.token_embedding.weight" in state
     state = {f"module._orig_mod.{key}": value for key, value in state.items()}
-    torch.save({"state_dict": state}, tmp_path / "open_clip_pytorch_model.bin")
+    path = tmp_path / "open_clip_pytorch_model.bin"
+    torch.save({"epoch": 1, "name": "run", "state_dict": state, "optimizer": {"state": {}}}, path)
+    with pytest.warns(UserWarning, match="activation; taking GELU"):
+        same_outputs(clip.load(path, "cpu")[0], theirs)
     config = {"embed_dim": 48, "quick_gelu": True, "text_cfg": {"heads": 2, "width": 64},
               "vision_cfg": {"layers": 2, "width": 64, "head_width": 16, "image_size": 40}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    loaded, _ = clip.load(tmp_path, "cpu")
-    assert loaded.config == SMALL_VIT
-    same_outputs(loaded, theirs)
-    for broken in ("{broken", '{"a": ' * 100_000):
+    assert clip.load(tmp_path, "cpu")[0].config == SMALL_VIT
+    for broken in ("{broken", '{"a": ' * 100_000, '{"model_cfg": {}}'):
         (tmp_path / "open_clip_config.json").write_text(broken)
-        fails("open_clip_config.json", clip.load, tmp_path, "cpu")
+        fails("open_clip_config.json|configuration", clip.load, tmp_path, "cpu")
 
 
 def test_resnet_without_batch_counters(tmp_path):
@@ -1309,16 +1276,11 @@ def test_tokenizer_equals_open_clip(tok):
 def test_decode_round_trip(tok):
     r = random.Random(0)
     long = "".join(r.choice("abcdefgh") for _ in range(10_000))  # one word
-    for text in captions()[:500] + nasty(1000, seed=5) + [long]:
+    for text in nasty(500, seed=5) + [long]:
         assert tok.decode(tok.encode(text)).replace(" ", "") == clip.clean(text).replace(" ", ""), repr(text)
-    assert len(tok.encode(long)) < 9000
     assert tok.encode("<|startoftext|>a dog<|endoftext|>") == [49406, 320, 1929, 49407]  # as OpenAI's
     ids = clip.tokenize("Two dogs, running!")[0]
     assert tok.decode(ids[:int(ids.argmax()) + 1]) == "two dogs , running ! "
-
-
-def test_clean():
-    assert clip.clean("  A &amp;amp; B\u00a0\n C schÃ¶n ") == "a & b c schön"
     assert clip.clean("half \ud83d a pair") == "half \ufffd a pair"  # broken JSON must not end a run
 
 
