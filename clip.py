@@ -472,8 +472,8 @@ class CLIP(nn.Module):
     def encode_text(self, text, tokens=False):
         """text: (B, columns) token ids, the end token the largest id of its row -> (B, embed_dim).
 
-        Attention is causal and the feature is read at the end token, so what stands after it changes nothing.
-        Only real tokens are computed, packed into one list of rows: several times less work than 77 columns.
+        Attention is causal and the feature is read at the end token, so what stands after it changes nothing:
+        only real tokens are computed, packed into one list of rows, several times less work than 77 columns.
         Where they stand is found on the CPU: text on a GPU waits for all that was queued there before.
         tokens: also return the features (B, L, embed_dim), zero after the end, and their mask (B, L), True at
         real tokens, where L is the longest text's length, or the columns where texts are not packed.
@@ -640,20 +640,18 @@ def fast_float32():
     The default takes twice the time on some CPUs (AMD's). The switch, the whole process's, permits bfloat16
     too, which oneDNN takes only on a CPU with units for it (AMX), so the error of one product decides.
     torch's fused attention is five times slower with it, so `Attention` then forms the scores itself.
-    Returns whether the switch is on; older versions of torch do not have it.
     """
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     if not hasattr(matmul, "fp32_precision") or not torch.backends.mkldnn.is_available():
-        return False
+        return  # an older torch, or another CPU
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     a, b = torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(0))
     exact = a.double() @ b.double()
     if (a @ b - exact).abs().max() > 1e-5 * exact.abs().max():
         matmul.fp32_precision = before
-        return False
-    torch.backends.cuda.enable_flash_sdp(False)  # this switch is the CPU's too
-    return True
+    else:
+        torch.backends.cuda.enable_flash_sdp(False)  # this switch is the CPU's too
 
 
 def autocast(amp, model):
@@ -945,8 +943,9 @@ def _supported(path, config, others=None):
                f"{field} {value!r} is not supported; use the library that the model is of")
 
 
-def _read_json(path):
+def _read_json(*path):
     """The content of a JSON file, a dict; {} without the file."""
+    path = os.path.join(*path)
     if not os.path.isfile(path):
         return {}
     with reading(path, "fetch it again, or move it away"), open(path, encoding="utf-8") as f:
@@ -1023,10 +1022,9 @@ def _read_open_clip(folder):
 
 def _folder_tokenizer(folder, text_config={}):
     """A folder's own tokenizer, None where it has none; a ForeignTokenizer where that is no CLIP BPE."""
-    file = partial(os.path.join, folder)
-    whole = _read_json(file("tokenizer.json"))
-    ids = _read_json(file("vocab.json"))
-    kinds = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+    whole = _read_json(folder, "tokenizer.json")
+    ids = _read_json(folder, "vocab.json")
+    others = {"vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"}
     try:
         for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"):
             if text_config.get(key):
@@ -1035,13 +1033,13 @@ def _folder_tokenizer(folder, text_config={}):
             ids = whole["model"]["vocab"]
             pairs = whole["model"]["merges"]
         elif ids:
-            with open(file("merges.txt"), encoding="utf-8") as f:
+            with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as f:
                 pairs = [line for line in f.read().splitlines() if line and not line.startswith("#version")]
-        else:
-            if any(os.path.isfile(file(name)) for name in kinds):
-                raise ValueError("it is of another kind")
+        elif others.isdisjoint(os.listdir(folder or ".")):
             return None
-        added = _read_json(file("added_tokens.json")).keys()
+        else:
+            raise ValueError("it is of another kind")
+        added = _read_json(folder, "added_tokens.json").keys()
         added |= {token["content"] for token in whole.get("added_tokens", ())}
         if not added <= ids.keys():
             raise ValueError("tokens were added")
