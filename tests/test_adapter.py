@@ -166,7 +166,7 @@ def plain_encode(bare, adapted, image=None, ids=None):
         x = x + bare.positional_embedding[:len(x)]
     else:
         name, encoder = "image", bare.visual
-        x = F.conv2d(image[None], encoder.conv1.weight, stride=encoder.patch_size)[0].flatten(1).t()
+        x = F.conv2d(image[None], encoder.conv1.weight, stride=encoder.conv1.stride)[0].flatten(1).t()
         x = encoder.ln_pre(torch.cat([encoder.class_embedding[None], x]) + encoder.positional_embedding)
     for i, block in enumerate(encoder.transformer.resblocks):
         x = x + adapted(name, i, "attn", block.attn(block.ln_1(x)[:, None])[:, 0])

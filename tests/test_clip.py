@@ -5,23 +5,18 @@ Peers (open_clip_torch, transformers, safetensors) and ../shared are used where 
 import copy
 import csv
 import hashlib
-import http.server
-import io
 import json
 import os
 import pickle
 import random
 import re
 import shutil
-import socket
 import struct
-import threading
 import types
 import warnings
 import zipfile
 from collections import Counter
 from dataclasses import asdict, replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -99,24 +94,25 @@ def open_clip_model(config, custom=False, seed=0):
     return randomise(model, seed)
 
 
-def transformers_model(config, seed=0):
-    """transformers' model of the same architecture."""
+def transformers_model(config, text={}, vision={}):
+    """transformers' model of the same architecture but for changes to its configurations."""
     transformers = pytest.importorskip("transformers")
     c = config
     activation = "quick_gelu" if c.quick_gelu else "gelu"
-    text = dict(hidden_size=c.transformer_width, intermediate_size=4 * c.transformer_width,
-                num_attention_heads=c.transformer_heads, num_hidden_layers=c.transformer_layers,
-                max_position_embeddings=c.context_length, vocab_size=c.vocab_size, hidden_act=activation,
-                bos_token_id=c.vocab_size - 2, eos_token_id=c.vocab_size - 1)
-    vision = dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width,
-                  num_attention_heads=c.vision_heads, num_hidden_layers=c.vision_layers,
-                  image_size=c.image_resolution, patch_size=c.vision_patch_size, hidden_act=activation)
+    text = dict(hidden_act=activation, hidden_size=c.transformer_width,
+                intermediate_size=4 * c.transformer_width, num_hidden_layers=c.transformer_layers,
+                num_attention_heads=c.transformer_heads, vocab_size=c.vocab_size,
+                max_position_embeddings=c.context_length,
+                bos_token_id=c.vocab_size - 2, eos_token_id=c.vocab_size - 1) | text
+    vision = dict(hidden_act=activation, hidden_size=c.vision_width, intermediate_size=4 * c.vision_width,
+                  num_hidden_layers=c.vision_layers, num_attention_heads=c.vision_heads,
+                  image_size=c.image_resolution, patch_size=c.vision_patch_size) | vision
     whole = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=c.embed_dim)
     model = on_meta(transformers.CLIPModel, whole)
     for module in model.modules():
         if hasattr(module, "position_ids"):
             module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
-    return randomise(model, seed)
+    return randomise(model)
 
 
 @torch.no_grad()
@@ -178,20 +174,6 @@ def refused(path, match="", readers=(clip.load, clip.load_checkpoint)):
         fails(re.escape(os.path.basename(path)) + ".*" + match, read, path)
 
 
-def raising(error):
-    """A function that raises the error, whatever its arguments."""
-    def function(*_):
-        raise error
-    return function
-
-
-def is_public(path):
-    """The file has the rights of any new file, not those of a temporary one."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return os.name != "posix" or path.stat().st_mode & 0o777 == 0o666 & ~umask
-
-
 @pytest.fixture(scope="module")
 def vit():
     return make(SMALL_VIT, seed=1)
@@ -222,10 +204,8 @@ def test_equals_peers(peer, name, tmp_path):
     """Same weights: image features, text features and logits to 1e-5, relative to the largest."""
     config = CONFIGS[name]
     theirs = open_clip_model(config) if peer == "open_clip" else transformers_model(config)
-    state = theirs.state_dict()
-    if peer == "transformers":
-        state, _ = clip._find_clip(state, {}, "weights.bin", True)
-    model = clip.from_state_dict(state, asdict(config)).eval()
+    state, _ = clip._find_clip(theirs.state_dict(), {}, "weights.bin", True)
+    model = clip._assemble(clip._infer_config(state, asdict(config)), state, None, "weights.bin").eval()
     assert model.config == config
     same_outputs(model, theirs, images=3 if name in SMALL else 1)
     if peer == "open_clip" and name in SMALL:  # what we save, open_clip loads
@@ -246,25 +226,24 @@ def test_openai_builds_and_reads_what_save_writes(config, tmp_path):
 
 
 def plain_attention(q, k, v, heads, mask=0):
-    """Attention as the equation says it: (B, L, width) each -> (B, L, width), weights (B, heads, L, L)."""
+    """Attention as the equation says it: (B, L, width) each -> (B, L, width)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask).softmax(-1)
-    return (weights @ v).transpose(1, 2).flatten(2), weights
+    return (weights @ v).transpose(1, 2).flatten(2)
 
 
 def block_attention(attn, x):
-    """A block's attention by the equation, causal in that of a text. -> output, weights."""
+    """A block's attention by the equation, causal in that of a text."""
     mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1) if attn.causal else 0
     q, k, v = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
-    out, weights = plain_attention(q, k, v, attn.heads, mask)
-    return attn.out_proj(out), weights
+    return attn.out_proj(plain_attention(q, k, v, attn.heads, mask))
 
 
 def plain_text(model, text):
     """The text encoder as the paper has it: every column, an explicit mask. -> (B, columns, embed_dim)."""
     x = model.token_embedding(text) + model.positional_embedding[:text.shape[1]]
     for block in model.transformer.resblocks:
-        x = x + block_attention(block.attn, block.ln_1(x))[0]
+        x = x + block_attention(block.attn, block.ln_1(x))
         h = block.mlp.c_fc(block.ln_2(x))
         h = h * torch.sigmoid(1.702 * h) if model.config.quick_gelu else F.gelu(h)
         x = x + block.mlp.c_proj(h)
@@ -353,14 +332,13 @@ def test_image_tokens(vit):
         with pytest.raises(ValueError, match=r"takes \(B, 3, "):
             model.encode_image(torch.zeros(1, 3, 33, 33))
 
-    feature_maps = []
-    handle = resnet.visual.layer4.register_forward_hook(lambda module, args, out: feature_maps.append(out))
-    resnet.encode_image(image)
-    handle.remove()
     pool = resnet.visual.attnpool
+    feature_maps = []
+    pool.register_forward_pre_hook(lambda module, args: feature_maps.append(args[0]))
+    resnet.encode_image(image)
     x = feature_maps[0].flatten(2).transpose(1, 2)
     x = torch.cat([x.mean(1, keepdim=True), x], 1) + pool.positional_embedding
-    out, _ = plain_attention(pool.q_proj(x), pool.k_proj(x), pool.v_proj(x), pool.heads)
+    out = plain_attention(pool.q_proj(x), pool.k_proj(x), pool.v_proj(x), pool.heads)
     close(tokens, pool.c_proj(out))
 
     image, _ = a_batch(SMALL_VIT)
@@ -372,32 +350,17 @@ def test_image_tokens(vit):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_attention(fused, request):
+def test_attention(fused, monkeypatch):
     """The output and the gradient are the equation's, with torch's fused attention and without it."""
-    switch = torch.backends.cuda.enable_flash_sdp
-    request.addfinalizer(partial(switch, torch.backends.cuda.flash_sdp_enabled()))
-    switch(fused)
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: fused)
     model = make(SMALL_VIT)
     for transformer in (model.transformer, model.visual.transformer):  # causal and not
         attn = transformer.resblocks[0].attn
         x = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
         out = attn(x.transpose(0, 1)).transpose(0, 1)
-        expected, _ = block_attention(attn, x)
+        expected = block_attention(attn, x)
         close(out, expected)
         close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (out, expected)))
-
-
-def test_attention_weights_on_request():
-    """The kept weights are those of the output, so pictures show what the model computes."""
-    model = make(SMALL_VIT)
-    attn = model.transformer.resblocks[0].attn
-    model.encode_text(a_batch(SMALL_VIT)[1])
-    assert attn.weights is None
-    attn.keep_weights = True
-    x = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0))
-    for got, want in zip((attn(x.transpose(0, 1)).transpose(0, 1), attn.weights), block_attention(attn, x)):
-        close(got, want)
-    assert attn.weights.triu(1).abs().max() == 0 and attn.weights.shape == (2, 2, 6, 6)
 
 
 def coop_text(model, text):
@@ -412,11 +375,13 @@ def test_inner_modules_take_length_first(vit):
     """Transformers and blocks, called as those of OpenAI's package, and what hooks on them see."""
     image, text = a_batch(SMALL_VIT, images=3)
     close(coop_text(vit, text), vit.encode_text(text))
-    v = vit.visual
+    v = copy.deepcopy(vit.visual)
     x = v.conv1(image).flatten(2).transpose(1, 2)
     x = torch.cat([v.class_embedding.expand(3, 1, -1), x], 1) + v.positional_embedding
     x = v.transformer(v.ln_pre(x).permute(1, 0, 2)).permute(1, 0, 2)
     close(v.ln_post(x[:, 0]) @ v.proj, vit.encode_image(image))
+    v.proj = None  # as linear probes set it
+    close(v.ln_post(x[:, 0]), v(image))
     x = torch.randn(5, 2, 64)
     for block in vit.transformer.resblocks:  # causal: what follows changes nothing
         assert torch.allclose(block(x)[:3], block(x[:3]), atol=1e-5)
@@ -440,7 +405,7 @@ class Lora(nn.Module):
         super().__init__()
         self.base = base
         width = base.out_channels if isinstance(base, nn.Conv2d) else base.out_features
-        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, width))
+        self.scale = nn.Parameter(torch.ones(width))
         self.shape = (-1, 1, 1) if isinstance(base, nn.Conv2d) else (-1,)
 
     weight = property(lambda self: self.base.weight)
@@ -456,21 +421,21 @@ def test_layers_may_be_exchanged_and_looked_at(quick_gelu):
     model = make(replace(SMALL_VIT, quick_gelu=quick_gelu))
     image, text = a_batch(SMALL_VIT)
     exchanged = copy.deepcopy(model)
-    with torch.no_grad():
-        for module in (*model.modules(),):  # the same change, written into the weights
-            for name, layer in module.named_children():
-                if name in ("c_fc", "c_proj", "conv1"):
-                    scale = torch.linspace(0.5, 1.5, len(layer.weight))
-                    layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.ndim - 1)))
-                    if layer.bias is not None:
-                        layer.bias.mul_(scale)
     for module in (*exchanged.modules(),):
         for name, layer in (*module.named_children(),):
             if name in ("c_fc", "c_proj", "conv1"):
                 setattr(module, name, Lora(layer))
     same_outputs(model, exchanged)
     exchanged(image, text)[0].sum().backward()
-    assert all(layer.scale.grad.abs().max() > 0 for layer in exchanged.modules() if isinstance(layer, Lora))
+    scales = [layer.scale for layer in exchanged.modules() if isinstance(layer, Lora)]
+    assert len(scales) == 9 and all(scale.grad.abs().max() > 0 for scale in scales)
+    for encode, x in ((exchanged.encode_image, image), (exchanged.encode_text, text)):
+        before = encode(x)
+        for scale in scales:
+            scale.data += 0.5
+        assert not torch.allclose(encode(x), before, atol=1e-3)
+        for scale in scales:
+            scale.data -= 0.5
 
     fired = set()
     layers = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
@@ -510,15 +475,6 @@ def test_traced_and_exported_encoders_take_other_texts(vit):
                                                                          (row[None],)).sum())
     of_each = torch.func.vmap(gradient, (None, 0))(vit.text_projection.detach(), text)
     close(of_each.sum(0), torch.autograd.grad(vit.encode_text(text).sum(), vit.text_projection)[0])
-
-
-def test_without_a_projection(vit):
-    """As linear probes set it: the features are the last norm's."""
-    model = copy.deepcopy(vit)
-    model.visual.proj = None
-    image, _ = a_batch(SMALL_VIT)
-    assert model.encode_image(image).shape == (2, 64)
-    close(model.encode_image(image) @ vit.visual.proj, vit.encode_image(image))
 
 
 @pytest.mark.parametrize("config, new, step, key", [
@@ -602,12 +558,6 @@ def test_compile_blocks():
     state_equal(compiled.state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("matmul", [None, types.SimpleNamespace()])
-def test_fast_float32_where_torch_has_no_such_switch(matmul, monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "matmul", matmul, raising=False)
-    assert clip.fast_float32() is False
-
-
 # ---------------------------------------------------------------- as OpenAI's package
 
 def test_architectures_equal_open_clip():
@@ -674,68 +624,47 @@ def test_names(tmp_path):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch, vit):
-    """ViT-B/32 as a server on this machine would publish it -> (the file, what was asked of the server)."""
+    """A file as ViT-B/32 is published, below an address on this machine."""
     folder = tmp_path / "web" / "sha"
     clip.save(vit, folder / "ViT-B-32.pt")
-    asked = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            super().do_GET()
-
-        def log_message(self, *_):
-            pass
-
-    handler = partial(Handler, directory=tmp_path / "web")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        sha256 = clip.file_sha256(folder / "ViT-B-32.pt")
-        os.rename(folder, tmp_path / "web" / sha256)
-        monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(clip, "MODEL_URL", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setitem(clip.MODELS, "ViT-B/32", (SMALL_VIT, sha256))
-        yield tmp_path / "web" / sha256 / "ViT-B-32.pt", asked
-        server.shutdown()
+    sha256 = hashlib.sha256((folder / "ViT-B-32.pt").read_bytes()).hexdigest()
+    monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(clip, "MODEL_URL", (tmp_path / "web").as_uri())
+    monkeypatch.setitem(clip.MODELS, "ViT-B/32", (SMALL_VIT, sha256))
+    return folder.rename(tmp_path / "web" / sha256) / "ViT-B-32.pt"
 
 
 def test_a_published_model_is_fetched_once(published, tmp_path, vit):
-    file, asked = published
-    assert clip.file_sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest()
-    for _ in range(2):
-        model, _ = clip.load("ViT-B/32", "cpu")
-    state_equal(model.state_dict(), vit.state_dict())
-    assert len(asked) == 1 and os.listdir(tmp_path / "cache") == ["ViT-B-32.pt"]
+    clip.load("ViT-B/32", "cpu", download_root=str(tmp_path / "other"))
+    clip.load("ViT-B/32", "cpu")
+    content = published.read_bytes()
+    published.unlink()
+    for folder in ("cache", "other"):
+        assert os.listdir(tmp_path / folder) == ["ViT-B-32.pt"]
+        model, _ = clip.load("ViT-B/32", "cpu", download_root=str(tmp_path / folder))
+        state_equal(model.state_dict(), vit.state_dict())
     (tmp_path / "cache" / "ViT-B-32.pt").write_bytes(b"rotten")
+    published.write_bytes(content)
     with pytest.warns(UserWarning, match="checksum"):
         clip.load("ViT-B/32", "cpu")
-    clip.load("ViT-B/32", "cpu", download_root=str(tmp_path / "other"))
-    assert len(asked) == 3 and (tmp_path / "cache" / "ViT-B-32.pt").read_bytes() == file.read_bytes()
+    assert (tmp_path / "cache" / "ViT-B-32.pt").read_bytes() == content
 
 
-def test_downloads_that_fail_say_what_to_put_where(published, tmp_path, monkeypatch):
-    """Another file under the same name; no network, where the tokenizer's file is missing too; no folder."""
-    file, _ = published
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(clip, "MERGES_URL", f"{clip.MODEL_URL}/{BPE}")
-    both = re.escape(f"put the file at {cache / 'ViT-B-32.pt'} by hand") + ".*tokenizer.*" + BPE
-    content = file.read_bytes()
-    file.write_bytes(content[:-1] + b"!")
+def test_downloads_that_fail_say_what_to_put_where(published, tmp_path):
+    """Another file under the same name; none; no folder. The tokenizer's file may be missing too."""
+    both = re.escape(f"put the file at {tmp_path / 'cache' / 'ViT-B-32.pt'} by hand") + ".*tokenizer.*" + BPE
+    content = published.read_bytes()
+    published.write_bytes(content[:-1] + b"!")
     fails("invalid hash value.*" + both, clip.load, "ViT-B/32", "cpu")
-    assert os.listdir(cache) == []
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))  # bound, but nobody listens
-        for name in ("MODEL_URL", "MERGES_URL"):
-            monkeypatch.setattr(clip, name, f"http://127.0.0.1:{s.getsockname()[1]}/{BPE}")
-        fails("refused.*" + both, clip.load, "ViT-B/32", "cpu")
-    file.write_bytes(content)
-    a_file = str(file)
-    fails("could not be fetched", clip.load, "ViT-B/32", "cpu", download_root=a_file)
+    assert os.listdir(tmp_path / "cache") == []
+    published.unlink()
+    fails("could not be fetched.*" + both, clip.load, "ViT-B/32", "cpu")
+    published.write_bytes(content)
+    fails("could not be fetched", clip.load, "ViT-B/32", "cpu", download_root=str(published))
 
 
 class Scripted(nn.Module):
-    """A module's names and tensors without its code, which torch.jit could not compile."""
+    """A module's names and tensors with QuickGELU for its code, all of which torch.jit could not compile."""
 
     def __init__(self, module):
         super().__init__()
@@ -747,7 +676,7 @@ class Scripted(nn.Module):
             self.add_module(name, Scripted(child))
 
     def forward(self, x):
-        return x
+        return x * torch.sigmoid(1.702 * x)
 
 
 def jit_archive(model, path, half):
@@ -759,6 +688,7 @@ def jit_archive(model, path, half):
         block.attn_mask = torch.full((3, 3), -torch.inf)  # no weight
     for key, value in (("input_resolution", 40), ("context_length", 20), ("vocab_size", 700)):
         archive.register_buffer(key, torch.tensor(value))
+    archive.text_projection.data = archive.text_projection.data.t().contiguous().t()  # strides of its own
     archive.patch_size = 10
     archive.training_steps = [1, 2, 3]
     torch.jit.script(archive).save(str(path))
@@ -777,8 +707,8 @@ def test_torchscript_archive(config, half, tmp_path, monkeypatch):
     another = '{"model_cfg": {"vision_cfg": {}, "text_cfg": {}}}'  # not for this file
     (tmp_path / "open_clip_config.json").write_text(another)
     monkeypatch.setattr(torch.jit, "load", None)
-    got, hints = clip.read_weights(str(path))
-    state_equal(got, {key: want[key] for key in model.state_dict()})
+    got, hints = clip._read_file(str(path))
+    state_equal({key: got[key] for key in want}, want)
     assert hints == {"quick_gelu": True}
     loaded, _ = clip.load(path, "cpu")
     assert loaded.config == config
@@ -816,23 +746,32 @@ def test_what_is_loaded_is_float32_on_the_device_asked_for(tmp_path, vit):
 
 
 def test_own_weights_round_trip(tmp_path):
-    """`save` keeps what shapes do not tell (GELU, heads); torch's old format is read; no memory is shared."""
+    """What shapes do not tell (GELU, heads) comes back from each format that keeps it; else a file is warned
+    of."""
+    st = pytest.importorskip("safetensors.torch")
     model = make(GELU_VIT)
-    clip.save(model, tmp_path / "deep" / "er" / "w.pt")
-    loaded, _ = clip.load(tmp_path / "deep" / "er" / "w.pt", "cpu")
-    assert loaded.config == model.config
-    torch.save(model.state_dict(), tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    legacy, _ = clip.load(tmp_path / "legacy.pt", "cpu", quick_gelu=False)
-    twin = clip.from_state_dict(model.state_dict())
-    for other in (loaded, legacy, twin):
-        state_equal(other.state_dict(), model.state_dict())
-    assert legacy.config == loaded.config
-    for wrapped in (nn.DataParallel(model), torch.compile(model)):
-        clip.save(wrapped, tmp_path / "wrapped.pt")
-        assert clip.load(tmp_path / "wrapped.pt", "cpu")[0].config == model.config
+    state = model.state_dict()
+    os.makedirs(tmp_path / "by")
+    for name, wrapped in (("deep/er", model), ("by/parallel", nn.DataParallel(model)),
+                          ("by/compiled", torch.compile(model))):
+        clip.save(wrapped, tmp_path / name)
+        torch.save({"model": {"state_dict": wrapped.state_dict()}}, tmp_path / (name + " within"))
+        for file in (name, name + " within"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                loaded, _ = clip.load(tmp_path / file, "cpu")
+            assert loaded.config == GELU_VIT
+            state_equal(loaded.state_dict(), state)
     fails("a Linear is no CLIP", clip.save, nn.Linear(2, 2), tmp_path / "w.pt")
-    twin.visual.proj.data.zero_()
-    assert model.visual.proj.abs().min() > 0
+    torch.save(dict(state), tmp_path / "dict")
+    torch.save(dict(state), tmp_path / "legacy", _use_new_zipfile_serialization=False)
+    st.save_file(state, tmp_path / "tensors")
+    for name in ("dict", "legacy", "tensors"):
+        with pytest.warns(UserWarning, match="does not say its activation; taking QuickGELU"):
+            assert clip.load(tmp_path / name, "cpu")[0].config.quick_gelu
+        stated, _ = clip.load(tmp_path / name, "cpu", quick_gelu=False)
+        assert not stated.config.quick_gelu
+        state_equal(stated.state_dict(), state)
 
 
 def test_own_checkpoint_round_trip(tmp_path):
@@ -853,20 +792,18 @@ def test_own_checkpoint_round_trip(tmp_path):
         state_equal(loaded.state_dict(), model.state_dict())
     assert torch.equal(loaded.tokenizer(texts, 20), tokenizer(texts, 20))
     twin = clip.from_description(checkpoint["clip"])
-    state_equal(twin.state_dict(), model.state_dict())
-    assert twin.config == model.config and twin.tokenizer.merges == tokenizer.merges and not twin.training
+    assert not twin.training
+    twin.visual.proj.data += 1  # its memory is its own
+    state_equal(checkpoint["clip"]["state_dict"], model.state_dict())
     clip.save(model, tmp_path / "w.pt")
     fails("not a checkpoint of this project", clip.load_checkpoint, tmp_path / "w.pt")
-    many = [("a", "b")] * 999
-    for damaged in ({}, {"clip": {}}, {"clip": described | {"merges": [1, 2]}},
-                    {"clip": described | {"merges": many}}, {"clip": {"trained": {}, "of": "ViT-B/32"}},
-                    {"clip": described | {"state_dict": {"a": "text"}}}):
+    wrong = [{"merges": [1, 2]}, {"state_dict": {"a": "text"}}]
+    for change in ({"embed_dim": 47}, {"vision_heads": 7}, {"vision_heads": 0}, {"vocab_size": "700"},
+                   {"x": 1}):
+        wrong.append({"config": described["config"] | change})
+    for damaged in ({}, {"clip": {}}, *({"clip": described | change} for change in wrong)):
         clip.save_checkpoint(tmp_path / "odd.pt", damaged)
         refused(tmp_path / "odd.pt", readers=[clip.load])
-        fails("^odd.pt: ", clip.from_description, damaged.get("clip", {}), "odd.pt")
-    for wrong in ({"embed_dim": 47}, {"vision_layers": 10 ** 9}, {"vision_heads": 7}, {"vocab_size": "700"}):
-        damaged = described | {"config": described["config"] | wrong}
-        fails("^odd.pt: ", clip.from_description, damaged, "odd.pt")
 
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
@@ -891,32 +828,20 @@ def test_hugging_face_folders_and_files(quick_gelu, tmp_path):
     fails("k_proj.bias", clip.load, tmp_path / "bin", "cpu")
 
 
-def hugging_face_folder(folder, text={}, vision={}):
-    """-> transformers' model of these changes to a configuration, written into the folder."""
-    transformers = pytest.importorskip("transformers")
-    common = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2)
-    text = dict(common, vocab_size=700, max_position_embeddings=20, bos_token_id=698, eos_token_id=699) | text
-    vision = dict(common, image_size=40, patch_size=10) | vision
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=48)
-    model = randomise(transformers.CLIPModel(config))
-    model.save_pretrained(folder)
-    return model
-
-
 @pytest.mark.parametrize("text, vision, refusal", [
     ({"intermediate_size": 200}, {"intermediate_size": 300}, None),
-    ({"hidden_act": "gelu"}, {"hidden_act": "gelu"}, None), ({}, {"image_size": 44}, None),
+    ({"hidden_act": "gelu"}, {"hidden_act": "gelu"}, None),
     ({"vocab_size": 702}, {}, None),  # tokens were added behind the end token
     ({"eos_token_id": 5}, {}, None), ({"num_attention_heads": 4}, {"num_attention_heads": 1}, None),
     ({"hidden_act": "gelu"}, {}, "hidden_act"),
-    ({"hidden_act": "relu"}, {"hidden_act": "relu"}, "hidden_act"),
+    ({"hidden_act": "relu"}, {"hidden_act": "relu"}, "hidden_act"), ({}, {"image_size": 44}, "image_size"),
     ({"layer_norm_eps": 1e-3}, {}, "layer_norm_eps"), ({}, {"layer_norm_eps": 1e-6}, "layer_norm_eps")])
 def test_hugging_face_configurations(text, vision, refusal, tmp_path):
     """What a configuration changes about the function is followed, or refused by its name."""
-    theirs = hugging_face_folder(tmp_path, text, vision)
+    theirs = transformers_model(SMALL_VIT, text, vision)
+    theirs.save_pretrained(tmp_path)
     if refusal:
-        return fails(f"config.json: {refusal} .*not supported|config.json: {refusal}.*both towers", clip.load,
-                     tmp_path, "cpu")
+        return fails(f"{refusal} .*not supported|{refusal}.*both towers", clip.load, tmp_path, "cpu")
     ours, _ = clip.load(tmp_path, "cpu")
     image, ids = a_batch(ours.config)
     end = text.get("eos_token_id", 699)
@@ -934,7 +859,7 @@ def test_hugging_face_configurations(text, vision, refusal, tmp_path):
 @pytest.mark.parametrize("vision, text, top, refusal", [
     ({"mlp_ratio": 4.9231}, {"mlp_ratio": 3.0}, {}, None),
     ({"patch_dropout": 0.5}, {}, {"quick_gelu": True}, None),
-    ({"image_size": 44}, {"pool_type": "eos", "eos_id": 5}, {}, None),
+    ({}, {"pool_type": "eos", "eos_id": 5}, {}, None),
     ({"head_width": 16}, {"heads": 4}, {}, None),
     ({"pool_type": "avg"}, {}, {}, "pool_type"), ({}, {"pool_type": "last"}, {}, "pool_type"),
     ({}, {"no_causal_mask": True}, {}, "no_causal_mask"),
@@ -952,7 +877,7 @@ def test_open_clip_configurations(vision, text, top, refusal, tmp_path):
     config = {"model_cfg": {"embed_dim": 48, **top, "vision_cfg": vision, "text_cfg": text}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     if refusal:
-        return fails(f"open_clip_config.json: {refusal} ", clip.load, tmp_path, "cpu")
+        return fails(f"[:(] ?{refusal} .* is not supported", clip.load, tmp_path, "cpu")
     ours, _ = clip.load(tmp_path, "cpu")
     image, ids = a_batch(ours.config)
     if "eos_id" in text:
@@ -966,7 +891,7 @@ def test_preprocessing_is_the_folders(tmp_path):
     transformers = pytest.importorskip("transformers")
     open_clip = pytest.importorskip("open_clip")
     picture = Image.effect_noise((90, 60), 80).convert("RGB")
-    hugging_face_folder(tmp_path / "hf")
+    transformers_model(SMALL_VIT).save_pretrained(tmp_path / "hf")
     half = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     square = {"height": 40, "width": 40}
     for stated in ({}, half, {"resample": 2}, {"size": {"shortest_edge": 52}},
@@ -999,7 +924,7 @@ def test_a_folders_own_tokenizer(whole, tmp_path):
     ids = list(range(own.vocab_size - 2))
     random.Random(0).shuffle(ids)
     vocab = dict(zip(own.symbols, [*ids, own.start, own.end]))
-    hugging_face_folder(tmp_path, {"vocab_size": own.vocab_size, "eos_token_id": own.end})
+    transformers_model(replace(SMALL_VIT, vocab_size=own.vocab_size)).save_pretrained(tmp_path)
     if whole:
         tokenizer = {"model": {"type": "BPE", "vocab": vocab, "merges": own.merges},
                      "added_tokens": [{"id": own.end, "content": "<|endoftext|>"}]}
@@ -1027,7 +952,7 @@ def test_a_folders_own_tokenizer(whole, tmp_path):
 
 
 def test_weights_within_other_checkpoints(tmp_path, vit):
-    """Found by their names; of several, the one that is no average; what is left out is named."""
+    """Found by their names; of several, the first; what is left out is named."""
     state = dict(vit.state_dict())
     other = {f"ema_model.{key}": value + 1 for key, value in state.items() if value.is_floating_point()}
     hugging_face = dict(transformers_model(SMALL_VIT).state_dict())
@@ -1035,7 +960,8 @@ def test_weights_within_other_checkpoints(tmp_path, vit):
         "the model_state_dict": {"epoch": 3, "model_state_dict": state, "loss": torch.ones(())},
         "a wrapper's": {"net": {f"module.clip_model.{key}": value for key, value in state.items()}},
         "numpy's numbers": {"state_dict": state, "best": np.float64(0.5), "step": np.int64(3)},
-        "ema_model.": other | {f"model.{key}": value for key, value in state.items()},
+        "ema_model.": {f"model.{key}": value for key, value in state.items()} | other,
+        "teacher": {"student": state, "teacher": other},
         "head.weight": {"head.weight": torch.ones(3), "logit_scale": torch.ones(()),
                         **{f"clip.{key}": value for key, value in state.items()}},
         "classifier.weight": state | {"classifier.weight": torch.ones(3)},
@@ -1046,7 +972,8 @@ def test_weights_within_other_checkpoints(tmp_path, vit):
             warnings.simplefilter("always")
             loaded, _ = clip.load(tmp_path / "w.pt", "cpu", quick_gelu=True)
         state_equal(loaded.state_dict(), state)
-        assert [name in str(x.message) for x in said] == [True] * name.endswith((".", "weight")), name
+        left = name.endswith((".", "weight", "teacher"))
+        assert [name in str(x.message) for x in said] == [True] * left, name
     torch.save({"model": hugging_face}, tmp_path / "w.pt")
     with pytest.warns(UserWarning, match="does not say its activation"):
         clip.load(tmp_path / "w.pt", "cpu")
@@ -1064,24 +991,6 @@ def test_weights_within_other_checkpoints(tmp_path, vit):
     assert torch.equal(got, torch.cat([x[a:b] for x, a, b in zip(longer.values(), (0, 20), (20, 50))]))
 
 
-def test_the_activation_is_said_or_asked_for(tmp_path):
-    """What this project writes says it; a file that does not is warned of."""
-    st = pytest.importorskip("safetensors.torch")
-    model = make(GELU_VIT)
-    for name, content in (("plain", model.state_dict()), ("parallel", nn.DataParallel(model).state_dict()),
-                          ("within", {"model": {"state_dict": torch.compile(model).state_dict()}})):
-        torch.save(content, tmp_path / name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert clip.load(tmp_path / name, "cpu")[0].config == GELU_VIT
-    torch.save(dict(model.state_dict()), tmp_path / "dict")
-    st.save_file(model.state_dict(), tmp_path / "tensors")
-    for name in ("dict", "tensors"):
-        with pytest.warns(UserWarning, match="does not say its activation; taking QuickGELU"):
-            assert clip.load(tmp_path / name, "cpu")[0].config.quick_gelu
-        assert not clip.load(tmp_path / name, "cpu", quick_gelu=False)[0].config.quick_gelu
-
-
 def test_safetensors_equal_the_library(tmp_path):
     st = pytest.importorskip("safetensors.torch")
     numbers = torch.tensor([[0.0, 1.0], [2.5, -3.0]])
@@ -1093,43 +1002,34 @@ def test_safetensors_equal_the_library(tmp_path):
     state_equal(clip.read_safetensors(str(tmp_path / "a.safetensors")), tensors)
 
 
-def test_open_clip_training_checkpoints(tmp_path):
-    """Nested, with `module.` before the names; the activation is stated or warned of."""
-    theirs = open_clip_model(replace(OPENAI_VIT, quick_gelu=False))
-    state = {f"module.{key}": value for key, value in theirs.state_dict().items()}
-    path = tmp_path / "epoch_1.pt"
-    torch.save({"epoch": 1, "name": "run", "state_dict": state, "optimizer": {"state": {}}}, path)
-    with pytest.warns(UserWarning, match="activation"):
-        loaded, _ = clip.load(path, "cpu")
-    assert not loaded.config.quick_gelu
-    state_equal(loaded.state_dict(), theirs.state_dict())
-    same_outputs(loaded, theirs)
-    assert clip.load(path, "cpu", quick_gelu=True)[0].config.quick_gelu
-
-
-def test_open_clip_hub_folders(tmp_path):
-    """A compiled model with a custom text tower; heads and activation come from the configuration."""
-    theirs = open_clip_model(SMALL_VIT, custom=True)
+def test_open_clip_checkpoints(tmp_path):
+    """Nested, of a compiled model in DataParallel, with a custom text tower. Heads and activation come from
+    the configuration; without it GELU is taken, with a warning."""
+    theirs = open_clip_model(replace(OPENAI_VIT, quick_gelu=False), custom=True)
     state = dict(theirs.state_dict(), logit_scale=theirs.logit_scale.detach().reshape(1))
     assert "text.token_embedding.weight" in state
     state = {f"module._orig_mod.{key}": value for key, value in state.items()}
-    torch.save({"state_dict": state}, tmp_path / "open_clip_pytorch_model.bin")
+    path = tmp_path / "open_clip_pytorch_model.bin"
+    torch.save({"epoch": 1, "name": "run", "state_dict": state, "optimizer": {"state": {}}}, path)
+    with pytest.warns(UserWarning, match="activation; taking GELU"):
+        same_outputs(clip.load(path, "cpu")[0], theirs)
     config = {"embed_dim": 48, "quick_gelu": True, "text_cfg": {"heads": 2, "width": 64},
-              "vision_cfg": {"layers": 2, "width": 64, "head_width": 16, "patch_size": 10}}
+              "vision_cfg": {"layers": 2, "width": 64, "head_width": 16, "image_size": 40}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    loaded, _ = clip.load(tmp_path, "cpu")
-    assert loaded.config == SMALL_VIT
-    same_outputs(loaded, theirs)
-    for broken in ("{broken", '{"a": ' * 100_000):
+    assert clip.load(tmp_path, "cpu")[0].config == SMALL_VIT
+    for broken in ("{broken", '{"a": ' * 100_000, '{"model_cfg": {}}'):
         (tmp_path / "open_clip_config.json").write_text(broken)
-        fails("open_clip_config.json", clip.load, tmp_path, "cpu")
+        fails("open_clip_config.json|configuration", clip.load, tmp_path, "cpu")
 
 
-def test_resnet_without_batch_counters():
+def test_resnet_without_batch_counters(tmp_path):
     """Files from before torch counted batches load; BatchNorm's statistics are the file's."""
     resnet = make(SMALL_RN)
     state = {k: v for k, v in resnet.state_dict().items() if not k.endswith("num_batches_tracked")}
-    same_outputs(clip.from_state_dict(state).eval(), resnet, 1e-6)
+    torch.save(state, tmp_path / "w.pt")
+    loaded, _ = clip.load(tmp_path / "w.pt", "cpu", quick_gelu=True)
+    same_outputs(loaded, resnet, 1e-6)
+    assert loaded.visual.bn1.num_batches_tracked == 0
 
 
 # ---------------------------------------------------------------- files that must not load
@@ -1145,58 +1045,19 @@ class Evil:
 
 
 @pytest.mark.parametrize("function, argument, name", [
-    (os.mkdir, "ran", os.mkdir.__module__ + ".mkdir"), (eval, "__import__('os').mkdir('ran')", "eval"),
+    (eval, "__import__('os').mkdir('ran')", "eval"),
     (torch.hub.load_state_dict_from_url, "file://ran", "load_state_dict_from_url")])
 def test_malicious_pickles(function, argument, name, tmp_path, monkeypatch):
-    """Zip, legacy and bare pickles, an archive's data.pkl: refused, and nothing ran."""
+    """A builtin and a function of torch's; test_damage.py tries another module's, in more formats."""
     monkeypatch.chdir(tmp_path)
     evil = Evil(function, (argument,))
     torch.save({"state_dict": evil}, "zip.pt")
-    torch.save({"state_dict": evil}, "legacy.pt", _use_new_zipfile_serialization=False)
-    (tmp_path / "bare.pt").write_bytes(pickle.dumps({"a": evil}))
     with zipfile.ZipFile("script.pt", "w") as z:
         z.writestr("a/data.pkl", pickle.dumps(evil, 2))
-        z.writestr("a/constants.pkl", pickle.dumps(evil, 2))
-    with open("plain.pt", "wb") as f:
-        pickle.dump(evil, f)
-    with open("plain.pt", "rb") as f, pytest.raises(pickle.UnpicklingError, match=name):
-        clip.RestrictedUnpickler(f, {("builtins", "list"): list}).load()
+        z.writestr("a/constants.pkl", b"")
     for file in ("zip.pt", "script.pt"):
         refused(file, f"{name}.*nothing of it was run")
-    for file in ("legacy.pt", "bare.pt"):
-        refused(file)
     assert not os.path.exists("ran")
-    if function is not torch.hub.load_state_dict_from_url:
-        pickle.loads(pickle.dumps(evil))
-        assert os.path.exists("ran")  # the trap works
-
-
-class Archived:
-    """Stands for a storage, and for the module of an archive, whose class is of __torch__."""
-
-
-def script_archive(args, raw=struct.pack("<4f", 1, 2, 3, 4), kind="FloatStorage", count=4, record="data/0"):
-    """A hand-made archive: one module, one tensor "w" = _rebuild_tensor_v2(storage "0" of `raw`, *args)."""
-    storage = Archived()
-
-    class Tensor:
-        def __reduce__(self):
-            return torch._utils._rebuild_tensor_v2, (storage, *args, False, {})
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value):
-            return ("storage", getattr(torch, kind), "0", "cpu", count) if value is storage else None
-
-    module = Archived()
-    module.w = Tensor()
-    pickled = io.BytesIO()
-    Pickler(pickled, 2).dump(module)
-    data = pickled.getvalue().replace(f"c{__name__}\n".encode(), b"c__torch__\n")
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as z:
-        for name, body in (("a/data.pkl", data), ("a/constants.pkl", b""), (f"a/{record}", raw)):
-            z.writestr(name, body)
-    return out.getvalue()
 
 
 def safetensors(tensors, length=None):
@@ -1205,39 +1066,8 @@ def safetensors(tensors, length=None):
 
 
 ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}  # of a tensor in 16 bytes
-HALVES = {"raw": struct.pack("<4e", 1, 2, 3, 4), "kind": "HalfStorage", "record": "constants/0"}
-GOOD = {  # what it is: its content, the tensor "w" that it holds
-    "safetensors": (safetensors({"w": ENTRY}), torch.zeros(2, 2)),
-    "offset": (script_archive((1, (2,), (1,))), torch.tensor([2.0, 3.0])),
-    "last number": (script_archive((3, (1, 1), (9, 9))), torch.tensor([[4.0]])),
-    "stride": (script_archive((0, (2,), (3,))), torch.tensor([1.0, 4.0])),
-    "stride of 0": (script_archive((0, (3,), (0,))), torch.tensor([1.0, 1.0, 1.0])),
-    "empty tensor": (script_archive((0, (0, 5), (5, 1))), torch.zeros(0, 5)),
-    "transposed": (script_archive((0, (2, 2), (1, 2)), **HALVES), torch.tensor([[1, 3], [2, 4]]).half())}
-
-
-@pytest.mark.parametrize("name", GOOD)
-def test_good_files(name, tmp_path):
-    body, want = GOOD[name]
-    (tmp_path / "good.pt").write_bytes(body)
-    state_equal(clip._read_file(str(tmp_path / "good.pt"))[0], {"w": want})
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
-def test_damaged_files(tmp_path, vit):
-    """Cut at many places, flipped, or no weights; a folder without any."""
+def test_files_without_weights(tmp_path, vit):
     clip.save(vit, tmp_path / "good.pt")
-    jit_archive(vit, tmp_path / "jit.pt", True)
-    torch.save(vit.state_dict(), tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    for name in ("good.pt", "jit.pt", "legacy.pt"):
-        body = (tmp_path / name).read_bytes()
-        for cut in (1, 5, 9, 300, len(body) // 2, len(body) - 10):
-            (tmp_path / "cut.pt").write_bytes(body[:cut])
-            refused(tmp_path / "cut.pt")
-    jit = (tmp_path / "jit.pt").read_bytes()
-    at = jit.index(b"data.pkl")
-    (tmp_path / "flip.pt").write_bytes(jit[:at + 100] + b"\xff" * 40 + jit[at + 140:])
-    refused(tmp_path / "flip.pt", "damaged")
     if hasattr(os, "geteuid") and os.geteuid() != 0:  # root may read everything
         os.chmod(tmp_path / "good.pt", 0)
         refused(tmp_path / "good.pt", "ermission")
@@ -1248,12 +1078,18 @@ def test_damaged_files(tmp_path, vit):
     refused(tmp_path / "folder")
 
 
-OUTSIDE = [  # offset, shape, stride of a tensor in a storage of four numbers
-    (-1, (2,), (1,)), (3, (2,), (1,)), (4, (1,), (1,)), (2 ** 62, (2,), (1,)), (2 ** 62, (1,), (0,)),
-    (0, (2,), (4,)), (0, (2, 2), (2 ** 62, 1)), (0, (2, 2), (2, 3)), (0, (2,), (-1,)), (3, (2,), (-1,)),
-    (0, (10 ** 12,), (0,)), (0, (-4,), (1,)), (0, (2 ** 40, 2 ** 40), (1, 1)), (0, ("a",), (1,)),
-    (0, (2.0,), (1,)), (0.0, (2,), (1,)), (0, (True,), (1,)), (0, (5,), (1,)), (0, (2, 2), (1,)),
-    (0, (2,), (1, 1))]
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_an_archive_with_less_in_it_than_it_says(tmp_path, vit):
+    jit_archive(vit, tmp_path / "whole.pt", False)
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole:
+        records = {name: whole.read(name) for name in whole.namelist()}
+    for name in [name for name in records if "/data/" in name or "/constants/" in name][:5]:
+        with zipfile.ZipFile(tmp_path / "less.pt", "w") as less:
+            for other, content in records.items():
+                less.writestr(other, content[:-4] if other == name else content)
+        refused(tmp_path / "less.pt", "refused, damaged")
+
+
 WRONG_ENTRIES = [
     {"data_offsets": [0, 32]}, {"data_offsets": [-16, 0]}, {"data_offsets": [8, 24]},
     {"data_offsets": [16, 0]}, {"data_offsets": [0.0, 16.0]}, {"data_offsets": [0]}, {"shape": [2, 3]},
@@ -1268,13 +1104,9 @@ REFUSED = {  # what it is: its content, what the error says
     "no zip": (b"PK\x03\x04 but no zip", ""),
     "zeros": (bytes(5000), ""),
     "pickled list": (pickle.dumps([1, 2], 2), ""),
-    **{f"archive {at}": (script_archive(at), "tensors lies outside its storage") for at in OUTSIDE},
-    "short storage": (script_archive((0, (4,), (1,)), raw=b"12345678"), "truncated"),
-    "negative storage": (script_archive((0, (4,), (1,)), raw=b"123", count=-4), ""),
     **{f"safetensors {change}": (safetensors({"w": ENTRY | change}), "") for change in WRONG_ENTRIES},
     "safetensors, no entry": (safetensors({"w": [1]}), ""),
-    "safetensors, huge header": (safetensors({"w": ENTRY}, 2 ** 63), "header"),
-    "safetensors, long header": (safetensors({"w": ENTRY}, 10 ** 6), "header"),
+    "safetensors, huge header": (safetensors({"w": ENTRY}, 2 ** 63), ""),
     "safetensors, cut header": (safetensors({"w": ENTRY}, 6), "")}
 
 
@@ -1282,7 +1114,7 @@ REFUSED = {  # what it is: its content, what the error says
 def test_refused_files(name, tmp_path):
     body, match = REFUSED[name]
     (tmp_path / "odd.pt").write_bytes(body)
-    refused(tmp_path / "odd.pt", match, [clip.read_weights, clip.load, clip.load_checkpoint])
+    refused(tmp_path / "odd.pt", match)
 
 
 def test_reading_makes_every_error_one_line():
@@ -1315,22 +1147,16 @@ def test_weights_of_something_else(tmp_path, vit):
     refused(tmp_path / "w.pt", r"ViT.*1 missing \(first 'transformer.resblocks.1.ln_2.bias'\), "
             r"1 unexpected \(first 'visual.head.weight'\)", [clip.load])
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "r.pt")
-    refused(tmp_path / "r.pt", "'token_embedding.weight' is missing; it holds 'conv1.weight'", [clip.load])
+    refused(tmp_path / "r.pt", "the text tower is missing; it holds 'conv1.weight'", [clip.load])
     refused(tmp_path / "r.pt", readers=[clip.load_checkpoint])
-    for heads in (0, 7, "4", -4):
-        fails("heads", clip.from_state_dict, vit.state_dict(), {"vision_heads": heads})
+    for key, shape in (("positional_embedding", (20, 63)), ("visual.positional_embedding", (18, 64)),
+                       ("visual.positional_embedding", (0, 64)), ("ln_final.weight", ()),
+                       ("visual.conv1.weight", (64, 3)), ("text_projection", (64,))):
+        torch.save(vit.state_dict() | {key: torch.ones(shape)}, tmp_path / "w.pt")
+        refused(tmp_path / "w.pt", readers=[clip.load])
 
 
-@pytest.mark.parametrize("key, shape", [
-    ("positional_embedding", (20, 63)), ("visual.positional_embedding", (18, 64)), ("ln_final.weight", ()),
-    ("ln_final.weight", (0,)), ("visual.conv1.weight", (64, 3)), ("text_projection", (64,)),
-    ("visual.positional_embedding", (0, 64)), ("logit_scale", (3,)),
-    ("transformer.resblocks.99999999999.ln_1.bias", (64,))])
-def test_shapes_that_fit_no_clip(key, shape, vit):
-    fails("^there: ", clip.from_state_dict, vit.state_dict() | {key: torch.ones(shape)}, where="there")
-
-
-def test_writing_is_atomic(tmp_path, monkeypatch, vit):
+def test_writing_is_atomic(tmp_path, vit):
     """A failure at any point leaves the old file whole and no other file behind."""
     path = tmp_path / "last.pt"
     clip.save_checkpoint(path, {"epoch": 1})
@@ -1349,13 +1175,10 @@ def test_writing_is_atomic(tmp_path, monkeypatch, vit):
         clip.write_file(path, half(KeyboardInterrupt()))
     with pytest.raises((AttributeError, pickle.PicklingError)):
         clip.save_checkpoint(path, {"epoch": 2, "bad": lambda: None})
-    with monkeypatch.context() as m:
-        m.setattr(os, "replace", raising(OSError(5, "I/O error")))
-        fails("I/O error", clip.save_checkpoint, path, {"epoch": 2})
     assert path.read_bytes() == old and os.listdir(tmp_path) == ["last.pt"]
     fails("cannot be written", clip.save, vit, path / "under a file" / "w.pt")
     clip.save_checkpoint(path, {"epoch": 2})
-    assert clip.load_checkpoint(path)["epoch"] == 2 and is_public(path)
+    assert clip.load_checkpoint(path)["epoch"] == 2
 
 
 # ---------------------------------------------------------------- the tokenizer
@@ -1449,29 +1272,22 @@ def test_tokenizer_equals_open_clip(tok):
 def test_decode_round_trip(tok):
     r = random.Random(0)
     long = "".join(r.choice("abcdefgh") for _ in range(10_000))  # one word
-    for text in captions()[:500] + nasty(1000, seed=5) + [long]:
+    for text in nasty(500, seed=5) + [long]:
         assert tok.decode(tok.encode(text)).replace(" ", "") == clip.clean(text).replace(" ", ""), repr(text)
-    assert len(tok.encode(long)) < 9000
     assert tok.encode("<|startoftext|>a dog<|endoftext|>") == [49406, 320, 1929, 49407]  # as OpenAI's
     ids = clip.tokenize("Two dogs, running!")[0]
     assert tok.decode(ids[:int(ids.argmax()) + 1]) == "two dogs , running ! "
-
-
-def test_clean():
-    assert clip.clean("  A &amp;amp; B\u00a0\n C schÃ¶n ") == "a & b c schön"
     assert clip.clean("half \ud83d a pair") == "half \ufffd a pair"  # broken JSON must not end a run
 
 
-def test_merging_equals_brute_force(tok):
-    """Against the plain loop, on real merges and random ones, whose symbols have many spellings."""
+def test_merging_equals_brute_force():
+    """Against the plain loop, on random merges, whose symbols have many spellings."""
     def check(tokenizer, word):
         merged = [tokenizer.symbols[i] for i in tokenizer._merge(word)]
         assert merged == brute_force_bpe(tokenizer, word), (tokenizer.merges[:20], word)
         return merged
 
     r = random.Random(0)
-    for _ in range(150):
-        check(tok, "".join(r.choice("abcdefghijklmnopqrstuvwxyzéü東") for _ in range(r.randrange(1, 40))))
     # "aab" has two spellings: both copies are merged before the pair that the first makes with its neighbour.
     two_spellings = clip.Tokenizer([("a", "a"), ("a", "b"), ("a", "ab"), ("aab", "aa"), ("aa", "b")])
     assert check(two_spellings, "aabaabc") == ["aab", "aab", "c</w>"]
