@@ -6,7 +6,6 @@ its loss, momentum and queues against brute force; then whole runs.
 import copy
 import json
 import math
-import os
 from types import SimpleNamespace
 
 import numpy as np
