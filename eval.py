@@ -58,9 +58,11 @@ ALL = slice(None)
 
 def relevant_items(query_group, gallery_group):
     """-> order (G,), begin (Q,), end (Q,): order[begin[q]:end[q]] are the relevant items of query q."""
-    query_group, gallery_group = np.asarray(query_group), np.asarray(gallery_group)
+    query_group = np.asarray(query_group)
+    gallery_group = np.asarray(gallery_group)
     order = np.argsort(gallery_group, kind="stable")
-    begin, end = (np.searchsorted(gallery_group[order], query_group, side) for side in ("left", "right"))
+    begin = np.searchsorted(gallery_group[order], query_group, side="left")
+    end = np.searchsorted(gallery_group[order], query_group, side="right")
     if (begin == end).any():
         raise ValueError(f"query {(begin == end).argmax()} has no relevant item in the gallery")
     return order, begin, end
@@ -719,22 +721,32 @@ def gallery_picture(path, rows):
 
 
 def draw_gallery(path, instances, scores, seed=0, rows=6, top=5):
-    """A gallery of random queries of a split: `rows` text-to-image, then `rows` image-to-text. scores: two
-    functions as of `cosine_scores`."""
-    def picture(i):
-        return data.pixels(instances[i].images[0], CELL)
+    """A gallery of random queries of a split: `rows` text-to-image, then `rows` image-to-text.
 
+    scores: two functions as of `cosine_scores`.
+    """
+    text_scores, image_scores = scores
     rng = np.random.default_rng(seed)
     at = layout(instances)
     captions = [caption for x in instances for caption in x.captions]
-    texts = captions.__getitem__, at["text_group"], at["text_query"]
-    images = picture, at["image_group"], at["image_query"]
+
+    def picture(i):
+        return data.pixels(instances[i].images[0], CELL)
+
+    def draw(asked):
+        return rng.permutation(asked.nonzero().flatten().numpy())[:rows].tolist()
+
+    def best(scores_of, index):
+        scores = scores_of(torch.tensor([index]))[0]
+        return scores.argsort(descending=True, stable=True)[:top].tolist()
+
     out = []
-    for scores_of, (query, group, asked), (item, gallery_group, _) in ((scores[0], texts, images),
-                                                                       (scores[1], images, texts)):
-        for q in rng.permutation(asked.nonzero().flatten().numpy())[:rows].tolist():
-            best = scores_of(torch.tensor([q]))[0].argsort(descending=True, stable=True)[:top].tolist()
-            out.append((query(q), [(item(i), bool(group[q] == gallery_group[i])) for i in best]))
+    for c in draw(at["text_query"]):
+        right = at["image_group"] == at["text_group"][c]
+        out.append((captions[c], [(picture(i), bool(right[i])) for i in best(text_scores, c)]))
+    for i in draw(at["image_query"]):
+        right = at["text_group"] == at["image_group"][i]
+        out.append((picture(i), [(captions[c], bool(right[c])) for c in best(image_scores, i)]))
     gallery_picture(path, out)
 
 
