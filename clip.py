@@ -1138,6 +1138,7 @@ DTYPES = {  # torch's dtype: its name in safetensors, the name of its storages i
 
 def _read_file(path):
     """-> (dict of tensors and plain values, hints that the format gives). Raises CheckpointError."""
+    expect(os.path.exists(path), path, "no such file; give a file or folder of weights")
     with reading(path, "give a file of weights, or fetch it again; nothing of it was run"):
         with open(path, "rb") as f:
             head = f.read(64)
