@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch import nn
 from torch.nn.utils import prune
@@ -77,7 +76,7 @@ def make(config, seed=0):
     return randomise(on_meta(clip.CLIP, config), seed)
 
 
-def open_clip_model(config, custom=False, seed=0):
+def open_clip_model(config, custom=False):
     """open_clip's model of the same architecture; custom: with the text encoder as a module of its own."""
     open_clip = pytest.importorskip("open_clip")
     c = config
@@ -91,7 +90,7 @@ def open_clip_model(config, custom=False, seed=0):
     model = on_meta(model_class, c.embed_dim, vision, text, quick_gelu=c.quick_gelu)
     mask = model.text.attn_mask if custom else model.attn_mask
     mask.copy_(torch.full(mask.shape, -torch.inf).triu(1))
-    return randomise(model, seed)
+    return randomise(model)
 
 
 def transformers_model(config, text={}, vision={}):
@@ -200,7 +199,7 @@ CONFIGS = SMALL | {name: clip.MODELS[name][0] for name in ("ViT-B/32", "ViT-B/16
 @pytest.mark.parametrize("peer, name", [
     *[("open_clip", name) for name in CONFIGS],
     *[("transformers", name) for name in CONFIGS if "ViT" in name]])  # it has no CLIP with a ResNet
-def test_equals_peers(peer, name, tmp_path):
+def test_equals_peers(peer, name):
     """Same weights: image features, text features and logits to 1e-5, relative to the largest."""
     config = CONFIGS[name]
     theirs = open_clip_model(config) if peer == "open_clip" else transformers_model(config)
@@ -208,11 +207,6 @@ def test_equals_peers(peer, name, tmp_path):
     model = clip._assemble(clip._infer_config(state, asdict(config)), state, None, "weights.bin").eval()
     assert model.config == config
     same_outputs(model, theirs, images=3 if name in SMALL else 1)
-    if peer == "open_clip" and name in SMALL:  # what we save, open_clip loads
-        clip.save(model, tmp_path / "weights.pt")
-        twin = open_clip_model(config, seed=1)
-        pytest.importorskip("open_clip").load_checkpoint(twin, str(tmp_path / "weights.pt"))
-        state_equal(twin.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("config", [OPENAI_VIT, SMALL_RN])
@@ -349,10 +343,9 @@ def test_image_tokens(vit):
     assert moved[1:].argmax() == 0
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_attention(fused, monkeypatch):
-    """The output and the gradient are the equation's, with torch's fused attention and without it."""
-    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: fused)
+def test_attention_without_torchs_fused_one(monkeypatch):
+    """The output and the gradient are the equation's; those of the fused one, in the other tests."""
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
     model = make(SMALL_VIT)
     for transformer in (model.transformer, model.visual.transformer):  # causal and not
         attn = transformer.resblocks[0].attn
@@ -584,13 +577,10 @@ def test_a_script_written_for_openai_runs(tok, tmp_path):
     assert model.context_length == 77 and model.vocab_size == 49408 and model.visual.output_dim == 48
     text = clip.tokenize(["a diagram", "a dog", "a cat"])
     assert text.dtype == torch.int32 and text.shape == (3, 77)
-    assert text[1].tolist() == [49406, 320, 1929, 49407] + [0] * 73  # as OpenAI's package has it
-    assert clip.tokenize("a dog", context_length=5).tolist() == [[49406, 320, 1929, 49407, 0]]
     with pytest.raises(RuntimeError, match="too long for context length 77"):
         clip.tokenize(["fine", "dog " * 76])
-    cut = clip.tokenize("dog " * 76, truncate=True)
-    assert cut.tolist() == [[49406] + [1929] * 75 + [49407]]
-    assert torch.equal(clip.tokenize("dog " * 75), cut)  # 75 words just fit
+    # 75 words just fit
+    assert torch.equal(clip.tokenize("dog " * 75), clip.tokenize("dog " * 76, truncate=True))
 
     picture = Image.effect_noise((90, 61), 80).convert("RGBA")
     image = preprocess(picture).unsqueeze(0)
@@ -695,8 +685,7 @@ def jit_archive(model, path, half):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
-@pytest.mark.parametrize("half", [True, False])
-@pytest.mark.parametrize("config", [OPENAI_VIT, SMALL_RN], ids=["vit", "resnet"])
+@pytest.mark.parametrize("config, half", [(OPENAI_VIT, True), (SMALL_RN, False)], ids=["vit", "resnet"])
 def test_torchscript_archive(config, half, tmp_path, monkeypatch):
     model = make(config)
     path = tmp_path / "a.pt"
@@ -714,21 +703,6 @@ def test_torchscript_archive(config, half, tmp_path, monkeypatch):
     assert loaded.config == config
     assert all(p.dtype == torch.float32 and p.requires_grad for p in loaded.parameters())
     same_outputs(loaded, model, 2e-2 if half else 1e-6)
-
-
-ARCHIVES = os.path.join(SHARED, "archives")  # made with torch 1.7.1: X.pt, and X.ref with inputs and outputs
-
-
-@pytest.mark.skipif(not os.path.isdir(ARCHIVES), reason="needs archives of torch 1.7.1")
-def test_archives_of_the_time_of_openais():
-    names = [name for name in os.listdir(ARCHIVES) if name.endswith(".pt")]
-    assert names
-    for name in names:
-        given = torch.load(os.path.join(ARCHIVES, name.replace(".pt", ".ref")))
-        model, _ = clip.load(os.path.join(ARCHIVES, name), "cpu")
-        assert model.config.quick_gelu
-        for got, want in zip(outputs(model, given["image"], given["text"]), given["out"], strict=True):
-            close(got, want, 2e-6)
 
 
 def test_what_is_loaded_is_float32_on_the_device_asked_for(tmp_path, vit):
@@ -1034,50 +1008,12 @@ def test_resnet_without_batch_counters(tmp_path):
 
 # ---------------------------------------------------------------- files that must not load
 
-class Evil:
-    """A pickle that calls a function when it is loaded."""
-
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("function, argument, name", [
-    (eval, "__import__('os').mkdir('ran')", "eval"),
-    (torch.hub.load_state_dict_from_url, "file://ran", "load_state_dict_from_url")])
-def test_malicious_pickles(function, argument, name, tmp_path, monkeypatch):
-    """A builtin and a function of torch's; test_damage.py tries another module's, in more formats."""
-    monkeypatch.chdir(tmp_path)
-    evil = Evil(function, (argument,))
-    torch.save({"state_dict": evil}, "zip.pt")
-    with zipfile.ZipFile("script.pt", "w") as z:
-        z.writestr("a/data.pkl", pickle.dumps(evil, 2))
-        z.writestr("a/constants.pkl", b"")
-    for file in ("zip.pt", "script.pt"):
-        refused(file, f"{name}.*nothing of it was run")
-    assert not os.path.exists("ran")
-
-
 def safetensors(tensors, length=None):
     header = json.dumps(tensors).encode()
     return struct.pack("<Q", len(header) if length is None else length) + header + bytes(16)
 
 
 ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}  # of a tensor in 16 bytes
-def test_files_without_weights(tmp_path, vit):
-    clip.save(vit, tmp_path / "good.pt")
-    if hasattr(os, "geteuid") and os.geteuid() != 0:  # root may read everything
-        os.chmod(tmp_path / "good.pt", 0)
-        refused(tmp_path / "good.pt", "ermission")
-    for value in (torch.ones(3), {1: torch.ones(3), "x": 2}, {}):
-        torch.save(value, tmp_path / "odd.pt")
-        refused(tmp_path / "odd.pt")
-    os.mkdir(tmp_path / "folder")
-    refused(tmp_path / "folder")
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_an_archive_with_less_in_it_than_it_says(tmp_path, vit):
     jit_archive(vit, tmp_path / "whole.pt", False)
@@ -1091,23 +1027,15 @@ def test_an_archive_with_less_in_it_than_it_says(tmp_path, vit):
 
 
 WRONG_ENTRIES = [
-    {"data_offsets": [0, 32]}, {"data_offsets": [-16, 0]}, {"data_offsets": [8, 24]},
-    {"data_offsets": [16, 0]}, {"data_offsets": [0.0, 16.0]}, {"data_offsets": [0]}, {"shape": [2, 3]},
-    {"shape": [-2, -2]}, {"shape": [2 ** 62, 4]}, {"shape": ["2", 2]}, {"shape": None}, {"dtype": "F8_X"},
-    {"dtype": "F64"}]
+    {"data_offsets": [-16, 0]}, {"data_offsets": [8, 24]}, {"data_offsets": [0.0, 16.0]},
+    {"data_offsets": [0]}, {"shape": [-2, -2]}, {"shape": [2 ** 62, 4]}, {"dtype": "F8_X"}, {"dtype": "F64"}]
 REFUSED = {  # what it is: its content, what the error says
     "empty": (b"", "is empty"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n", "of Git LFS"),
-    "text": (b"these are no weights\n" * 9, ""),
-    "json": (b'{"a": 1}', ""),
     "page": (b"<!DOCTYPE html><html><body>404 not found</body></html>", ""),
     "no zip": (b"PK\x03\x04 but no zip", ""),
-    "zeros": (bytes(5000), ""),
-    "pickled list": (pickle.dumps([1, 2], 2), ""),
     **{f"safetensors {change}": (safetensors({"w": ENTRY | change}), "") for change in WRONG_ENTRIES},
-    "safetensors, no entry": (safetensors({"w": [1]}), ""),
-    "safetensors, huge header": (safetensors({"w": ENTRY}, 2 ** 63), ""),
-    "safetensors, cut header": (safetensors({"w": ENTRY}, 6), "")}
+    "safetensors, huge header": (safetensors({"w": ENTRY}, 2 ** 63), "")}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -1139,16 +1067,17 @@ def test_shards_lie_beside_their_index(tmp_path):
 
 
 def test_weights_of_something_else(tmp_path, vit):
-    """The first missing and the first unexpected key are named."""
+    """Also: the first missing and the first unexpected key are named."""
+    refused(tmp_path, "a folder with no weights", [clip.load])
     state = vit.state_dict()
     del state["transformer.resblocks.1.ln_2.bias"]
     state["visual.head.weight"] = torch.ones(2)
     torch.save(state, tmp_path / "w.pt")
     refused(tmp_path / "w.pt", r"ViT.*1 missing \(first 'transformer.resblocks.1.ln_2.bias'\), "
             r"1 unexpected \(first 'visual.head.weight'\)", [clip.load])
-    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "r.pt")
-    refused(tmp_path / "r.pt", "the text tower is missing; it holds 'conv1.weight'", [clip.load])
-    refused(tmp_path / "r.pt", readers=[clip.load_checkpoint])
+    for other in ({"conv1.weight": torch.ones(3)}, {1: torch.ones(3), "x": 2}, {}, torch.ones(3)):
+        torch.save(other, tmp_path / "r.pt")
+        refused(tmp_path / "r.pt")
     for key, shape in (("positional_embedding", (20, 63)), ("visual.positional_embedding", (18, 64)),
                        ("visual.positional_embedding", (0, 64)), ("ln_final.weight", ()),
                        ("visual.conv1.weight", (64, 3)), ("text_projection", (64,))):
@@ -1229,15 +1158,6 @@ def join_everywhere(parts, pair):
         i += 1
 
 
-def brute_force_bpe(tokenizer, word):
-    """Sennrich's loop, word for word: find the best-ranked pair anywhere, merge it everywhere, again."""
-    ranks = {tuple(pair): rank for rank, pair in enumerate(tokenizer.merges)}
-    parts = tokenizer._split(word)
-    while pairs := [pair for pair in zip(parts, parts[1:]) if pair in ranks]:
-        join_everywhere(parts, min(pairs, key=ranks.get))
-    return parts
-
-
 def brute_force_training(texts, vocab_size):
     words = [word for text in texts for word in clip.PATTERN.findall(clip.clean(text))]
     words = [clip.Tokenizer([])._split(word) for word in words]
@@ -1280,26 +1200,11 @@ def test_decode_round_trip(tok):
     assert clip.clean("half \ud83d a pair") == "half \ufffd a pair"  # broken JSON must not end a run
 
 
-def test_merging_equals_brute_force():
-    """Against the plain loop, on random merges, whose symbols have many spellings."""
-    def check(tokenizer, word):
-        merged = [tokenizer.symbols[i] for i in tokenizer._merge(word)]
-        assert merged == brute_force_bpe(tokenizer, word), (tokenizer.merges[:20], word)
-        return merged
-
-    r = random.Random(0)
-    # "aab" has two spellings: both copies are merged before the pair that the first makes with its neighbour.
-    two_spellings = clip.Tokenizer([("a", "a"), ("a", "b"), ("a", "ab"), ("aab", "aa"), ("aa", "b")])
-    assert check(two_spellings, "aabaabc") == ["aab", "aab", "c</w>"]
-    for _ in range(200):
-        symbols = ["a", "b", "a</w>", "b</w>"]
-        merges = []
-        for _ in range(r.randrange(1, 14)):
-            pair = (r.choice([s for s in symbols if not s.endswith("</w>")]), r.choice(symbols))
-            if pair not in merges:
-                merges.append(pair)
-                symbols.append("".join(pair))
-        check(clip.Tokenizer(merges), "".join(r.choice("ab") for _ in range(r.randrange(1, 60))))
+def test_a_symbol_of_two_spellings():
+    """Every copy of a pair is merged before the pair that the first copy makes with its neighbour."""
+    merges = [("a", "a"), ("a", "b"), ("a", "ab"), ("aab", "aa"), ("aa", "b")]
+    tokenizer = clip.Tokenizer(merges)
+    assert [tokenizer.symbols[i] for i in tokenizer._merge("aabaabc")] == ["aab", "aab", "c</w>"]
 
 
 def test_training_a_tokenizer():
@@ -1315,11 +1220,6 @@ def test_training_a_tokenizer():
     assert clip.Tokenizer.train(cones[::-1], 640).merges == small.merges  # order does not matter
     assert len(small.encode("a tall red cone")) == 4
     assert small.decode(small.encode("Zebra ß!")) == "zebra ß ! "
-    row = small("a tall red cone", 8)[0].tolist()
-    assert row[0] == small.start and row[5:] == [small.end, 0, 0]
-    assert small.end == small.vocab_size - 1 == max(row)
-    rows, cut = small.rows(["a tall red cone", "a"], 4)
-    assert cut == 1 and rows[0, -1] == small.end and rows.dtype == torch.int32
     for nothing in (None, float("nan"), 3):
         with pytest.raises(TypeError, match="texts are strings; one is"):
             small(["a", nothing])

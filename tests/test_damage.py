@@ -131,19 +131,35 @@ def test_damaged_files_load_or_are_refused_in_one_line(damaged):
 
 
 class Evil:
+    """A pickle that calls a function when it is loaded."""
+
+    def __init__(self, *call):
+        self.call = call
+
     def __reduce__(self):
-        return os.mkdir, ("ran",)
+        return self.call
+
+
+CALLS = {"mkdir": (os.mkdir, ("ran",)), "eval": (eval, ("__import__('os').mkdir('ran')",)),
+         "load_state_dict_from_url": (torch.hub.load_state_dict_from_url, ("file://ran",))}  # torch's own
 
 
 @pytest.mark.parametrize("damaged", ["zip.pt", "script.pt", "pickle.pt", "a.pkl", "raw-captions.pkl"],
                          indirect=True)
-def test_a_pickle_that_would_run_code_is_refused_by_name(damaged):
+@pytest.mark.parametrize("name", CALLS)
+def test_a_pickle_that_would_run_code_is_refused_by_name(name, damaged):
     content, read = damaged
-    evil = Path("evil")
-    if content[:2] == b"PK":
-        torch.save({"a": Evil()}, evil)
+    pickled = pickle.dumps({"a": Evil(*CALLS[name])}, 2)
+    if content[:2] != b"PK":
+        evil = pickled
+    elif b"/constants.pkl" in content:  # an archive of TorchScript
+        with zipfile.ZipFile("evil", "w") as z:
+            z.writestr("a/data.pkl", pickled)
+            z.writestr("a/constants.pkl", b"")
+        evil = Path("evil").read_bytes()
     else:
-        evil.write_bytes(pickle.dumps({"a": Evil()}, 2))
-    with pytest.raises(clip.OneLineError, match="mkdir"):
-        read(evil.read_bytes())
+        torch.save({"a": Evil(*CALLS[name])}, "evil")
+        evil = Path("evil").read_bytes()
+    with pytest.raises(clip.OneLineError, match=f"{name}.*nothing of it was run"):
+        read(evil)
     assert not os.path.exists("ran")
