@@ -152,17 +152,8 @@ def test_the_two_parts_of_the_built_in_shapes():
         {"color": number.get(x.labels["color"], -1)} for x in parts["target"]["val"]]
 
 
-def test_primitives_are_deterministic():
-    def captions():
-        return [data.primitive_caption(7, 3, k) for k in range(5)]
-
-    before = captions()
-    voxels = data.primitive_voxels(7, 3).copy()
-    data.primitive_voxels.cache_clear()
-    np.random.seed(1)
-    assert np.array_equal(voxels, data.primitive_voxels(7, 3)) and before == captions()
-    assert not np.array_equal(voxels, data.primitive_voxels(7, 4))
-    # the generated data is part of published numbers: a change here makes them incomparable
+def test_primitives_are_the_same_bits():
+    """The generated data is part of published numbers: a change here makes them incomparable."""
     assert zlib.crc32("\n".join(c for x in primitives("test") for c in x.captions).encode()) == 4070203048
     assert zlib.crc32(b"".join(data.primitive_voxels(n, 0).tobytes() for n in range(0, 756, 63))) == 526526862
 
@@ -341,38 +332,17 @@ def test_pictures_of_every_kind(tmp_path):
     assert turned.shape == (32, 16, 3) and turned[:12].min() > 200 and turned[20:].max() < 50
 
 
-def test_bad_pictures_are_named(tmp_path):
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    with open(picture(tmp_path / "good.jpg", size=(60, 60)), "rb") as f:
-        good = f.read()
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
-    bomb += chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    for name, content, said in (("short.jpg", good[:len(good) // 2], "truncated"),
-                                ("bomb.png", bomb, "decompression bomb")):
-        (tmp_path / name).write_bytes(content)
-        refused(f"{name}: .*{said}.*; replace it", data.open_image, str(tmp_path / name))
-    refused("gone.jpg: No such file; .* holds good.jpg", data.open_image, str(tmp_path / "gone.jpg"))
-    refused("is no file", data.open_image, str(tmp_path))
-
-
-def png_with(kind, body):
-    """A 30 x 20 PNG with one more chunk behind its header; and its pixels."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    out = io.BytesIO()
-    image.save(out, "png")
-    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return out.getvalue()[:33] + chunk + out.getvalue()[33:], np.asarray(image)
-
-
 def test_broken_metadata_never_stop_a_picture(tmp_path):
     texts = [b"interlace", b"transparency", b"exif", b"xmp", b"Raw profile type exif"]
     chunks = [(b"tEXt", key + b"\0\nno\n3\nzz") for key in texts]
     chunks += [(b"eXIf", b"garbage"), (b"iCCP", b""), (b"pHYs", b"x"), (b"zTXt", b"a\0\5"), (b"iTXt", b"a"),
                (b"zTXt", b"a\0\0" + zlib.compress(bytes(3 << 20)))]
-    for chunk in chunks:
-        content, pixels = png_with(*chunk)
-        (tmp_path / "a.png").write_bytes(content)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "png")
+    for kind, body in chunks:  # behind the header
+        chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        (tmp_path / "a.png").write_bytes(out.getvalue()[:33] + chunk + out.getvalue()[33:])
         assert np.array_equal(data.open_image(tmp_path / "a.png"), pixels), chunk[:20]
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "jpeg")
@@ -484,25 +454,19 @@ def test_evaluation_covers_everything_once_in_order(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_long_captions_are_cut_counted_and_said_once(capsys):
+def test_long_captions_are_cut_counted_and_said_once(capsys, monkeypatch):
     instances = [Instance("a", [None], ["red box " * 60, "red box"]), Instance("b", [None], ["cone " * 90])]
     for _ in range(2):
         tokens = data.Loader(instances, tokenizer(), 77, 8, 2).tokens
     assert capsys.readouterr().err.count("note: 2 of 3 captions are longer than 77 tokens and were cut") == 1
     assert tokens.shape == (3, 77) and (tokens[[0, 2], -1] == tokenizer().end).all() and tokens[1, -1] == 0
-
-
-def test_notes_come_from_the_first_process_only(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", "1")  # notes come from the first process only
     data.note("something")
     assert capsys.readouterr().err == ""
 
 
-def test_loader_errors(tmp_path):
+def test_a_worker_says_what_is_wrong_and_ends(tmp_path):
     instances = photos(tmp_path)
-    refused("--batch-size 8: larger than the data set, of 7 training instances; choose 7 or less",
-            loader, instances, 8)
-    assert len(loader(instances, batch_size=8, train=False)) == 1
     os.unlink(instances[3].images[0])
     for workers in (0, 2):
         batches = loader(instances, train=False, workers=workers).batches()
@@ -607,8 +571,7 @@ def test_no_mirror_where_a_caption_speaks_of_left_or_right(tmp_path):
 
 def test_which_data_is_cropped_by_default(tmp_path):
     files = photos(tmp_path)
-    for name in ("flickr8k", "products", "mine.csv", "/some/text2shape.jsonl"):
-        assert [data.default_crop(name, files, pretrained) for pretrained in (False, True)] == [0.5, 0.9]
+    assert [data.default_crop("flickr8k", files, pretrained) for pretrained in (False, True)] == [0.5, 0.9]
     for name in ("text2shape", "msrvtt", "msvd", "didemo", "activitynet"):
         assert data.default_crop(name, files, True) is None
     regions = [Instance("a", [data.RegionView("a.npy", 0)], ["a"])]
@@ -618,8 +581,7 @@ def test_which_data_is_cropped_by_default(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps({"images": [f"{i}-0.png"], "captions": ["x"], "split": split}) + "\n"
                             for i, split in enumerate(("train", "val", "test"))))
-    for words, crop in ((["--clip", "tiny"], 0.5), (["--clip", "ViT-B/32"], 0.9), (["--crop", "0"], None),
-                        (["--crop", "0.3"], 0.3)):
+    for words, crop in (([], 0.9), (["--clip", "tiny"], 0.5), (["--crop", "0"], None)):
         args = train_mxm.settings(["--data", str(path), *words])
         load_splits(args)
         assert (args.crop or None) == crop
@@ -656,7 +618,6 @@ def test_coco(tmp_path, capsys):
 
 
 def test_unknown_names_and_missing_roots(tmp_path):
-    refused("unknown data set 'flicker8k': known are primitives, .*flickr8k", data.load, "flicker8k")
     refused("unknown data set '.*': known are primitives", data.load, "\n\x1b?")
     nowhere = str(tmp_path / "nowhere")
     data.fetch_missing("coco", nowhere)  # what cannot be fetched is not asked for
@@ -664,7 +625,6 @@ def test_unknown_names_and_missing_roots(tmp_path):
             data.load, "coco", nowhere)
     refused(f"nowhere: no captions.tablechair.csv there; without --no-download .* put {data.TEXT2SHAPE_URL}"
             f".*{data.VOXEL_FOLDER}.zip.* into {nowhere} by hand", data.load, "text2shape", nowhere)
-    refused("nowhere.csv: No such file", data.load, nowhere + ".csv")
 
 
 # ---------------------------------------------------------------- Text2Shape
@@ -691,7 +651,7 @@ COMMENTS = ["# a: comment", "type:=float", "space directions:=none (1,0,0)"]
 
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(encoding="raw"), dict(encoding="gz", newline="\r\n"), dict(encoding="raw", newline="\r\n"),
+    dict(), dict(encoding="gz", newline="\r\n"), dict(encoding="raw", newline="\r\n"),
     dict(sizes="  4 \t6  6 6 "), dict(kind="unsigned char", extra=COMMENTS),
     dict(directions=""), dict(directions="space directions:  none(0, 2e-3,1e-19)\t( 0,-0.0,3) (1,0,0)")])
 def test_nrrd(tmp_path, options):
@@ -726,27 +686,23 @@ def test_nrrd_equals_pynrrd(tmp_path):
 
 
 GOOD_NRRD, RAW_NRRD = nrrd(cube(1)), nrrd(cube(1), "raw")
-BAD_SIZES = ["3 6 6 6", "4 6 6", "4 6 6 7", "4 0 0 0", "4 \xb2 \xb2 \xb2", "4 " + " ".join(["9" * 5000] * 3)]
+BAD_SIZES = ["3 6 6 6", "4 6 6 7", "4 0 0 0", "4 \xb2 \xb2 \xb2", "4 " + " ".join(["9" * 5000] * 3)]
 BAD_DIRECTIONS = [
-    "none (1,0,0)", "none (1,0,0) (0,1,0) (0,0,1) (0,0,0)", "(1,0,0) (0,1,0) (0,0,1) none", "",
-    "none (1,0,0) (0,1,0) (0,1,0)", "none (1,0,0) (0,1,0) (0,0,nan)", "none (1,0,0) (0,1,0.1) (0,-0.1,1)",
-    "none (1,0,0) (0,1,0) (0,0,x)", "none (1e999,0,0) (0,1,0) (0,0,1)", "none (" + "1" * 5000]
+    "none (1,0,0)", "(1,0,0) (0,1,0) (0,0,1) none", "none (1,0,0) (0,1,0) (0,1,0)",
+    "none (1,0,0) (0,1,0) (0,0,nan)", "none (1,0,0) (0,1,0.1) (0,-0.1,1)", "none (1,0,0) (0,1,0) (0,0,x)"]
 BAD_NRRD = [
-    (b"", "not an NRRD"), (b"PK" + GOOD_NRRD, "not an NRRD"), (b"NRRD0004\n" + b"a" * 100000, "not an NRRD"),
+    (b"PK" + GOOD_NRRD, "not an NRRD"), (b"NRRD0004\n" + b"a" * 100000, "not an NRRD"),
     (nrrd(cube(1), kind="float"), "type float"), (GOOD_NRRD.replace(b"type:", b"tipe:"), r"type \?"),
     *[(nrrd(cube(1), sizes=sizes), "sizes .*; expected 4 n n n") for sizes in BAD_SIZES],
     *[(nrrd(cube(1), directions=f"space directions: {stated}"), "refused.*expected space directions of none")
       for stated in BAD_DIRECTIONS],
     (nrrd(cube(1), "hex"), "encoding hex; expected gzip or raw, in the same file"),
-    (GOOD_NRRD[:-300], "ended before the end-of-stream"), (GOOD_NRRD[:-4], "ended before"),
-    (GOOD_NRRD[:-8] + bytes([GOOD_NRRD[-8] ^ 1]) + GOOD_NRRD[-7:], "CRC check failed.*get it again"),
-    (GOOD_NRRD[:400] + bytes(9) + GOOD_NRRD[409:], "damaged"),
+    (GOOD_NRRD[:-300], "ended before the end-of-stream.*get it again"),
     (RAW_NRRD[:-1], "holds 863 bytes of voxels, its sizes need 864"), (RAW_NRRD + b"x", "holds 865")]
 
 
 def test_broken_nrrd(tmp_path):
     path = tmp_path / "a.nrrd"
-    refused("a.nrrd: cannot be read", data.read_nrrd, str(path))
     for content, said in BAD_NRRD:
         path.write_bytes(content)
         refused(f"a.nrrd: .*{said}", data.read_nrrd, str(path))
@@ -777,22 +733,6 @@ def text2shape(root, models=MODELS, published=True, voxels=True):
             (root / f"processed_captions_{name}.p").write_bytes(pickle.dumps(content, protocol=2))
 
 
-def test_text2shape(tmp_path, capsys):
-    text2shape(tmp_path, MODELS[:8])
-    parts = splits("text2shape", tmp_path)
-    assert [[x.id for x in part] for part in parts.values()] == [MODELS[:4], MODELS[4:6], MODELS[6:8]]
-    instances, classes = data.load("text2shape", str(tmp_path), "train")
-    assert classes == {"category": ["Chair", "Table"]}
-    assert [x.labels["category"] for x in instances] == [0, 1, 0, 1]
-    long = 'A brown chair, with a "round" seat number 1.\nIt has four legs.'
-    assert instances[1].captions == [long, "grey table"] and len(instances[1].images) == 12
-    assert capsys.readouterr().err.count("and 4 empty captions were left out") == 1
-    for i in (0, 1):  # gzip and raw
-        assert np.array_equal(data.pixels(instances[i].images[4], 16), data.render(cube(i), 11, 16))
-    batch = loader(instances, 2, 2, 2).make(0)
-    assert batch["images"].shape == (2, 2, 3, 8, 8) and batch["image_mask"].all()
-
-
 def test_text2shape_without_splits_voxels_or_with_views(tmp_path, capsys):
     text2shape(tmp_path, published=False)
     train, val, test = ({x.id for x in part} for part in splits("text2shape", tmp_path).values())
@@ -816,9 +756,13 @@ def test_text2shape_without_splits_voxels_or_with_views(tmp_path, capsys):
 def test_real_shapes_are_whole_and_in_the_middle():
     parts = splits("text2shape", REAL)
     assert [len(part) for part in parts.values()] == [5, 1, 1]
+    assert [x.labels["category"] for x in parts["train"]] == [0, 0, 0, 1, 0]  # Chair, Table
+    assert parts["test"][0].captions == ["the table is round and has 3 legs . the table is rotating ."]
     for x in itertools.chain(*parts.values()):
-        voxels = data.read_nrrd(x.images[0].file) & np.uint8([0, 0, 0, 255])  # black: all that is solid shows
-        assert sorted(image.view for image in x.images) == list(range(12))
+        voxels = data.read_nrrd(x.images[0].file)
+        assert [image.view for image in x.images] == [*range(7, 12), *range(7)]
+        assert np.array_equal(data.pixels(x.images[4], 16), data.render(voxels, 11, 16))
+        voxels &= np.uint8([0, 0, 0, 255])  # black: all that is solid shows
         for view in range(12):
             (top, bottom), (left, right) = extent(data.render(voxels, view, 64))
             assert min(top, left) > 0 and max(bottom, right) < 63
@@ -862,11 +806,9 @@ def test_broken_text2shape(tmp_path):
         data.load("text2shape", str(tmp_path))
     refused("train, 2 of 2 rows without a picture.*.nrrd: No such file; .* holds .*processed_captions_", load)
     val = tmp_path / "processed_captions_val.p"
-    other = [{"a": 1}, [1], {"caption_tuples": [(1, 2)]}]
-    for content, said in ((b"", "Ran out of input"), (val.read_bytes()[:60], "refused"),
-                          *[(pickle.dumps(value), "expected 'caption_tuples'") for value in other]):
-        val.write_bytes(content)
-        refused(f"processed_captions_val.p: .*{said}", load)
+    for value in ({"a": 1}, {"caption_tuples": [(1, 2)]}):
+        val.write_bytes(pickle.dumps(value))
+        refused("processed_captions_val.p: .*expected 'caption_tuples'", load)
     os.unlink(val)
     refused("only processed_captions_train.p, processed_captions_test.p; put all three there, or none", load)
     lacking = (r" line 1: no column 'description'; the first line must name modelId, description, category "
@@ -908,13 +850,10 @@ def test_pickles_that_would_run_code_are_refused(tmp_path, protocol):
     scalar = np.float64(0).__reduce__()[0]
     evil = [
         mkdir, Call(os.mkdir, (str(mark),), {"a": 1}), collections.defaultdict(list, {1: mkdir}),
-        Call(collections.defaultdict, (os.mkdir,)), Call(os.system, (f"touch {mark}",)),
-        Call(open, (str(mark), "w")), Call(eval, (f"open({str(mark)!r}, 'w')",)),
-        Call(np.save, (str(mark), 1)), Call(np.load, ("a",)), Call(getattr, ("a", "upper")),
-        Call(__import__, ("antigravity",)),
-        Call(type, ("X", (), {})), Call(str, ([1],)), tokenizer, data.H5View("a", 0),
-        torch.zeros(2), np.dtype([("a", "O")]),
-        forged(flagged("O8"), b"A" * 8), forged(flagged("V8"), b"A" * 8), 
+        Call(collections.defaultdict, (os.mkdir,)), Call(eval, (f"open({str(mark)!r}, 'w')",)),
+        Call(np.save, (str(mark), 1)), Call(getattr, ("a", "upper")), Call(type, ("X", (), {})),
+        data.H5View("a", 0), torch.zeros(2), np.dtype([("a", "O")]),
+        forged(flagged("O8"), b"A" * 8), forged(flagged("V8"), b"A" * 8),
         forged(np.dtype("O"), [], (3,)), forged(np.dtype("i8"), [1]), forged(np.dtype("i8"), b"short"),
         forged(np.dtype("i8"), b"A" * 8, (1 << 62, 4)), Call(scalar, (flagged("O8"), b"A" * 8))]
     for value in evil:
@@ -1010,21 +949,6 @@ def test_an_archive_that_is_still_there_is_unpacked(server, tmp_path):
     os.makedirs(tmp_path / data.VOXEL_FOLDER)
     (tmp_path / f"{data.VOXEL_FOLDER}.zip").write_bytes(server.pop(VOXELS))
     assert len(fetch_and_load(tmp_path)) == 4
-
-
-def test_download_errors(server, tmp_path):
-    root = tmp_path / "root"
-    load = functools.partial(fetch_and_load, root)
-    voxels = server[VOXELS]
-    del server[VOXELS]
-    refused("solid.zip could not be fetched; put .* into .*root by hand", load)  # clip's error, as data's
-    damaged = voxels[:300] + bytes([voxels[300] ^ 255]) + voxels[301:]  # in the first file
-    for content in (damaged, voxels[:-30], b"<html>please sign in</html>"):
-        server[VOXELS] = content
-        refused(f"{data.VOXEL_FOLDER}.zip: .*; delete it and run the command again", load)
-        os.unlink(root / f"{data.VOXEL_FOLDER}.zip")
-    server[VOXELS] = voxels
-    assert len(load()) == 4
 
 
 def settings(root, *words):
@@ -1129,16 +1053,15 @@ def test_bytes_per_pair(tmp_path):
 
 
 @pytest.mark.parametrize("row, said", [
-    ("{", "not JSON"), ("[" * 100_000, "not JSON"),
-    ({"images": "0.png"}, 'expected an object with "images"'), ({"captions": "c"}, "each a list"),
+    ("[" * 100_000, "not JSON"), ({"captions": "c"}, 'expected an object with "images".* each a list'),
     ({"extra": 1}, "unknown key 'extra'; known are id, images"),
     ({"labels": ["red"]}, '"labels" must be an object'),
     ({"labels": {"color": ["red"]}}, r"color = \['red'\] must be a string or a number"),
-    ({"id": ["a"]}, "id = .* must be a string"), ({"group": {}}, "group = {} must be"),
+    ({"group": {}}, "group = {} must be"),
     ({"split": "valid"}, "split 'valid'; it must be train, val or test"),
     ({"images": []}, "no picture"), ({"images": [3]}, "no picture, or one that is no path"),
-    ({"images": [""]}, "no picture"), ({"images": ["gone.png"]}, "picture .*gone.png: No such file"),
-    ({"images": ["."]}, "is no file"), ({"images": ["a\0b\n.png"]}, r"a\?b\?.png: No such file"),
+    ({"images": [""]}, "no picture"), ({"images": ["."]}, "is no file"),
+    ({"images": ["a\0b\n.png"]}, r"a\?b\?.png: No such file"),
     ({"captions": [3]}, "a caption that is no text"), ({"captions": ["half \ud800"]}, "not JSON.*surrogates"),
     ({"id": "ok"}, "another label or split than at .*mine.jsonl line 1, for the same id 'ok'"),
     ({"id": "b", "split": None}, "no split, while other rows state one")])
@@ -1221,39 +1144,19 @@ def test_a_folder_of_pictures_can_be_searched(tmp_path):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("", "line 1: no column 'image'.*it names: nothing"),
     ("image,text\n0.png,a\n", r"line 1: no column 'caption'; the first line must name image, caption "
                               r"\(it names: image, text\)"),
     ("image,caption,caption\n", "line 1: a column has no name or that of another"),
-    (",image,caption\n0,0.png,a\n", "line 1: a column has no name"), ("image,caption\n", "no rows"),
+    (",image,caption\n0,0.png,a\n", "line 1: a column has no name"), ("", "no column 'image'.*nothing"),
     ("image,caption\n0.png,a\n0.png,a, b\n", "line 3: 3 cells under 2 columns; quote a cell"),
-    ("image,caption\n0.png\n", "line 2: 1 cells under 2 columns"),
-    ("image,caption\n,a\n", "line 2: no picture"),
+    ("image,caption\n", "no rows"), ("image,caption\n0.png\n", "line 2: 1 cells under 2 columns"),
     ("image,caption,split\n0.png,a,val\ngone.png,b,val\n", "line 3: picture .*gone.png: No such file"),
     ('image,caption\n0.png,"a\nb,c\n', "line [23]: not CSV.*is a quote left open"),
     ('image,caption\n0.png,"a" b\n', "line 2: not CSV"),
     (b"image,caption\n0.png,caf\xe9\n", "line 2: cannot be read.*UTF-8"),
-    ("image,caption,split\n\0.png,a,val\n", r"line 2: (picture .*\?.png: No such file|not CSV)"),
-    ("image,caption,id,color\n0.png,a,1,red\n1.png,b,1,blue\n",
-     "line 3: another label or split than at .*line 2, for the same id '1'"),
-    ("image,caption,split\n0.png,a,dev\n", "line 2: split 'dev'"),
     ("image,caption,split\n0.png,a,train\n", "no rows in split 'val'; it has train; add some")])
 def test_broken_csv(mine, text, said):
     refused(f"mine.csv.*{said}", mine, text, "val")
-
-
-def test_a_class_of_your_own_data_that_train_lacks_is_unlabelled(mine, capsys):
-    rows = ["red,big,train", "blue,big,train", "red,,val", "mauve,,val", "mauve,,val", "pink,big,test",
-            "blue,big,test"]
-    text = "image,caption,color,size,split\n" + "".join(f"{i}.png,a,{row}\n" for i, row in enumerate(rows))
-    for _ in range(2):
-        val, classes = mine(text, "val")
-        assert classes == {"color": ["blue", "red"], "size": ["big"]}
-        assert [x.labels for x in val] == [{"color": 1}, {"color": -1}, {"color": -1}]
-    assert [x.labels["color"] for x in mine(text, "test")[0]] == [-1, 0]
-    said = capsys.readouterr().err
-    for split, unseen in (("val", 2), ("test", 1)):
-        assert said.count(f"mine.csv: {unseen} labels of split {split} never occur in train") == 1
 
 
 @pytest.mark.parametrize("name", ["4.jpg", "4.png", "4.webp"])
@@ -1271,8 +1174,10 @@ def test_a_real_table_with_rare_classes(capsys):
     parts = splits(f"{SHARED}/hm/hm.jsonl", "")
     assert sum(map(len, parts.values())) == 2221
     unseen = [sum(x.labels["product_type"] == -1 for x in part) for part in parts.values()]
-    assert unseen[0] == 0 and 0 < sum(unseen[1:]) < 20
-    assert "never occur in train; they count as unlabelled" in capsys.readouterr().err
+    assert unseen == [0, 1, 3]
+    said = capsys.readouterr().err
+    for split, count in (("val", 1), ("test", 3)):
+        assert said.count(f"{count} labels of split {split} never occur in train; they count as unlab") == 1
     known, _ = data.by_class(data.load(f"{SHARED}/hm/hm.jsonl", split="test"), "product_type", "hm", "test")
     assert len(known) == len(parts["test"]) - unseen[2]
 
@@ -1306,9 +1211,7 @@ def test_pairs_show_every_caption_once_an_epoch_with_its_instance(tmp_path):
     instances = photos(tmp_path)
     captions = [(i, caption) for i, x in enumerate(instances) for caption in x.captions]
 
-    def of_pairs(batch_size, **kwargs):
-        return loader(instances, batch_size, views=1, captions=None, pairs=True, **kwargs)
-    pairs = of_pairs(4)
+    pairs = loader(instances, 4, views=1, captions=None, pairs=True)
     assert len(captions) == 13 and len(pairs) == 3
     for epoch in range(2):
         shown = []
@@ -1318,8 +1221,3 @@ def test_pairs_show_every_caption_once_an_epoch_with_its_instance(tmp_path):
             texts = [tokenizer().decode(row[:row.argmax()]).strip() for row in batch["tokens"][:, 0]]
             shown += list(zip(batch["index"].tolist(), texts))
         assert len(set(shown)) == 12 and set(shown) < set(captions)
-    halves = [of_pairs(4, rank=rank, world=2).make(1) for rank in range(2)]
-    whole = pairs.make(1)
-    for key in ("images", "tokens"):
-        assert torch.equal(torch.cat([half[key] for half in halves]), whole[key])
-    refused("of 13 training pairs; choose 13 or less", of_pairs, 14)
