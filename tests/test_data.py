@@ -191,11 +191,90 @@ def test_oracle_equals_brute_force():
     assert row == len(scores) and scores.dtype == torch.float32
 
 
+# ---------------------------------------------------------------- the words of captions
+
 def test_word_terms():
     of_captions, of_instances = data.word_terms([Instance("0", [""], ["A RED, red cone.", "…"]),
                                                  Instance("1", [""], ["ein grüner Kegel"])])
     assert of_captions == [["a", "cone", "red"], ["…"], ["ein", "grüner", "kegel"]]
     assert of_instances == [["a", "cone", "red", "…"], ["ein", "grüner", "kegel"]]
+
+
+def test_shared_terms_are_counted_by_a_loop():
+    """In any order and choice of captions and instances."""
+    of_instances = [["a", "box", "cone", "red"], ["a", "red"], ["box"], ["a", "thing"]]
+    of_captions = [["a", "cone", "red"], ["box"], ["a", "red"], ["a"], ["box"], ["thing"], ["a"]]
+    shared = data.SharedTerms(of_captions, of_instances, "cpu")
+    captions, instances = torch.tensor([6, 0, 2, 5, 0]), torch.tensor([3, 0, 1])
+    found = shared(captions, instances)
+    assert found.shape == (5, 3)
+    for row, c in zip(found, captions):
+        idf = {w: math.log(5 / sum(w in terms for terms in of_instances)) for w in of_captions[c]}
+        for score, j in zip(row, instances):
+            expected = sum(idf[w] for w in idf if w in of_instances[j]) / sum(idf.values())
+            assert score.item() == pytest.approx(expected, abs=1e-6)
+
+
+BYTES = clip.Tokenizer([])  # a token for every letter
+
+
+def between(row):
+    """The tokens between start and end; the row is well formed."""
+    end = int(row.argmax())
+    assert row[0] == BYTES.start and row[end] == BYTES.end and (row[end + 1:] == 0).all()
+    assert row.dtype == torch.int32
+    return row[1:end].tolist()
+
+
+def test_words_are_changed_at_their_rates():
+    """10,000 words of two letters, each kept, masked, replaced by two other tokens or dropped; in order."""
+    words = ["".join(letters) for letters in itertools.product("abcde", "vwxyz")]
+    tokens = BYTES([" ".join(words)] * 400, 60)
+    pairs = [tuple(BYTES.encode(word)) for word in words]
+    mask = (BYTES.start, BYTES.start)
+    before = tokens.clone()
+    torch.manual_seed(0)
+    out = data.changed_words(tokens, BYTES)
+    assert torch.equal(tokens, before) and out.shape == tokens.shape
+    kept = masked = 0
+    new = []
+    for row in out:
+        ids = between(row)
+        found = list(zip(ids[::2], ids[1::2]))
+        places = [pairs.index(pair) for pair in found if pair in pairs]
+        assert len(ids) % 2 == 0 and places == sorted(set(places))
+        kept += len(places)
+        masked += found.count(mask)
+        new += [pair for pair in found if pair not in pairs and pair != mask]
+    dropped = 10_000 - kept - masked - len(new)
+    for count, rate in ((masked, 0.1), (len(new), 0.02), (dropped, 0.08)):
+        assert abs(count - 10_000 * rate) < 4 * math.sqrt(10_000 * rate * (1 - rate)), (count, rate)
+    ids = sum(new, ())
+    assert len(set(ids)) > 0.5 * len(ids) and max(ids) < BYTES.start < BYTES.end  # of the whole vocabulary
+    torch.manual_seed(0)
+    assert torch.equal(data.changed_words(tokens, BYTES), out)
+    assert not torch.equal(data.changed_words(tokens, BYTES), out)
+
+
+def test_words_are_kept_whole(monkeypatch):
+    """Without replacement, what comes out of a caption are all ways to keep, mask or drop each of its words,
+    and no other; the last word was cut where the row is full. One word at least remains."""
+    monkeypatch.setattr(data, "CHANGED", 0.6)
+    monkeypatch.setattr(data, "REPLACED", 0.0)
+    torch.manual_seed(0)
+    tokens = BYTES(["a bc defg hijklmnopq"], 17, truncate=True)
+    words = [BYTES.encode(word)[:8] for word in ("a", "bc", "defg", "hijklmnopq")]
+    ways = set()  # no two ways are the same tokens
+    for kinds in itertools.product(("keep", "mask", "drop"), repeat=4):
+        ids = []
+        for word, kind in zip(words, kinds):
+            ids += {"keep": word, "mask": [BYTES.start] * len(word), "drop": []}[kind]
+        ways.add(tuple(ids or words[0]))
+    out = data.changed_words(tokens.expand(3000, -1), BYTES)
+    assert len(ways) == 80 and {tuple(between(row)) for row in out} == ways
+    assert between(data.changed_words(BYTES(["", "ab"], 8), BYTES)[0]) == []
+    monkeypatch.setattr(data, "CHANGED", 0.0)
+    assert torch.equal(data.changed_words(tokens, BYTES), tokens)
 
 
 # ---------------------------------------------------------------- the renderer
@@ -1221,3 +1300,66 @@ def test_pairs_show_every_caption_once_an_epoch_with_its_instance(tmp_path):
             texts = [tokenizer().decode(row[:row.argmax()]).strip() for row in batch["tokens"][:, 0]]
             shown += list(zip(batch["index"].tolist(), texts))
         assert len(set(shown)) == 12 and set(shown) < set(captions)
+
+
+# ---------------------------------------------------------------- frames and region features
+
+def test_frames_are_taken_evenly_and_in_order(tmp_path):
+    """Of ten frames and of three, whose red is 20 times their number."""
+    for k in range(10):
+        Image.new("RGB", (16, 16), (20 * k, 0, 0)).save(tmp_path / f"{k}.jpg")
+    files = [str(tmp_path / f"{k}.jpg") for k in range(10)]
+    instances = [Instance(str(count), files[:count], ["a"]) for count in (10, 3)]
+    for train in (False, True):
+        loader = data.Loader(instances, clip.Tokenizer([]), 8, 16, 2, captions=1, train=train, frames=4)
+        batch = loader.make(0)
+        assert batch["images"].shape == (2, 4, 3, 16, 16)
+        for i, images, mask in zip(batch["index"].tolist(), batch["images"], batch["image_mask"]):
+            shown = images[mask][:, 0, 8, 8].float().div(20).round().tolist()
+            assert shown == ([0, 3, 6, 9], [0, 1, 2])[i]
+
+
+def regions(root, file, rows, captions, width=6):
+    (root / "precomp").mkdir(exist_ok=True)
+    array = np.random.default_rng(len(file)).random((rows, 4, width), np.float32)
+    np.save(root / "precomp" / f"{file}_ims.npy", array)
+    write(root / "precomp" / f"{file}_caps.txt", "".join(f"caption {i}\n" for i in range(captions)))
+    return array
+
+
+def test_region_features(tmp_path):
+    array = regions(tmp_path, "train", 3, 15)  # one row an image
+    embeddings = np.arange(18, dtype=np.float16).reshape(3, 6)
+    np.save(tmp_path / "precomp" / "train_clip.npy", embeddings)
+    instances, classes = data.load_regions("flickr30k", str(tmp_path), "train")
+    assert [x.captions for x in instances] == [[f"caption {5 * i + k}" for k in range(5)] for i in range(3)]
+    loader = data.Loader(instances, clip.Tokenizer([]), 16, 32, 2, 1, 2, train=True, seed=3)
+    batch = data.to_device(loader.make(0), "cpu")
+    assert batch["images"].features.shape == (2, 1, 4, 6) and classes == {}
+    shown = batch["images"][batch["image_mask"]]
+    assert np.array_equal(shown.features, array[batch["index"]])  # untouched
+    assert np.array_equal(shown.clip_input, embeddings[batch["index"]].astype(np.float32))
+    regions(tmp_path, "dev", 10, 10)
+    np.save(tmp_path / "precomp" / "dev_ims.npy", double := array[:2].repeat(5, axis=0))  # or one a caption
+    val, _ = data.load_regions("flickr30k", str(tmp_path), "val")
+    assert len(val) == 2 and np.array_equal(val[1].images[0].features(), double[5])
+    loader = data.Loader(val, clip.Tokenizer([]), 16, 32, 2)
+    assert np.array_equal(data.to_device(loader.make(0), "cpu")["images"][:, 0], double[::5])
+    refused("no picture", data.pixels, val[0].images[0], 32)
+    refused("--regions: no split 'dev'; it has train", data.load_regions, "flickr30k", str(tmp_path), "dev")
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda folder: regions(folder.parent, "train", 4, 15), "4 rows, but 15 lines in .*train_caps.txt"),
+    (lambda folder: np.save(folder / "train_ims.npy", np.zeros((3, 8), np.float32)),
+     r"float32 of shape \(3, 8\); expected floats \(images, regions, width\)"),
+    (lambda folder: np.save(folder / "train_ims.npy", np.array([{}])), "refused, damaged or of another kind"),
+    (lambda folder: np.save(folder / "train_clip.npy", np.zeros((2, 6), np.float32)),
+     "train_clip.npy: expected a row for each of the 3 images"),
+    (lambda folder: (folder / "train_caps.txt").unlink(), "train_caps.txt: No such file"),
+    (lambda folder: regions(folder.parent, "train", 15, 15), "rows 0 to 4 differ: one caption to an image")])
+def test_region_features_refused(spoil, said, tmp_path):
+    regions(tmp_path, "train", 3, 15)
+    spoil(tmp_path / "precomp")
+    data._rows_of.cache_clear()
+    refused(said, data.load_regions, "flickr30k", str(tmp_path), "train")
