@@ -122,13 +122,10 @@ BAD = {
     "NaN": (with_value("image", 7, np.nan), "image row 7 holds a NaN or an infinite number .1 such"),
     "too large": ({"text": np.full((60, 3), 1e39)}, "text row 0 holds a NaN or an infinite number .60 such"),
     "fewer images": ({"image": np.zeros((59, 4))}, "59 rows of image, but 60 labels"),
-    "more ids": ({"ids": np.arange(61)}, "61 rows of ids, but 60 labels"),
     "no text and label": ({"text": None, "label": None}, "text.*expected a .npz"),
-    "scalar, no ids": ({"label": np.int64(1), "ids": None}, r"label is int64 of shape \(\)"),
     "image of pixels": ({"image": np.zeros((60, 3, 2, 2))}, r"image is float64 of shape \(60, 3, 2, 2\)"),
     "label one-hot": ({"label": np.eye(60)}, r"label is int64 of shape \(60, 60\); expected one class"),
     "label of fractions": ({"label": np.arange(60) / 7}, "label is float64"),
-    "label a dict": ({"label": {"a": 1}}, "label is object"),
     "image of strings": ({"image": np.full((60, 4), "1.5")}, "image is <U3"),
     "no columns": ({"image": np.zeros((60, 0))}, r"image is float64 of shape \(60, 0\)"),
 }
@@ -144,12 +141,10 @@ def test_features_that_do_not_fit_together(name, tmp_path):
 def test_files_that_hold_no_features(tmp_path):
     """What is damaged: test_damage.py."""
     path = tmp_path / "bad.npz"
-    refused("bad.npz: cannot be read.*No such file", data.read_features, str(path))
     with open(path, "wb") as f:  # one array, not several
         np.save(f, np.zeros((3, 4)))
     refused("bad.npz: refused", data.read_features, str(path))
-    ragged = {"image": [[1.0], [2.0, 3.0]], "text": [[1.0]] * 2, "label": [0, 1]}
-    for value in [[1, 2], "image, text, label", 7, {}, np.zeros(3), ragged]:
+    for value in ("image, text, label", {"image": [[1.0], [2.0, 3.0]], "text": [[1.0]] * 2, "label": [0, 1]}):
         refused("bad.pkl: ", data.read_features, pkl(tmp_path / "bad.pkl", value))
 
 
@@ -164,8 +159,7 @@ def test_feature_splits(tmp_path, said):
     train = npz(tmp_path / "train.npz", **content(200))
     test = npz(tmp_path / "test.npz", **content(30, seed=1))
     splits, names = data.feature_splits(("train.npz", "test.npz"), str(tmp_path))
-    assert 5 < late(200).sum() < 40 and names == ["0", "1", "2"] and said() == ""
-    assert list(splits) == ["train", "val", "test"]
+    assert names == ["0", "1", "2"] and said() == "" and list(splits) == ["train", "val", "test"]
     parts = (("train", train, ~late(200)), ("val", train, late(200)), ("test", test, slice(None)))
     for split, path, rows in parts:
         source = data.read_features(path)
@@ -173,9 +167,8 @@ def test_feature_splits(tmp_path, said):
         assert np.array_equal(found.images, source["image"][rows])
         assert np.array_equal(found.texts, source["text"][rows])
         assert np.array_equal(found.labels, source["label"][rows]) and found.labels.dtype == np.int64
-        assert len(found.views) == len(found.captions) == len(found.query) == len(found.labels)
-        assert (found.views == 1).all() and (found.captions == 1).all()
-        assert found.query.all() and found.query.dtype == bool
+        for ones in (found.views, found.captions, found.query):
+            assert len(ones) == len(found.labels) and ones.all()
     npz(tmp_path / "train.npz", **content(200, ids=None))  # row numbers are the ids
     splits, _ = data.feature_splits((train, test), None)
     assert splits["val"].images[:, 0].tolist() == [i for i in range(200) if data.hash_tenth(i) == 9]
@@ -210,10 +203,8 @@ EARLY = [i for i in range(99) if data.hash_tenth(i) < 9][:3]  # ids that are no 
 UNUSABLE = [  # changes, rows, where the file stands (train, test), what is said
     ({"image": np.zeros((100, 5))}, 100, "test", "image has 5 columns, in .*good.npz it has 4"),
     ({"label": np.zeros(100, int)}, 100, "train", "one class only in train"),
-    ({"label": np.arange(4800) % 1200}, 4800, "train", r"1,\d\d\d distinct values in .* ids"),
     ({"label": np.arange(100) % 80}, 100, "train", "distinct values in .* rows; these look like ids"),
     ({"label": np.array(["0"] * 100)}, 100, "test", "no row of split 'test' has a label that train has"),
-    ({}, 2, "train", "one class only|no row of split 'val'"),
     ({"ids": np.array(EARLY), "label": np.array([0, 1, 1])}, 3, "train",
      "no row of split 'val' has a label that train has")]
 
@@ -282,22 +273,16 @@ def test_every_instance_once_per_epoch_with_rows_of_its_own():
     assert tuple(other) != epochs[0]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_processes_share_the_batch(world):
-    """The parts of all processes, one after another, are the batch of a single one, of the last batch too."""
+def test_processes_share_the_batch():
+    """The parts of all processes, one after another, are the batch of a single one, of the last batch too;
+    whatever step they begin with."""
     single = batches(0, 10)
-    ranks = [batches(0, 10, 0, rank, world) for rank in range(world)]
-    for step, batch in enumerate(single):
+    ranks = [batches(3, 10, 0, rank, 4) for rank in range(4)]
+    for step, batch in enumerate(single[3:]):
         parts = [rank[step] for rank in ranks]
         assert equal({key: torch.cat([part[key] for part in parts]) for key in batch}, batch)
         sizes = [len(part["index"]) for part in parts]
         assert max(sizes) - min(sizes) <= 1 and all(part["images"].shape[1] == 2 for part in parts)
-
-
-def test_batches_resume_at_any_step():
-    unbroken = batches(0, 12, 0, 1, 2)
-    for start in (1, 5, 12):
-        assert all(map(equal, batches(start, 12, 0, 1, 2), unbroken[start:]))
 
 
 def test_seed_step():
@@ -358,7 +343,7 @@ def test_a_column_of_ids_is_no_task(tmp_path, said):
     refused("--task number: .*a.csv has the tasks color .*remark", chosen, path, "number")
     some = np.append(np.full(25, 1), np.zeros(30, int))
     for count, said in ((np.full(1000, 9), "1,000 distinct values in 9,000"),
-                        (np.ones(21, int), "21 distinct values in 21"), (some, "25 distinct values in 25")):
+                        (some, "25 distinct values in 25")):
         refused(f"styles.csv: task 'x' has {said} training rows; these look like ids",
                 data.check_classes, count, "styles.csv", "task 'x'")
     for fine in (np.full(999, 2), np.ones(20, int), np.array([1, 1])):
@@ -388,26 +373,12 @@ def test_load_split(tmp_path, said):
 
 # ---------------------------------------------------------------- what tells two models apart
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-rn"])
-def test_identity(name, tmp_path):
-    """Equal weights have the same, wherever they come from or lie; any other number changes it."""
-    tokenizer = clip.Tokenizer.train(["a red cone", "a blue ball"], 520)
-    model = clip.build(name, tokenizer, seed=1)
+def test_identity():
+    """Equal weights have the same, wherever they lie; another number, name, shape or type changes it."""
+    model = clip.build("tiny-rn")
     known = clip.identity(model)
-    assert len(known) == 64 and int(known, 16)
-    clip.save(model, tmp_path / "a.pt")
-    clip.save_checkpoint(tmp_path / "b.pt", {"clip": clip.describe(model), "method": "train_x"})
-    for file in ("a.pt", "b.pt"):
-        assert clip.identity(clip.load(tmp_path / file, "cpu")[0]) == known
-    for key, value in list(model.state_dict().items())[::7]:
-        before = value.view(-1)[0].item()
-        value.view(-1)[0] += 1
-        assert clip.identity(model) != known, key
-        value.view(-1)[0] = before
     assert clip.identity(model.eval().requires_grad_(False).to(memory_format=torch.channels_last)) == known
 
-
-def test_identity_of_orders_names_shapes_and_types():
     def of(**entries):
         out = torch.nn.Module()
         for name, value in entries.items():
@@ -432,8 +403,7 @@ def test_heads_go_and_come_back():
     model, other = Head(), Head()
     model.clipped.running_mean += 3
     heads = clip.describe_heads(model)
-    names = [name for name in model.state_dict() if not name.startswith("clip.")]
-    assert sorted(heads) == sorted(names) and len(heads) == 7
+    assert heads.keys() == {name for name in model.state_dict() if not name.startswith("clip.")}
     before = {key: value.clone() for key, value in heads.items()}
     with torch.no_grad():
         model.out.weight += 1  # what was described is the model as it was
@@ -450,8 +420,7 @@ def test_heads_of_another_model_are_refused():
     heads = clip.describe_heads(model)
     less = {key: value for key, value in heads.items() if key != "out.bias"}
     wider = clip.describe_heads(Head(4))
-    more = heads | {"out.more": torch.zeros(1)}
-    for wrong, said in ((less, "out.bias"), (more, "out.more"), ({}, "out.weight"),
+    for wrong, said in ((less, "out.bias"), (heads | {"out.more": torch.zeros(1)}, "out.more"),
                         (wider, "size mismatch|shape"), (heads | {"out.weight": [1, 2]}, "out.weight")):
         with pytest.raises(clip.CheckpointError, match="not this model's") as e:
             clip.load_heads(model, wrong)
