@@ -6,7 +6,6 @@ Real photos lie in ../shared/data; tests that need them skip where it is absent.
 """
 import argparse
 import collections
-import csv
 import functools
 import glob
 import gzip
@@ -18,6 +17,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -787,51 +787,33 @@ def test_broken_nrrd(tmp_path):
         refused(f"a.nrrd: .*{said}", data.read_nrrd, str(path))
 
 
-MODELS = [f"{i:032x}" for i in range(60)]
-HEADER = "id,modelId,description,category,topLevelSynsetId,subSynsetId\n"
+needs_shapes = pytest.mark.skipif(not REAL_SHAPES, reason="needs ../shared/data/text2shape")
 
 
-def text2shape(root, models=MODELS, published=True, voxels=True):
-    """A small Text2Shape in the published layout."""
-    os.makedirs(root, exist_ok=True)
-    with open(root / "captions.tablechair.csv", "w", newline="") as f:
-        f.write(HEADER)
-        for i, model in enumerate(models):
-            text = f"A brown chair, with a \"round\" seat number {i}.\nIt has four legs. "
-            for text in (text, "grey table", "  "):
-                csv.writer(f).writerow([3 * i, model, text, ("Chair", "Table")[i % 2], "04379243", ""])
-    for i, model in enumerate(models if voxels else ()):
-        os.makedirs(root / data.VOXEL_FOLDER / model)
-        file = root / data.VOXEL_FOLDER / model / f"{model}.nrrd"
-        file.write_bytes(nrrd(cube(i), ("gzip", "raw")[i % 2]))
-    for name, part in (("train", models[:-4]), ("val", models[-4:-2]), ("test", models[-2:])):
-        if published:
-            content = {"caption_tuples": [(np.arange(k, k + 5), "chair", m) for k, m in enumerate(part)],
-                       "caption_matches": {model: [k] for k, model in enumerate(part)},
-                       "vocab_size": 3588, "max_caption_length": np.int64(96)}
-            (root / f"processed_captions_{name}.p").write_bytes(pickle.dumps(content, protocol=2))
+def copy_shapes(root):
+    shutil.copytree(REAL, root, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
 
+@needs_shapes
 def test_text2shape_without_splits_voxels_or_with_views(tmp_path, capsys):
-    text2shape(tmp_path, published=False)
-    train, val, test = ({x.id for x in part} for part in splits("text2shape", tmp_path).values())
-    assert len(train) + len(val) + len(test) == len(train | val | test) == 60
-    assert len(train) > 40 and val and test
-    first, second, third = sorted(train)[:3]
-    for model in (second, third):
-        os.unlink(tmp_path / data.VOXEL_FOLDER / model / f"{model}.nrrd")
+    copy_shapes(tmp_path)
+    published = splits("text2shape", REAL)
+    for name in data.SPLIT_FILES:
+        os.unlink(tmp_path / name)
+    first, second = sorted(x.id for x in published["train"])[:2]
     for k in (10, 2, 1):
         picture(tmp_path / "views" / first / f"{k:02d}.png", k)
+    shutil.rmtree(tmp_path / data.VOXEL_FOLDER / second)
     write(tmp_path / "views" / second / "notes.txt", "no picture")
-    instances, _ = data.load("text2shape", str(tmp_path), "train")
-    said = capsys.readouterr().err
-    assert re.search(f"train, 2 of {len(train)} rows without a picture.*{second}.nrrd: No such file", said)
-    assert {x.id for x in instances} == train - {second, third} and instances[0].id == first
-    assert [os.path.basename(view) for view in instances[0].images] == ["01.png", "02.png", "10.png"]
-    refused("no rows in split 'dev'", data.load, "text2shape", str(tmp_path), "dev")
+    capsys.readouterr()
+    instances, _ = data.load("text2shape", str(tmp_path), "all")  # by hash: nothing of it is lost
+    assert {x.id for x in instances} == {x.id for part in published.values() for x in part} - {second}
+    assert re.search("all, 6 of 12 rows without a picture", capsys.readouterr().err)
+    views = next(x.images for x in instances if x.id == first)
+    assert [os.path.basename(view) for view in views] == ["01.png", "02.png", "10.png"]
 
 
-@pytest.mark.skipif(not REAL_SHAPES, reason="needs ../shared/data/text2shape")
+@needs_shapes
 def test_real_shapes_are_whole_and_in_the_middle():
     parts = splits("text2shape", REAL)
     assert [len(part) for part in parts.values()] == [5, 1, 1]
@@ -855,7 +837,7 @@ def fitted(image):
     return np.asarray(ImageOps.pad(cut, (32, 32), color="white"), float)
 
 
-@pytest.mark.skipif(not REAL_SHAPES, reason="needs ../shared/data/text2shape")
+@needs_shapes
 def test_real_shapes_look_like_their_reference():
     """The reference camera stands between views 7 and 8. Lying, upside down or turned, a shape differs more
     (mirrored it does not: most are symmetric)."""
@@ -878,25 +860,16 @@ def test_real_shapes_look_like_their_reference():
     assert len(differ) == 23 and upright < 0.85 * min(differ.values())
 
 
+@needs_shapes
 def test_broken_text2shape(tmp_path):
-    text2shape(tmp_path, MODELS[:6], voxels=False)
-
-    def load():
-        data.load("text2shape", str(tmp_path))
-    refused("train, 2 of 2 rows without a picture.*.nrrd: No such file; .* holds .*processed_captions_", load)
+    copy_shapes(tmp_path)
     val = tmp_path / "processed_captions_val.p"
     for value in ({"a": 1}, {"caption_tuples": [(1, 2)]}):
         val.write_bytes(pickle.dumps(value))
-        refused("processed_captions_val.p: .*expected 'caption_tuples'", load)
+        refused("processed_captions_val.p: .*expected 'caption_tuples'", data.load, "text2shape", str(tmp_path))
     os.unlink(val)
-    refused("only processed_captions_train.p, processed_captions_test.p; put all three there, or none", load)
-    lacking = (r" line 1: no column 'description'; the first line must name modelId, description, category "
-               r"\(it names: id, modelId, category\)")
-    for content, said in ((b"id,modelId,category\n1,a,Chair\n", lacking),
-                          (HEADER.encode() + b'1,a,"' + b"x" * 200_000, " line 2: not CSV.*field"),
-                          (HEADER.encode() + b"1,a,caf\xe9,Chair,,\n", " line 2: cannot be read.*UTF-8")):
-        (tmp_path / "captions.tablechair.csv").write_bytes(content)
-        refused(f"tablechair.csv{said}", load)
+    refused("only processed_captions_train.p, processed_captions_test.p; put all three there, or none",
+            data.load, "text2shape", str(tmp_path))
 
 
 # ---------------------------------------------------------------- pickles
@@ -978,16 +951,17 @@ def zipped(names):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """{url: bytes}: a small Text2Shape in the published archives, for clip.fetch to find; "asked": urls."""
-    folder = tmp_path / "source"
-    text2shape(folder, MODELS[:8])
+    """{url: bytes}: the seven real shapes in the published archives, for clip.fetch; "asked": urls."""
+    if not REAL_SHAPES:
+        pytest.skip("needs ../shared/data/text2shape")
 
     def read(name):
-        return (folder / name).read_bytes()
-    voxels = [f"{data.VOXEL_FOLDER}/{model}/{model}.nrrd" for model in MODELS[:8]]
+        with open(os.path.join(REAL, name), "rb") as f:
+            return f.read()
+    voxels = [os.path.relpath(path, REAL) for path in REAL_SHAPES]
     published = {f"text2shape-data/shapenet/{name}": read(name) for name in data.SPLIT_FILES}
     others = {f"text2shape-data/primitives/{name}": b"other" for name in data.SPLIT_FILES}
-    files = {TABLE: read("captions.tablechair.csv"), VOXELS: zipped({name: read(name) for name in voxels}),
+    files = {TABLE: read(data.CAPTION_FILE), VOXELS: zipped({name: read(name) for name in voxels}),
              SPLITS: zipped(published | others), "asked": []}
 
     def fetch(url, path):
@@ -1009,9 +983,9 @@ def fetch_and_load(root, split="train"):
 def test_download_and_once_only(server, tmp_path, capsys):
     root = str(tmp_path / "new" / "root")
     for _ in range(2):
-        instances = fetch_and_load(root, "val")
-        assert [x.id for x in instances] == MODELS[4:6]
-        assert data.pixels(instances[0].images[0], 8).shape == (8, 8, 3)
+        [found] = fetch_and_load(root, "val")
+        assert found.id == "df5b55da209637624b3c42e318f3affc"
+        assert data.pixels(found.images[0], 8).std() > 20
         assert server["asked"] == [VOXELS, SPLITS, TABLE]
     files = ["captions.tablechair.csv", data.VOXEL_FOLDER, *data.SPLIT_FILES]
     assert sorted(os.listdir(root)) == sorted(files)  # no archive
@@ -1027,7 +1001,7 @@ def test_an_archive_that_is_still_there_is_unpacked(server, tmp_path):
     """Put there by hand, or left by a run that was stopped while it unpacked."""
     os.makedirs(tmp_path / data.VOXEL_FOLDER)
     (tmp_path / f"{data.VOXEL_FOLDER}.zip").write_bytes(server.pop(VOXELS))
-    assert len(fetch_and_load(tmp_path)) == 4
+    assert len(fetch_and_load(tmp_path)) == 5
 
 
 def settings(root, *words):
@@ -1060,7 +1034,7 @@ def test_the_first_process_fetches_while_the_others_wait(rank, order, server, tm
     monkeypatch.setattr("eval.barrier", lambda: done.append("meet"))
     monkeypatch.setattr(data, "fetch_missing", fetch_missing)
     parts = load_splits(settings(tmp_path))
-    assert done == order and [len(instances) for instances, _ in parts] == [4, 2, 2]
+    assert done == order and [len(instances) for instances, _ in parts] == [5, 1, 1]
 
 
 def test_archives_write_only_inside_the_root(tmp_path):
