@@ -970,16 +970,6 @@ def test_open_clip_checkpoints(tmp_path):
         fails("open_clip_config.json|configuration", clip.load, tmp_path, "cpu")
 
 
-def test_resnet_without_batch_counters(tmp_path):
-    """Files from before torch counted batches load; BatchNorm's statistics are the file's."""
-    resnet = make(SMALL_RN)
-    state = {k: v for k, v in resnet.state_dict().items() if not k.endswith("num_batches_tracked")}
-    torch.save(state, tmp_path / "w.pt")
-    loaded, _ = clip.load(tmp_path / "w.pt", "cpu", quick_gelu=True)
-    same_outputs(loaded, resnet, 1e-6)
-    assert loaded.visual.bn1.num_batches_tracked == 0
-
-
 # ---------------------------------------------------------------- files that must not load
 
 def safetensors(tensors, length=None):

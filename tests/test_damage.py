@@ -19,6 +19,7 @@ from PIL import Image
 import clip
 import data
 from runs import SMALL
+from test_clip import jit_archive
 
 READERS = {  # file: the function that reads it, and its arguments where that is not the file alone
     "zip.pt": (clip.load,), "pickle.pt": (clip.load,), "script.pt": (clip.load,),
@@ -30,16 +31,6 @@ READERS = {  # file: the function that reads it, and its arguments where that is
     "raw-captions.pkl": (data.load, "msvd", "."), "voxels.zip": (data.unpack, "voxels.zip", "unpacked")}
 
 
-def scripted(module):
-    """A module that does nothing, with the parameters of another one, for an archive of TorchScript."""
-    out = torch.nn.Identity()
-    for name, value in module.named_parameters(recurse=False):
-        out.register_parameter(name, value)
-    for name, child in module.named_children():
-        out.add_module(name, scripted(child))
-    return out
-
-
 def write_weights():
     """A very small CLIP in each format."""
     tokenizer = clip.Tokenizer.train(["a red chair", "a dog"] * 9, 520)
@@ -47,7 +38,7 @@ def write_weights():
                               vision_width=64, transformer_width=64))
     clip.save(model, "zip.pt")
     torch.save(model.state_dict(), "pickle.pt", _use_new_zipfile_serialization=False)
-    torch.jit.save(torch.jit.trace(scripted(model), torch.zeros(1)), "script.pt")
+    jit_archive(model, "script.pt", False)
     header = {}
     body = b""
     for key, value in model.state_dict().items():

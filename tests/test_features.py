@@ -173,28 +173,26 @@ def test_feature_splits(tmp_path, said):
     assert splits["val"].images[:, 0].tolist() == [i for i in range(200) if data.hash_tenth(i) == 9]
 
 
-@pytest.mark.parametrize("kind", ["S", np.uint8])
-def test_labels_that_train_lacks_are_left_out(kind, tmp_path, said):
-    """Names sort as strings; of val and test, rows of another class go. One class is in val alone."""
-    a, ab, b, c, d = (1, 4, 0, 3, 2) if kind is np.uint8 else ("a", "ab", "b", "c", "d")
+def test_labels_that_train_lacks_are_left_out(tmp_path, said):
+    """Of val and test, rows of another class go. One class is in val alone. Strings are Python 2's."""
     labels = []
     for i in range(100):
         tenth = data.hash_tenth(f"row{i}")
-        labels.append(ab if tenth == 9 and i % 2 else b if tenth < 5 else d)
+        labels.append("ab" if tenth == 9 and i % 2 else "b" if tenth < 5 else "d")
     files = []
-    for name, values in (("train", labels), ("test", [b, a, d, c] * 10)):
-        values = content(len(values), label=np.array(values).astype(kind))
+    for name, values in (("train", labels), ("test", ["b", "a", "d", "c"] * 10)):
+        values = content(len(values), label=np.array(values).astype("S"))
         files.append(npz(tmp_path / f"{name}.npz", **values))
     splits, names = data.feature_splits(files, None)
-    assert names == [str(b), str(d)]
+    assert names == ["b", "d"]
     assert splits["test"].labels.tolist() == [0, 1] * 10
     assert splits["test"].images[:, 0].tolist() == [i for i in range(40) if i % 4 in (0, 2)]
-    val = [i for i in np.flatnonzero(late(100)) if labels[i] != ab]
+    val = [i for i in np.flatnonzero(late(100)) if labels[i] != "ab"]
     assert splits["val"].images[:, 0].tolist() == val and splits["val"].labels.tolist() == [1] * len(val)
-    train = [[b, d].index(labels[i]) for i in np.flatnonzero(~late(100))]
+    train = ["bd".index(labels[i]) for i in np.flatnonzero(~late(100))]
     assert splits["train"].labels.tolist() == train
     notes = said()
-    assert f"val: {labels.count(ab)} of {labels.count(ab) + len(val)} rows have a label that train" in notes
+    assert f"val: {labels.count('ab')} of {labels.count('ab') + len(val)} rows have a label that train" in notes
     assert "test: 20 of 40 rows" in notes
 
 
