@@ -140,17 +140,16 @@ CALLS = {"mkdir": (os.mkdir, ("ran",)), "eval": (eval, ("__import__('os').mkdir(
 @pytest.mark.parametrize("name", CALLS)
 def test_a_pickle_that_would_run_code_is_refused_by_name(name, damaged):
     content, read = damaged
-    pickled = pickle.dumps({"a": Evil(*CALLS[name])}, 2)
+    file = Path("evil")
+    evil = {"a": Evil(*CALLS[name])}
     if content[:2] != b"PK":
-        evil = pickled
+        file.write_bytes(pickle.dumps(evil, 2))
     elif b"/constants.pkl" in content:  # an archive of TorchScript
-        with zipfile.ZipFile("evil", "w") as z:
-            z.writestr("a/data.pkl", pickled)
+        with zipfile.ZipFile(file, "w") as z:
+            z.writestr("a/data.pkl", pickle.dumps(evil, 2))
             z.writestr("a/constants.pkl", b"")
-        evil = Path("evil").read_bytes()
     else:
-        torch.save({"a": Evil(*CALLS[name])}, "evil")
-        evil = Path("evil").read_bytes()
+        torch.save(evil, file)
     with pytest.raises(clip.OneLineError, match=f"{name}.*nothing of it was run"):
-        read(evil)
+        read(file.read_bytes())
     assert not os.path.exists("ran")
