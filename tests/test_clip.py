@@ -1106,16 +1106,8 @@ def nasty(n, seed=0):
     return out
 
 
-def join_everywhere(parts, pair):
-    """Join every occurrence of the pair in the list, in place and from the left."""
-    i = 0
-    while i < len(parts) - 1:
-        if (parts[i], parts[i + 1]) == pair:
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        i += 1
-
-
 def brute_force_training(texts, vocab_size):
+    """Sennrich's loop, word for word: join the most frequent pair everywhere, from the left, again."""
     words = [word for text in texts for word in clip.PATTERN.findall(clip.clean(text))]
     words = [clip.Tokenizer([])._split(word) for word in words]
     merges = []
@@ -1127,7 +1119,11 @@ def brute_force_training(texts, vocab_size):
         if best not in merges:
             merges.append(best)
         for word in words:
-            join_everywhere(word, best)
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i:i + 2] = [word[i] + word[i + 1]]
+                i += 1
     return merges
 
 
