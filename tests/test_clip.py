@@ -3,7 +3,6 @@
 Peers (open_clip_torch, transformers, safetensors) and ../shared are used where present, else tests skip.
 """
 import copy
-import csv
 import hashlib
 import json
 import os
@@ -22,11 +21,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch import nn
 from torch.nn.utils import prune
-from torchvision.transforms import v2
 
 import clip
 
@@ -77,7 +74,7 @@ def make(config, seed=0):
     return randomise(on_meta(clip.CLIP, config), seed)
 
 
-def open_clip_model(config, custom=False, seed=0):
+def open_clip_model(config, custom=False):
     """open_clip's model of the same architecture; custom: with the text encoder as a module of its own."""
     open_clip = pytest.importorskip("open_clip")
     c = config
@@ -91,7 +88,7 @@ def open_clip_model(config, custom=False, seed=0):
     model = on_meta(model_class, c.embed_dim, vision, text, quick_gelu=c.quick_gelu)
     mask = model.text.attn_mask if custom else model.attn_mask
     mask.copy_(torch.full(mask.shape, -torch.inf).triu(1))
-    return randomise(model, seed)
+    return randomise(model)
 
 
 def transformers_model(config, text={}, vision={}):
@@ -194,13 +191,13 @@ def tok():
 # ---------------------------------------------------------------- the model
 
 SMALL = {"small ViT": SMALL_VIT, "small ResNet": SMALL_RN, "small GELU ViT": GELU_VIT}
-CONFIGS = SMALL | {name: clip.MODELS[name][0] for name in ("ViT-B/32", "ViT-B/16", "RN50")}
+CONFIGS = SMALL | {"ViT-B/32": clip.MODELS["ViT-B/32"][0]}
 
 
 @pytest.mark.parametrize("peer, name", [
     *[("open_clip", name) for name in CONFIGS],
     *[("transformers", name) for name in CONFIGS if "ViT" in name]])  # it has no CLIP with a ResNet
-def test_equals_peers(peer, name, tmp_path):
+def test_equals_peers(peer, name):
     """Same weights: image features, text features and logits to 1e-5, relative to the largest."""
     config = CONFIGS[name]
     theirs = open_clip_model(config) if peer == "open_clip" else transformers_model(config)
@@ -208,11 +205,6 @@ def test_equals_peers(peer, name, tmp_path):
     model = clip._assemble(clip._infer_config(state, asdict(config)), state, None, "weights.bin").eval()
     assert model.config == config
     same_outputs(model, theirs, images=3 if name in SMALL else 1)
-    if peer == "open_clip" and name in SMALL:  # what we save, open_clip loads
-        clip.save(model, tmp_path / "weights.pt")
-        twin = open_clip_model(config, seed=1)
-        pytest.importorskip("open_clip").load_checkpoint(twin, str(tmp_path / "weights.pt"))
-        state_equal(twin.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("config", [OPENAI_VIT, SMALL_RN])
@@ -349,10 +341,9 @@ def test_image_tokens(vit):
     assert moved[1:].argmax() == 0
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_attention(fused, monkeypatch):
-    """The output and the gradient are the equation's, with torch's fused attention and without it."""
-    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: fused)
+def test_attention_without_torchs_fused_one(monkeypatch):
+    """The output and the gradient are the equation's; those of the fused one, in the other tests."""
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
     model = make(SMALL_VIT)
     for transformer in (model.transformer, model.visual.transformer):  # causal and not
         attn = transformer.resblocks[0].attn
@@ -382,9 +373,6 @@ def test_inner_modules_take_length_first(vit):
     close(v.ln_post(x[:, 0]) @ v.proj, vit.encode_image(image))
     v.proj = None  # as linear probes set it
     close(v.ln_post(x[:, 0]), v(image))
-    x = torch.randn(5, 2, 64)
-    for block in vit.transformer.resblocks:  # causal: what follows changes nothing
-        assert torch.allclose(block(x)[:3], block(x[:3]), atol=1e-5)
     model = copy.deepcopy(vit)
     shapes = {}
     for name, module in model.named_modules():
@@ -508,10 +496,6 @@ def test_build():
     assert torch.equal(before, torch.random.get_rng_state())
     state_equal(a.state_dict(), b.state_dict())
     assert not torch.equal(a.visual.proj, other.visual.proj)
-    assert clip.build("tiny", image_size=64).encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 128)
-    small = clip.Tokenizer.train(["a red cone", "a red cube"], 520)
-    assert clip.build("tiny", small).vocab_size == small.vocab_size
-    fails("multiple of 32", clip.build, "tiny-rn", image_size=50)
 
 
 @pytest.mark.parametrize("fast_cpu", [True, False])
@@ -563,6 +547,7 @@ def test_compile_blocks():
 def test_architectures_equal_open_clip():
     """Parameter names and shapes of all nine, on the meta device."""
     open_clip = pytest.importorskip("open_clip")
+    assert len(clip.available_models()) == 9 and "ViT-L/14@336px" in clip.available_models()
     for name in clip.available_models():
         cfg = open_clip.get_model_config(name.replace("/", "-").replace("@336px", "-336") + "-quickgelu")
         with torch.device("meta"):
@@ -584,40 +569,18 @@ def test_a_script_written_for_openai_runs(tok, tmp_path):
     assert model.context_length == 77 and model.vocab_size == 49408 and model.visual.output_dim == 48
     text = clip.tokenize(["a diagram", "a dog", "a cat"])
     assert text.dtype == torch.int32 and text.shape == (3, 77)
-    assert text[1].tolist() == [49406, 320, 1929, 49407] + [0] * 73  # as OpenAI's package has it
-    assert clip.tokenize("a dog", context_length=5).tolist() == [[49406, 320, 1929, 49407, 0]]
     with pytest.raises(RuntimeError, match="too long for context length 77"):
         clip.tokenize(["fine", "dog " * 76])
-    cut = clip.tokenize("dog " * 76, truncate=True)
-    assert cut.tolist() == [[49406] + [1929] * 75 + [49407]]
-    assert torch.equal(clip.tokenize("dog " * 75), cut)  # 75 words just fit
+    # 75 words just fit
+    assert torch.equal(clip.tokenize("dog " * 75), clip.tokenize("dog " * 76, truncate=True))
 
     picture = Image.effect_noise((90, 61), 80).convert("RGBA")
     image = preprocess(picture).unsqueeze(0)
+    assert torch.equal(clip.transform(40)(picture), image[0])
     per_image, per_text = model(image, text)
     assert per_image.shape == (1, 3) and torch.equal(per_text, per_image.t())
     cosine = F.cosine_similarity(model.encode_image(image), model.encode_text(text))
     close(per_image, 22.197952 * cosine[None], 1e-5)  # exp(3.1)
-
-
-def test_preprocess_equals_torchvision():
-    theirs = v2.Compose([
-        v2.RGB(), v2.Resize(40, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(40),
-        v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))])
-    ours = pickle.loads(pickle.dumps(clip.transform(40)))  # it goes to worker processes
-    for size, mode in (((90, 61), "RGB"), ((33, 70), "RGB"), ((64, 64), "L"), ((10, 12), "RGB")):
-        noise = Image.effect_noise(size, 90).convert(mode)
-        assert ours(noise).shape == (3, 40, 40) and torch.allclose(ours(noise), theirs(noise), atol=1e-6)
-    assert ours(Image.new("P", (50, 50))).shape == (3, 40, 40)
-
-
-def test_names(tmp_path):
-    assert clip.available_models() == [
-        "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px"]
-    fails(r"did you mean 'ViT-B/32'.*RN50x64", clip.load, "ViT-B-32", "cpu")
-    fails("'tiny': never published", clip.load, "tiny")
-    fails("no such file", clip.load, str(tmp_path / "none.pt"))
 
 
 # ---------------------------------------------------------------- downloads
@@ -651,16 +614,16 @@ def test_a_published_model_is_fetched_once(published, tmp_path, vit):
 
 
 def test_downloads_that_fail_say_what_to_put_where(published, tmp_path):
-    """Another file under the same name; none; no folder. The tokenizer's file may be missing too."""
+    """Another file under the same name; no folder. The tokenizer's file may be missing too."""
     both = re.escape(f"put the file at {tmp_path / 'cache' / 'ViT-B-32.pt'} by hand") + ".*tokenizer.*" + BPE
     content = published.read_bytes()
     published.write_bytes(content[:-1] + b"!")
     fails("invalid hash value.*" + both, clip.load, "ViT-B/32", "cpu")
     assert os.listdir(tmp_path / "cache") == []
-    published.unlink()
-    fails("could not be fetched.*" + both, clip.load, "ViT-B/32", "cpu")
     published.write_bytes(content)
     fails("could not be fetched", clip.load, "ViT-B/32", "cpu", download_root=str(published))
+    fails("'tiny': never published", clip.load, "tiny")
+    fails("no such file", clip.load, "none.pt")
 
 
 class Scripted(nn.Module):
@@ -695,8 +658,7 @@ def jit_archive(model, path, half):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
-@pytest.mark.parametrize("half", [True, False])
-@pytest.mark.parametrize("config", [OPENAI_VIT, SMALL_RN], ids=["vit", "resnet"])
+@pytest.mark.parametrize("config, half", [(OPENAI_VIT, True), (SMALL_RN, False)], ids=["vit", "resnet"])
 def test_torchscript_archive(config, half, tmp_path, monkeypatch):
     model = make(config)
     path = tmp_path / "a.pt"
@@ -714,21 +676,6 @@ def test_torchscript_archive(config, half, tmp_path, monkeypatch):
     assert loaded.config == config
     assert all(p.dtype == torch.float32 and p.requires_grad for p in loaded.parameters())
     same_outputs(loaded, model, 2e-2 if half else 1e-6)
-
-
-ARCHIVES = os.path.join(SHARED, "archives")  # made with torch 1.7.1: X.pt, and X.ref with inputs and outputs
-
-
-@pytest.mark.skipif(not os.path.isdir(ARCHIVES), reason="needs archives of torch 1.7.1")
-def test_archives_of_the_time_of_openais():
-    names = [name for name in os.listdir(ARCHIVES) if name.endswith(".pt")]
-    assert names
-    for name in names:
-        given = torch.load(os.path.join(ARCHIVES, name.replace(".pt", ".ref")))
-        model, _ = clip.load(os.path.join(ARCHIVES, name), "cpu")
-        assert model.config.quick_gelu
-        for got, want in zip(outputs(model, given["image"], given["text"]), given["out"], strict=True):
-            close(got, want, 2e-6)
 
 
 def test_what_is_loaded_is_float32_on_the_device_asked_for(tmp_path, vit):
@@ -782,7 +729,6 @@ def test_own_checkpoint_round_trip(tmp_path):
     described = clip.describe(model)
     written = {"method": "train_x", "clip": described, "epoch": 3, "config": {"lr": 1e-3}}
     clip.save_checkpoint(tmp_path / "best.pt", written)
-    (tmp_path / "config.json").write_text('{"lr": 0.001, "data": "primitives"}')  # a run's settings
     checkpoint = clip.load_checkpoint(tmp_path / "best.pt")
     assert checkpoint["epoch"] == 3 and checkpoint["method"] == "train_x"
     assert checkpoint["clip"]["config"] == asdict(model.config)
@@ -790,7 +736,6 @@ def test_own_checkpoint_round_trip(tmp_path):
         loaded, _ = clip.load(name, "cpu")
         assert loaded.config == model.config and loaded.tokenizer.merges == tokenizer.merges
         state_equal(loaded.state_dict(), model.state_dict())
-    assert torch.equal(loaded.tokenizer(texts, 20), tokenizer(texts, 20))
     twin = clip.from_description(checkpoint["clip"])
     assert not twin.training
     twin.visual.proj.data += 1  # its memory is its own
@@ -798,20 +743,17 @@ def test_own_checkpoint_round_trip(tmp_path):
     clip.save(model, tmp_path / "w.pt")
     fails("not a checkpoint of this project", clip.load_checkpoint, tmp_path / "w.pt")
     wrong = [{"merges": [1, 2]}, {"state_dict": {"a": "text"}}]
-    for change in ({"embed_dim": 47}, {"vision_heads": 7}, {"vision_heads": 0}, {"vocab_size": "700"},
-                   {"x": 1}):
+    for change in ({"embed_dim": 47}, {"vision_heads": 7}, {"vision_heads": 0}, {"x": 1}):
         wrong.append({"config": described["config"] | change})
     for damaged in ({}, {"clip": {}}, *({"clip": described | change} for change in wrong)):
         clip.save_checkpoint(tmp_path / "odd.pt", damaged)
         refused(tmp_path / "odd.pt", readers=[clip.load])
 
 
-@pytest.mark.parametrize("quick_gelu", [True, False])
-def test_hugging_face_folders_and_files(quick_gelu, tmp_path):
+def test_hugging_face_folders_and_files(tmp_path):
     """Folder and file, safetensors, bin and shards; heads and activation come from config.json."""
     pytest.importorskip("safetensors")
-    config = replace(SMALL_VIT, quick_gelu=quick_gelu)
-    theirs = transformers_model(config)
+    theirs = transformers_model(GELU_VIT)
     theirs.save_pretrained(tmp_path / "st")
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     assert os.path.isfile(tmp_path / "shards" / "model.safetensors.index.json")
@@ -821,7 +763,7 @@ def test_hugging_face_folders_and_files(quick_gelu, tmp_path):
     torch.save(state, tmp_path / "bin" / "pytorch_model.bin")
     for name in ("st", "shards", "bin", "st/model.safetensors", "bin/pytorch_model.bin"):
         ours, _ = clip.load(tmp_path / name, "cpu")
-        assert ours.config == config
+        assert ours.config == GELU_VIT
         same_outputs(ours, theirs)
     del state["module.clip.text_model.encoder.layers.1.self_attn.k_proj.bias"]
     torch.save(state, tmp_path / "bin" / "pytorch_model.bin")
@@ -830,12 +772,11 @@ def test_hugging_face_folders_and_files(quick_gelu, tmp_path):
 
 @pytest.mark.parametrize("text, vision, refusal", [
     ({"intermediate_size": 200}, {"intermediate_size": 300}, None),
-    ({"hidden_act": "gelu"}, {"hidden_act": "gelu"}, None),
     ({"vocab_size": 702}, {}, None),  # tokens were added behind the end token
     ({"eos_token_id": 5}, {}, None), ({"num_attention_heads": 4}, {"num_attention_heads": 1}, None),
     ({"hidden_act": "gelu"}, {}, "hidden_act"),
     ({"hidden_act": "relu"}, {"hidden_act": "relu"}, "hidden_act"), ({}, {"image_size": 44}, "image_size"),
-    ({"layer_norm_eps": 1e-3}, {}, "layer_norm_eps"), ({}, {"layer_norm_eps": 1e-6}, "layer_norm_eps")])
+    ({}, {"layer_norm_eps": 1e-6}, "layer_norm_eps")])
 def test_hugging_face_configurations(text, vision, refusal, tmp_path):
     """What a configuration changes about the function is followed, or refused by its name."""
     theirs = transformers_model(SMALL_VIT, text, vision)
@@ -864,8 +805,8 @@ def test_hugging_face_configurations(text, vision, refusal, tmp_path):
     ({"pool_type": "avg"}, {}, {}, "pool_type"), ({}, {"pool_type": "last"}, {}, "pool_type"),
     ({}, {"no_causal_mask": True}, {}, "no_causal_mask"),
     ({"norm_kwargs": {"eps": 1e-2}}, {}, {}, "norm_kwargs"),
-    ({"act_kwargs": {"approximate": "tanh"}}, {}, {}, "act_kwargs"), ({"qk_norm": True}, {}, {}, "qk_norm"),
-    ({"no_ln_pre": True}, {}, {}, "no_ln_pre"), ({"ls_init_value": 0.1}, {}, {}, "ls_init_value"),
+    ({"act_kwargs": {"approximate": "tanh"}}, {}, {}, "act_kwargs"),
+    ({"ls_init_value": 0.1}, {}, {}, "ls_init_value"),
     ({"final_ln_after_pool": True}, {}, {}, "final_ln_after_pool"),
     ({"image_size": [32, 64]}, {}, {}, "image_size")])
 def test_open_clip_configurations(vision, text, top, refusal, tmp_path):
@@ -900,6 +841,7 @@ def test_preprocessing_is_the_folders(tmp_path):
         processor = transformers.CLIPImageProcessor(**stated)
         processor.save_pretrained(tmp_path / "hf")
         model, preprocess = clip.load(tmp_path / "hf", "cpu")
+        preprocess = pickle.loads(pickle.dumps(preprocess))  # it goes to worker processes
         want = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])[0]
         assert (preprocess(picture) - want).abs().max() < 0.03  # of a range of about 4
         clip.save(model, tmp_path / "w.pt")
@@ -1022,43 +964,7 @@ def test_open_clip_checkpoints(tmp_path):
         fails("open_clip_config.json|configuration", clip.load, tmp_path, "cpu")
 
 
-def test_resnet_without_batch_counters(tmp_path):
-    """Files from before torch counted batches load; BatchNorm's statistics are the file's."""
-    resnet = make(SMALL_RN)
-    state = {k: v for k, v in resnet.state_dict().items() if not k.endswith("num_batches_tracked")}
-    torch.save(state, tmp_path / "w.pt")
-    loaded, _ = clip.load(tmp_path / "w.pt", "cpu", quick_gelu=True)
-    same_outputs(loaded, resnet, 1e-6)
-    assert loaded.visual.bn1.num_batches_tracked == 0
-
-
 # ---------------------------------------------------------------- files that must not load
-
-class Evil:
-    """A pickle that calls a function when it is loaded."""
-
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("function, argument, name", [
-    (eval, "__import__('os').mkdir('ran')", "eval"),
-    (torch.hub.load_state_dict_from_url, "file://ran", "load_state_dict_from_url")])
-def test_malicious_pickles(function, argument, name, tmp_path, monkeypatch):
-    """A builtin and a function of torch's; test_damage.py tries another module's, in more formats."""
-    monkeypatch.chdir(tmp_path)
-    evil = Evil(function, (argument,))
-    torch.save({"state_dict": evil}, "zip.pt")
-    with zipfile.ZipFile("script.pt", "w") as z:
-        z.writestr("a/data.pkl", pickle.dumps(evil, 2))
-        z.writestr("a/constants.pkl", b"")
-    for file in ("zip.pt", "script.pt"):
-        refused(file, f"{name}.*nothing of it was run")
-    assert not os.path.exists("ran")
-
 
 def safetensors(tensors, length=None):
     header = json.dumps(tensors).encode()
@@ -1066,18 +972,6 @@ def safetensors(tensors, length=None):
 
 
 ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}  # of a tensor in 16 bytes
-def test_files_without_weights(tmp_path, vit):
-    clip.save(vit, tmp_path / "good.pt")
-    if hasattr(os, "geteuid") and os.geteuid() != 0:  # root may read everything
-        os.chmod(tmp_path / "good.pt", 0)
-        refused(tmp_path / "good.pt", "ermission")
-    for value in (torch.ones(3), {1: torch.ones(3), "x": 2}, {}):
-        torch.save(value, tmp_path / "odd.pt")
-        refused(tmp_path / "odd.pt")
-    os.mkdir(tmp_path / "folder")
-    refused(tmp_path / "folder")
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_an_archive_with_less_in_it_than_it_says(tmp_path, vit):
     jit_archive(vit, tmp_path / "whole.pt", False)
@@ -1091,23 +985,16 @@ def test_an_archive_with_less_in_it_than_it_says(tmp_path, vit):
 
 
 WRONG_ENTRIES = [
-    {"data_offsets": [0, 32]}, {"data_offsets": [-16, 0]}, {"data_offsets": [8, 24]},
-    {"data_offsets": [16, 0]}, {"data_offsets": [0.0, 16.0]}, {"data_offsets": [0]}, {"shape": [2, 3]},
-    {"shape": [-2, -2]}, {"shape": [2 ** 62, 4]}, {"shape": ["2", 2]}, {"shape": None}, {"dtype": "F8_X"},
-    {"dtype": "F64"}]
+    ({"data_offsets": [-16, 0]}, "outside"), ({"data_offsets": [8, 24]}, "outside"),
+    ({"data_offsets": [0, 32]}, "wrong size"), ({"shape": [2 ** 62, 4]}, "wrong size"),
+    ({"shape": [-2, -2]}, "refused, damaged"), ({"dtype": "F8_X"}, "F8_X is not supported")]
 REFUSED = {  # what it is: its content, what the error says
     "empty": (b"", "is empty"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n", "of Git LFS"),
-    "text": (b"these are no weights\n" * 9, ""),
-    "json": (b'{"a": 1}', ""),
-    "page": (b"<!DOCTYPE html><html><body>404 not found</body></html>", ""),
-    "no zip": (b"PK\x03\x04 but no zip", ""),
-    "zeros": (bytes(5000), ""),
-    "pickled list": (pickle.dumps([1, 2], 2), ""),
-    **{f"safetensors {change}": (safetensors({"w": ENTRY | change}), "") for change in WRONG_ENTRIES},
-    "safetensors, no entry": (safetensors({"w": [1]}), ""),
-    "safetensors, huge header": (safetensors({"w": ENTRY}, 2 ** 63), ""),
-    "safetensors, cut header": (safetensors({"w": ENTRY}, 6), "")}
+    "page": (b"<!DOCTYPE html><html><body>404 not found</body></html>", "refused, damaged"),
+    "no zip": (b"PK\x03\x04 but no zip", "refused, damaged"),
+    **{f"safetensors {change}": (safetensors({"w": ENTRY | change}), said) for change, said in WRONG_ENTRIES},
+    "safetensors, huge header": (safetensors({"w": ENTRY}, 2 ** 63), "refused, damaged")}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -1139,19 +1026,19 @@ def test_shards_lie_beside_their_index(tmp_path):
 
 
 def test_weights_of_something_else(tmp_path, vit):
-    """The first missing and the first unexpected key are named."""
+    """Also: the first missing and the first unexpected key are named."""
+    refused(tmp_path, "a folder with no weights", [clip.load])
     state = vit.state_dict()
     del state["transformer.resblocks.1.ln_2.bias"]
     state["visual.head.weight"] = torch.ones(2)
     torch.save(state, tmp_path / "w.pt")
     refused(tmp_path / "w.pt", r"ViT.*1 missing \(first 'transformer.resblocks.1.ln_2.bias'\), "
             r"1 unexpected \(first 'visual.head.weight'\)", [clip.load])
-    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "r.pt")
-    refused(tmp_path / "r.pt", "the text tower is missing; it holds 'conv1.weight'", [clip.load])
-    refused(tmp_path / "r.pt", readers=[clip.load_checkpoint])
+    for other in ({"conv1.weight": torch.ones(3)}, {1: torch.ones(3), "x": 2}, {}, torch.ones(3)):
+        torch.save(other, tmp_path / "r.pt")
+        refused(tmp_path / "r.pt")
     for key, shape in (("positional_embedding", (20, 63)), ("visual.positional_embedding", (18, 64)),
-                       ("visual.positional_embedding", (0, 64)), ("ln_final.weight", ()),
-                       ("visual.conv1.weight", (64, 3)), ("text_projection", (64,))):
+                       ("ln_final.weight", ()), ("visual.conv1.weight", (64, 3))):
         torch.save(vit.state_dict() | {key: torch.ones(shape)}, tmp_path / "w.pt")
         refused(tmp_path / "w.pt", readers=[clip.load])
 
@@ -1184,13 +1071,13 @@ def test_writing_is_atomic(tmp_path, vit):
 # ---------------------------------------------------------------- the tokenizer
 
 def captions():
-    """Real captions and product names from ../shared/data, as far as present."""
+    """Lines of real captions and of real products from ../shared/data, as far as present."""
     texts = []
-    for name, column in (("flickr8k/captions.txt", "caption"), ("fashion/styles.csv", "productDisplayName")):
+    for name in ("flickr8k/captions.txt", "fashion/styles.csv"):
         path = os.path.join(SHARED, "data", name)
         if os.path.isfile(path):
-            with open(path, encoding="utf-8", newline="") as f:
-                texts += [row[column] for row in csv.DictReader(f) if row[column]]
+            with open(path, encoding="utf-8") as f:
+                texts += f.read().split("\n")
     return texts
 
 
@@ -1220,25 +1107,8 @@ def nasty(n, seed=0):
     return out
 
 
-def join_everywhere(parts, pair):
-    """Join every occurrence of the pair in the list, in place and from the left."""
-    i = 0
-    while i < len(parts) - 1:
-        if (parts[i], parts[i + 1]) == pair:
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        i += 1
-
-
-def brute_force_bpe(tokenizer, word):
-    """Sennrich's loop, word for word: find the best-ranked pair anywhere, merge it everywhere, again."""
-    ranks = {tuple(pair): rank for rank, pair in enumerate(tokenizer.merges)}
-    parts = tokenizer._split(word)
-    while pairs := [pair for pair in zip(parts, parts[1:]) if pair in ranks]:
-        join_everywhere(parts, min(pairs, key=ranks.get))
-    return parts
-
-
 def brute_force_training(texts, vocab_size):
+    """Sennrich's loop, word for word: join the most frequent pair everywhere, from the left, again."""
     words = [word for text in texts for word in clip.PATTERN.findall(clip.clean(text))]
     words = [clip.Tokenizer([])._split(word) for word in words]
     merges = []
@@ -1250,7 +1120,11 @@ def brute_force_training(texts, vocab_size):
         if best not in merges:
             merges.append(best)
         for word in words:
-            join_everywhere(word, best)
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i:i + 2] = [word[i] + word[i + 1]]
+                i += 1
     return merges
 
 
@@ -1280,26 +1154,11 @@ def test_decode_round_trip(tok):
     assert clip.clean("half \ud83d a pair") == "half \ufffd a pair"  # broken JSON must not end a run
 
 
-def test_merging_equals_brute_force():
-    """Against the plain loop, on random merges, whose symbols have many spellings."""
-    def check(tokenizer, word):
-        merged = [tokenizer.symbols[i] for i in tokenizer._merge(word)]
-        assert merged == brute_force_bpe(tokenizer, word), (tokenizer.merges[:20], word)
-        return merged
-
-    r = random.Random(0)
-    # "aab" has two spellings: both copies are merged before the pair that the first makes with its neighbour.
-    two_spellings = clip.Tokenizer([("a", "a"), ("a", "b"), ("a", "ab"), ("aab", "aa"), ("aa", "b")])
-    assert check(two_spellings, "aabaabc") == ["aab", "aab", "c</w>"]
-    for _ in range(200):
-        symbols = ["a", "b", "a</w>", "b</w>"]
-        merges = []
-        for _ in range(r.randrange(1, 14)):
-            pair = (r.choice([s for s in symbols if not s.endswith("</w>")]), r.choice(symbols))
-            if pair not in merges:
-                merges.append(pair)
-                symbols.append("".join(pair))
-        check(clip.Tokenizer(merges), "".join(r.choice("ab") for _ in range(r.randrange(1, 60))))
+def test_a_symbol_of_two_spellings():
+    """Every copy of a pair is merged before the pair that the first copy makes with its neighbour."""
+    merges = [("a", "a"), ("a", "b"), ("a", "ab"), ("aab", "aa"), ("aa", "b")]
+    tokenizer = clip.Tokenizer(merges)
+    assert [tokenizer.symbols[i] for i in tokenizer._merge("aabaabc")] == ["aab", "aab", "c</w>"]
 
 
 def test_training_a_tokenizer():
@@ -1315,11 +1174,6 @@ def test_training_a_tokenizer():
     assert clip.Tokenizer.train(cones[::-1], 640).merges == small.merges  # order does not matter
     assert len(small.encode("a tall red cone")) == 4
     assert small.decode(small.encode("Zebra ß!")) == "zebra ß ! "
-    row = small("a tall red cone", 8)[0].tolist()
-    assert row[0] == small.start and row[5:] == [small.end, 0, 0]
-    assert small.end == small.vocab_size - 1 == max(row)
-    rows, cut = small.rows(["a tall red cone", "a"], 4)
-    assert cut == 1 and rows[0, -1] == small.end and rows.dtype == torch.int32
     for nothing in (None, float("nan"), 3):
         with pytest.raises(TypeError, match="texts are strings; one is"):
             small(["a", nothing])

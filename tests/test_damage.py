@@ -19,6 +19,7 @@ from PIL import Image
 import clip
 import data
 from runs import SMALL
+from test_clip import jit_archive
 
 READERS = {  # file: the function that reads it, and its arguments where that is not the file alone
     "zip.pt": (clip.load,), "pickle.pt": (clip.load,), "script.pt": (clip.load,),
@@ -30,16 +31,6 @@ READERS = {  # file: the function that reads it, and its arguments where that is
     "raw-captions.pkl": (data.load, "msvd", "."), "voxels.zip": (data.unpack, "voxels.zip", "unpacked")}
 
 
-def scripted(module):
-    """A module that does nothing, with the parameters of another one, for an archive of TorchScript."""
-    out = torch.nn.Identity()
-    for name, value in module.named_parameters(recurse=False):
-        out.register_parameter(name, value)
-    for name, child in module.named_children():
-        out.add_module(name, scripted(child))
-    return out
-
-
 def write_weights():
     """A very small CLIP in each format."""
     tokenizer = clip.Tokenizer.train(["a red chair", "a dog"] * 9, 520)
@@ -47,7 +38,7 @@ def write_weights():
                               vision_width=64, transformer_width=64))
     clip.save(model, "zip.pt")
     torch.save(model.state_dict(), "pickle.pt", _use_new_zipfile_serialization=False)
-    torch.jit.save(torch.jit.trace(scripted(model), torch.zeros(1)), "script.pt")
+    jit_archive(model, "script.pt", False)
     header = {}
     body = b""
     for key, value in model.state_dict().items():
@@ -131,19 +122,34 @@ def test_damaged_files_load_or_are_refused_in_one_line(damaged):
 
 
 class Evil:
+    """A pickle that calls a function when it is loaded."""
+
+    def __init__(self, *call):
+        self.call = call
+
     def __reduce__(self):
-        return os.mkdir, ("ran",)
+        return self.call
+
+
+CALLS = {"mkdir": (os.mkdir, ("ran",)), "eval": (eval, ("__import__('os').mkdir('ran')",)),
+         "load_state_dict_from_url": (torch.hub.load_state_dict_from_url, ("file://ran",))}  # torch's own
 
 
 @pytest.mark.parametrize("damaged", ["zip.pt", "script.pt", "pickle.pt", "a.pkl", "raw-captions.pkl"],
                          indirect=True)
-def test_a_pickle_that_would_run_code_is_refused_by_name(damaged):
+@pytest.mark.parametrize("name", CALLS)
+def test_a_pickle_that_would_run_code_is_refused_by_name(name, damaged):
     content, read = damaged
-    evil = Path("evil")
-    if content[:2] == b"PK":
-        torch.save({"a": Evil()}, evil)
+    file = Path("evil")
+    evil = {"a": Evil(*CALLS[name])}
+    if content[:2] != b"PK":
+        file.write_bytes(pickle.dumps(evil, 2))
+    elif b"/constants.pkl" in content:  # an archive of TorchScript
+        with zipfile.ZipFile(file, "w") as z:
+            z.writestr("a/data.pkl", pickle.dumps(evil, 2))
+            z.writestr("a/constants.pkl", b"")
     else:
-        evil.write_bytes(pickle.dumps({"a": Evil()}, 2))
-    with pytest.raises(clip.OneLineError, match="mkdir"):
-        read(evil.read_bytes())
+        torch.save(evil, file)
+    with pytest.raises(clip.OneLineError, match=f"{name}.*nothing of it was run"):
+        read(file.read_bytes())
     assert not os.path.exists("ran")

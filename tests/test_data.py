@@ -6,7 +6,6 @@ Real photos lie in ../shared/data; tests that need them skip where it is absent.
 """
 import argparse
 import collections
-import csv
 import functools
 import glob
 import gzip
@@ -18,7 +17,7 @@ import multiprocessing
 import os
 import pickle
 import re
-import socket
+import shutil
 import struct
 import subprocess
 import sys
@@ -132,7 +131,6 @@ def test_primitives_counts_and_splits():
     assert [len({x.group for x in parts[n]}) for n in ("train", "unseen")] == [504, 756]
     x = parts["train"][0]
     assert len(x.images) == 12 and len(x.captions) == 5 and set(x.labels) == set(data.TASKS)
-    refused("no split 'dev'.*train, val, test, unseen", data.load, "primitives", split="dev")
 
 
 def test_the_two_parts_of_the_built_in_shapes():
@@ -152,17 +150,8 @@ def test_the_two_parts_of_the_built_in_shapes():
         {"color": number.get(x.labels["color"], -1)} for x in parts["target"]["val"]]
 
 
-def test_primitives_are_deterministic():
-    def captions():
-        return [data.primitive_caption(7, 3, k) for k in range(5)]
-
-    before = captions()
-    voxels = data.primitive_voxels(7, 3).copy()
-    data.primitive_voxels.cache_clear()
-    np.random.seed(1)
-    assert np.array_equal(voxels, data.primitive_voxels(7, 3)) and before == captions()
-    assert not np.array_equal(voxels, data.primitive_voxels(7, 4))
-    # the generated data is part of published numbers: a change here makes them incomparable
+def test_primitives_are_the_same_bits():
+    """The generated data is part of published numbers: a change here makes them incomparable."""
     assert zlib.crc32("\n".join(c for x in primitives("test") for c in x.captions).encode()) == 4070203048
     assert zlib.crc32(b"".join(data.primitive_voxels(n, 0).tobytes() for n in range(0, 756, 63))) == 526526862
 
@@ -173,17 +162,13 @@ def test_primitive_captions_state_only_true_attributes():
         for i, (name, synonyms) in enumerate(values.items()):
             words |= {word: (task, i) for word in ([name] if task == "color" else synonyms)}
     pattern = re.compile("|".join(rf"\b{w}\b" for w in words))
-    lengths = collections.Counter()
-    for x in [*primitives("val"), *primitives("unseen")]:
+    for x in primitives("val"):
         number, sample = map(int, x.id.split("-"))
         for k, caption in enumerate(x.captions):
             said = [words[w] for w in pattern.findall(caption)]
             assert all(x.labels[task] == i for task, i in said), (caption, x.labels)
             stated = data.primitive_caption(number, sample, k)[1]
             assert {list(data.TASKS).index(task) for task, _ in said} == stated and len(said) == len(stated)
-            lengths[len(said)] += 1
-    shares = [lengths[n] / sum(lengths.values()) for n in (4, 3, 2)]
-    assert np.allclose(shares, (0.3, 0.4, 0.3), atol=0.03)
 
 
 def test_oracle_equals_brute_force():
@@ -200,11 +185,87 @@ def test_oracle_equals_brute_force():
     assert row == len(scores) and scores.dtype == torch.float32
 
 
+# ---------------------------------------------------------------- the words of captions
+
 def test_word_terms():
     of_captions, of_instances = data.word_terms([Instance("0", [""], ["A RED, red cone.", "…"]),
                                                  Instance("1", [""], ["ein grüner Kegel"])])
     assert of_captions == [["a", "cone", "red"], ["…"], ["ein", "grüner", "kegel"]]
     assert of_instances == [["a", "cone", "red", "…"], ["ein", "grüner", "kegel"]]
+
+
+def test_shared_terms_are_counted_by_a_loop():
+    """In any order and choice of captions and instances."""
+    of_instances = [["a", "box", "cone", "red"], ["a", "red"], ["box"], ["a", "thing"]]
+    of_captions = [["a", "cone", "red"], ["box"], ["a", "red"], ["a"], ["box"], ["thing"], ["a"]]
+    shared = data.SharedTerms(of_captions, of_instances, "cpu")
+    captions, instances = torch.tensor([6, 0, 2, 5, 0]), torch.tensor([3, 0, 1])
+    found = shared(captions, instances)
+    assert found.shape == (5, 3)
+    for row, c in zip(found, captions):
+        idf = {w: math.log(5 / sum(w in terms for terms in of_instances)) for w in of_captions[c]}
+        for score, j in zip(row, instances):
+            expected = sum(idf[w] for w in idf if w in of_instances[j]) / sum(idf.values())
+            assert score.item() == pytest.approx(expected, abs=1e-6)
+
+
+BYTES = clip.Tokenizer([])  # a token for every letter
+
+
+def between(row):
+    """The tokens between start and end; the row is well formed."""
+    end = int(row.argmax())
+    assert row[0] == BYTES.start and row[end] == BYTES.end and (row[end + 1:] == 0).all()
+    assert row.dtype == torch.int32
+    return row[1:end].tolist()
+
+
+def test_words_are_changed_at_their_rates():
+    """10,000 words of two letters, each kept, masked, replaced by two other tokens or dropped; in order."""
+    words = ["".join(letters) for letters in itertools.product("abcde", "vwxyz")]
+    tokens = BYTES([" ".join(words)] * 400, 60)
+    pairs = [tuple(BYTES.encode(word)) for word in words]
+    mask = (BYTES.start, BYTES.start)
+    before = tokens.clone()
+    torch.manual_seed(0)
+    out = data.changed_words(tokens, BYTES)
+    assert torch.equal(tokens, before) and out.shape == tokens.shape
+    kept = masked = 0
+    new = []
+    for row in out:
+        ids = between(row)
+        found = list(zip(ids[::2], ids[1::2]))
+        places = [pairs.index(pair) for pair in found if pair in pairs]
+        assert len(ids) % 2 == 0 and places == sorted(set(places))
+        kept += len(places)
+        masked += found.count(mask)
+        new += [pair for pair in found if pair not in pairs and pair != mask]
+    dropped = 10_000 - kept - masked - len(new)
+    for count, rate in ((masked, 0.1), (len(new), 0.02), (dropped, 0.08)):
+        assert abs(count - 10_000 * rate) < 4 * math.sqrt(10_000 * rate * (1 - rate)), (count, rate)
+    ids = sum(new, ())
+    assert len(set(ids)) > 0.5 * len(ids) and max(ids) < BYTES.start < BYTES.end  # of the whole vocabulary
+
+
+def test_words_are_kept_whole(monkeypatch):
+    """Without replacement, what comes out of a caption are all ways to keep, mask or drop each of its words,
+    and no other; the last word was cut where the row is full. One word at least remains."""
+    monkeypatch.setattr(data, "CHANGED", 0.6)
+    monkeypatch.setattr(data, "REPLACED", 0.0)
+    torch.manual_seed(0)
+    tokens = BYTES(["a bc defg hijklmnopq"], 17, truncate=True)
+    words = [BYTES.encode(word)[:8] for word in ("a", "bc", "defg", "hijklmnopq")]
+    ways = set()  # no two ways are the same tokens
+    for kinds in itertools.product(("keep", "mask", "drop"), repeat=4):
+        ids = []
+        for word, kind in zip(words, kinds):
+            ids += {"keep": word, "mask": [BYTES.start] * len(word), "drop": []}[kind]
+        ways.add(tuple(ids or words[0]))
+    out = data.changed_words(tokens.expand(3000, -1), BYTES)
+    assert len(ways) == 80 and {tuple(between(row)) for row in out} == ways
+    assert between(data.changed_words(BYTES(["", "ab"], 8), BYTES)[0]) == []
+    monkeypatch.setattr(data, "CHANGED", 0.0)
+    assert torch.equal(data.changed_words(tokens, BYTES), tokens)
 
 
 # ---------------------------------------------------------------- the renderer
@@ -341,38 +402,17 @@ def test_pictures_of_every_kind(tmp_path):
     assert turned.shape == (32, 16, 3) and turned[:12].min() > 200 and turned[20:].max() < 50
 
 
-def test_bad_pictures_are_named(tmp_path):
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    with open(picture(tmp_path / "good.jpg", size=(60, 60)), "rb") as f:
-        good = f.read()
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
-    bomb += chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    for name, content, said in (("short.jpg", good[:len(good) // 2], "truncated"),
-                                ("bomb.png", bomb, "decompression bomb")):
-        (tmp_path / name).write_bytes(content)
-        refused(f"{name}: .*{said}.*; replace it", data.open_image, str(tmp_path / name))
-    refused("gone.jpg: No such file; .* holds good.jpg", data.open_image, str(tmp_path / "gone.jpg"))
-    refused("is no file", data.open_image, str(tmp_path))
-
-
-def png_with(kind, body):
-    """A 30 x 20 PNG with one more chunk behind its header; and its pixels."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    out = io.BytesIO()
-    image.save(out, "png")
-    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return out.getvalue()[:33] + chunk + out.getvalue()[33:], np.asarray(image)
-
-
 def test_broken_metadata_never_stop_a_picture(tmp_path):
     texts = [b"interlace", b"transparency", b"exif", b"xmp", b"Raw profile type exif"]
     chunks = [(b"tEXt", key + b"\0\nno\n3\nzz") for key in texts]
     chunks += [(b"eXIf", b"garbage"), (b"iCCP", b""), (b"pHYs", b"x"), (b"zTXt", b"a\0\5"), (b"iTXt", b"a"),
                (b"zTXt", b"a\0\0" + zlib.compress(bytes(3 << 20)))]
-    for chunk in chunks:
-        content, pixels = png_with(*chunk)
-        (tmp_path / "a.png").write_bytes(content)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "png")
+    for kind, body in chunks:  # behind the header
+        chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        (tmp_path / "a.png").write_bytes(out.getvalue()[:33] + chunk + out.getvalue()[33:])
         assert np.array_equal(data.open_image(tmp_path / "a.png"), pixels), chunk[:20]
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "jpeg")
@@ -422,24 +462,6 @@ def test_loader_workers_fill_the_cache(tmp_path):
     assert all(map(equal, first, twice.batches()))
 
 
-def test_two_ranks_make_one_batch(tmp_path):
-    instances = photos(tmp_path)
-    for train in (True, False):
-        single = loader(instances, 4, train=train)
-        ranks = [loader(instances, 4, train=train, rank=rank, world=2) for rank in range(2)]
-        assert len(single) == len(ranks[0]) == (1 if train else 2)
-        for step in range(2):
-            batch = single.make(step)
-            parts = [rank.make(step) for rank in ranks]
-            for key in ("images", "image_mask", "tokens", "caption_mask", "caption", "index"):
-                assert torch.equal(batch[key], torch.cat([part[key] for part in parts]))
-            parity = torch.cat([part["labels"]["parity"] for part in parts])
-            assert torch.equal(batch["labels"]["parity"], parity)
-    last = loader(instances[:5], 4, train=False, rank=1, world=2).make(1)  # leaves nothing for rank 1
-    assert len(last["index"]) == 0 and last["labels"]["parity"].dtype == torch.int64
-    refused("--batch-size 3: no multiple of the 2 processes", loader, instances, world=2)
-
-
 def test_loader_draws_without_replacement_and_masks(tmp_path):
     instances = photos(tmp_path, views=(1, 2, 3, 4), captions=(1, 3, 5, 2))
     batches = loader(instances, batch_size=4, views=3, captions=3)
@@ -470,39 +492,20 @@ def test_loader_draws_without_replacement_and_masks(tmp_path):
     assert len(drawn) == 10 and min(drawn[3, k] for k in range(4)) > 15  # each of four, three times in four
 
 
-def test_evaluation_covers_everything_once_in_order(tmp_path, capsys):
-    instances = photos(tmp_path)
-    everything = loader(instances, views=None, captions=None, train=False)
-    batches = list(everything.batches())
-    assert len(batches) == len(everything) == 3
-    assert torch.cat([b["index"] for b in batches]).tolist() == list(range(7))
-    views = torch.cat([b["images"][b["image_mask"]] for b in batches]).permute(0, 2, 3, 1)
-    assert np.array_equal(views.numpy(), [data.pixels(path, 8) for x in instances for path in x.images])
-    texts = torch.cat([b["tokens"][b["caption_mask"]] for b in batches])
-    assert torch.equal(texts, everything.tokens)
-    assert torch.equal(texts, tokenizer()([caption for x in instances for caption in x.captions], 32))
-    assert capsys.readouterr().err == ""
-
-
-def test_long_captions_are_cut_counted_and_said_once(capsys):
+def test_long_captions_are_cut_counted_and_said_once(capsys, monkeypatch):
     instances = [Instance("a", [None], ["red box " * 60, "red box"]), Instance("b", [None], ["cone " * 90])]
     for _ in range(2):
         tokens = data.Loader(instances, tokenizer(), 77, 8, 2).tokens
     assert capsys.readouterr().err.count("note: 2 of 3 captions are longer than 77 tokens and were cut") == 1
     assert tokens.shape == (3, 77) and (tokens[[0, 2], -1] == tokenizer().end).all() and tokens[1, -1] == 0
-
-
-def test_notes_come_from_the_first_process_only(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", "1")  # notes come from the first process only
     data.note("something")
     assert capsys.readouterr().err == ""
 
 
 def test_loader_errors(tmp_path):
     instances = photos(tmp_path)
-    refused("--batch-size 8: larger than the data set, of 7 training instances; choose 7 or less",
-            loader, instances, 8)
-    assert len(loader(instances, batch_size=8, train=False)) == 1
+    refused("--batch-size 3: no multiple of the 2 processes", loader, instances, world=2)
     os.unlink(instances[3].images[0])
     for workers in (0, 2):
         batches = loader(instances, train=False, workers=workers).batches()
@@ -607,8 +610,7 @@ def test_no_mirror_where_a_caption_speaks_of_left_or_right(tmp_path):
 
 def test_which_data_is_cropped_by_default(tmp_path):
     files = photos(tmp_path)
-    for name in ("flickr8k", "products", "mine.csv", "/some/text2shape.jsonl"):
-        assert [data.default_crop(name, files, pretrained) for pretrained in (False, True)] == [0.5, 0.9]
+    assert [data.default_crop("flickr8k", files, pretrained) for pretrained in (False, True)] == [0.5, 0.9]
     for name in ("text2shape", "msrvtt", "msvd", "didemo", "activitynet"):
         assert data.default_crop(name, files, True) is None
     regions = [Instance("a", [data.RegionView("a.npy", 0)], ["a"])]
@@ -618,8 +620,7 @@ def test_which_data_is_cropped_by_default(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps({"images": [f"{i}-0.png"], "captions": ["x"], "split": split}) + "\n"
                             for i, split in enumerate(("train", "val", "test"))))
-    for words, crop in ((["--clip", "tiny"], 0.5), (["--clip", "ViT-B/32"], 0.9), (["--crop", "0"], None),
-                        (["--crop", "0.3"], 0.3)):
+    for words, crop in (([], 0.9), (["--clip", "tiny"], 0.5), (["--crop", "0"], None)):
         args = train_mxm.settings(["--data", str(path), *words])
         load_splits(args)
         assert (args.crop or None) == crop
@@ -652,19 +653,6 @@ def test_coco(tmp_path, capsys):
     assert [x.captions for x in train] == [["A dog."], ["a cat"]] and [x.images[0] for x in train] == files
     assert "and 1 empty captions were left out" in capsys.readouterr().err
     refused("val2014/c.jpg: No such file; .*val2014 holds a.jpg", data.load, "coco", str(tmp_path), "val")
-    refused("no rows in split 'test'; it has train, val", data.load, "coco", str(tmp_path), "test")
-
-
-def test_unknown_names_and_missing_roots(tmp_path):
-    refused("unknown data set 'flicker8k': known are primitives, .*flickr8k", data.load, "flicker8k")
-    refused("unknown data set '.*': known are primitives", data.load, "\n\x1b?")
-    nowhere = str(tmp_path / "nowhere")
-    data.fetch_missing("coco", nowhere)  # what cannot be fetched is not asked for
-    refused("nowhere: no such folder, and coco cannot be fetched automatically; give --root",
-            data.load, "coco", nowhere)
-    refused(f"nowhere: no captions.tablechair.csv there; without --no-download .* put {data.TEXT2SHAPE_URL}"
-            f".*{data.VOXEL_FOLDER}.zip.* into {nowhere} by hand", data.load, "text2shape", nowhere)
-    refused("nowhere.csv: No such file", data.load, nowhere + ".csv")
 
 
 # ---------------------------------------------------------------- Text2Shape
@@ -691,7 +679,7 @@ COMMENTS = ["# a: comment", "type:=float", "space directions:=none (1,0,0)"]
 
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(encoding="raw"), dict(encoding="gz", newline="\r\n"), dict(encoding="raw", newline="\r\n"),
+    dict(), dict(encoding="gz", newline="\r\n"), dict(encoding="raw", newline="\r\n"),
     dict(sizes="  4 \t6  6 6 "), dict(kind="unsigned char", extra=COMMENTS),
     dict(directions=""), dict(directions="space directions:  none(0, 2e-3,1e-19)\t( 0,-0.0,3) (1,0,0)")])
 def test_nrrd(tmp_path, options):
@@ -700,17 +688,12 @@ def test_nrrd(tmp_path, options):
 
 
 def test_nrrd_axes(tmp_path):
-    """However the axes of a file lie, x, y and z are read; as published, y varies fastest and x slowest."""
+    """However the axes of a file lie, x, y and z are read."""
     path = tmp_path / "a.nrrd"
     for axes in itertools.permutations(range(3)):
         for signs in itertools.product((1, -1), repeat=3):
             path.write_bytes(nrrd(cube(2), "raw", axes=axes, signs=signs))
             assert np.array_equal(data.read_nrrd(str(path)), cube(2))
-    x, y, z = 1, 2, 3
-    body = bytearray(4 * 6 ** 3)
-    body[4 * (y + 6 * z + 36 * x)] = 7
-    path.write_bytes(nrrd(cube(2), "raw")[:-len(body)] + body)
-    assert np.argwhere(data.read_nrrd(str(path))).tolist() == [[x, y, z, 0]]
 
 
 def test_nrrd_equals_pynrrd(tmp_path):
@@ -726,99 +709,65 @@ def test_nrrd_equals_pynrrd(tmp_path):
 
 
 GOOD_NRRD, RAW_NRRD = nrrd(cube(1)), nrrd(cube(1), "raw")
-BAD_SIZES = ["3 6 6 6", "4 6 6", "4 6 6 7", "4 0 0 0", "4 \xb2 \xb2 \xb2", "4 " + " ".join(["9" * 5000] * 3)]
+BAD_SIZES = ["3 6 6 6", "4 6 6 7", "4 0 0 0", "4 \xb2 \xb2 \xb2", "4 " + " ".join(["9" * 5000] * 3)]
 BAD_DIRECTIONS = [
-    "none (1,0,0)", "none (1,0,0) (0,1,0) (0,0,1) (0,0,0)", "(1,0,0) (0,1,0) (0,0,1) none", "",
-    "none (1,0,0) (0,1,0) (0,1,0)", "none (1,0,0) (0,1,0) (0,0,nan)", "none (1,0,0) (0,1,0.1) (0,-0.1,1)",
-    "none (1,0,0) (0,1,0) (0,0,x)", "none (1e999,0,0) (0,1,0) (0,0,1)", "none (" + "1" * 5000]
+    "none (1,0,0)", "(1,0,0) (0,1,0) (0,0,1) none", "none (1,0,0) (0,1,0) (0,1,0)",
+    "none (1,0,0) (0,1,0) (0,0,nan)", "none (1,0,0) (0,1,0.1) (0,-0.1,1)", "none (1,0,0) (0,1,0) (0,0,x)"]
 BAD_NRRD = [
-    (b"", "not an NRRD"), (b"PK" + GOOD_NRRD, "not an NRRD"), (b"NRRD0004\n" + b"a" * 100000, "not an NRRD"),
+    (b"PK" + GOOD_NRRD, "not an NRRD"), (b"NRRD0004\n" + b"a" * 100000, "not an NRRD"),
     (nrrd(cube(1), kind="float"), "type float"), (GOOD_NRRD.replace(b"type:", b"tipe:"), r"type \?"),
     *[(nrrd(cube(1), sizes=sizes), "sizes .*; expected 4 n n n") for sizes in BAD_SIZES],
     *[(nrrd(cube(1), directions=f"space directions: {stated}"), "refused.*expected space directions of none")
       for stated in BAD_DIRECTIONS],
     (nrrd(cube(1), "hex"), "encoding hex; expected gzip or raw, in the same file"),
-    (GOOD_NRRD[:-300], "ended before the end-of-stream"), (GOOD_NRRD[:-4], "ended before"),
-    (GOOD_NRRD[:-8] + bytes([GOOD_NRRD[-8] ^ 1]) + GOOD_NRRD[-7:], "CRC check failed.*get it again"),
-    (GOOD_NRRD[:400] + bytes(9) + GOOD_NRRD[409:], "damaged"),
+    (GOOD_NRRD[:-300], "ended before the end-of-stream.*get it again"),
     (RAW_NRRD[:-1], "holds 863 bytes of voxels, its sizes need 864"), (RAW_NRRD + b"x", "holds 865")]
 
 
 def test_broken_nrrd(tmp_path):
     path = tmp_path / "a.nrrd"
-    refused("a.nrrd: cannot be read", data.read_nrrd, str(path))
     for content, said in BAD_NRRD:
         path.write_bytes(content)
         refused(f"a.nrrd: .*{said}", data.read_nrrd, str(path))
 
 
-MODELS = [f"{i:032x}" for i in range(60)]
-HEADER = "id,modelId,description,category,topLevelSynsetId,subSynsetId\n"
+needs_shapes = pytest.mark.skipif(not REAL_SHAPES, reason="needs ../shared/data/text2shape")
 
 
-def text2shape(root, models=MODELS, published=True, voxels=True):
-    """A small Text2Shape in the published layout."""
-    os.makedirs(root, exist_ok=True)
-    with open(root / "captions.tablechair.csv", "w", newline="") as f:
-        f.write(HEADER)
-        for i, model in enumerate(models):
-            text = f"A brown chair, with a \"round\" seat number {i}.\nIt has four legs. "
-            for text in (text, "grey table", "  "):
-                csv.writer(f).writerow([3 * i, model, text, ("Chair", "Table")[i % 2], "04379243", ""])
-    for i, model in enumerate(models if voxels else ()):
-        os.makedirs(root / data.VOXEL_FOLDER / model)
-        file = root / data.VOXEL_FOLDER / model / f"{model}.nrrd"
-        file.write_bytes(nrrd(cube(i), ("gzip", "raw")[i % 2]))
-    for name, part in (("train", models[:-4]), ("val", models[-4:-2]), ("test", models[-2:])):
-        if published:
-            content = {"caption_tuples": [(np.arange(k, k + 5), "chair", m) for k, m in enumerate(part)],
-                       "caption_matches": {model: [k] for k, model in enumerate(part)},
-                       "vocab_size": 3588, "max_caption_length": np.int64(96)}
-            (root / f"processed_captions_{name}.p").write_bytes(pickle.dumps(content, protocol=2))
+def copy_shapes(root):
+    shutil.copytree(REAL, root, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
 
-def test_text2shape(tmp_path, capsys):
-    text2shape(tmp_path, MODELS[:8])
-    parts = splits("text2shape", tmp_path)
-    assert [[x.id for x in part] for part in parts.values()] == [MODELS[:4], MODELS[4:6], MODELS[6:8]]
-    instances, classes = data.load("text2shape", str(tmp_path), "train")
-    assert classes == {"category": ["Chair", "Table"]}
-    assert [x.labels["category"] for x in instances] == [0, 1, 0, 1]
-    long = 'A brown chair, with a "round" seat number 1.\nIt has four legs.'
-    assert instances[1].captions == [long, "grey table"] and len(instances[1].images) == 12
-    assert capsys.readouterr().err.count("and 4 empty captions were left out") == 1
-    for i in (0, 1):  # gzip and raw
-        assert np.array_equal(data.pixels(instances[i].images[4], 16), data.render(cube(i), 11, 16))
-    batch = loader(instances, 2, 2, 2).make(0)
-    assert batch["images"].shape == (2, 2, 3, 8, 8) and batch["image_mask"].all()
-
-
+@needs_shapes
 def test_text2shape_without_splits_voxels_or_with_views(tmp_path, capsys):
-    text2shape(tmp_path, published=False)
-    train, val, test = ({x.id for x in part} for part in splits("text2shape", tmp_path).values())
-    assert len(train) + len(val) + len(test) == len(train | val | test) == 60
-    assert len(train) > 40 and val and test
-    first, second, third = sorted(train)[:3]
-    for model in (second, third):
-        os.unlink(tmp_path / data.VOXEL_FOLDER / model / f"{model}.nrrd")
+    copy_shapes(tmp_path)
+    published = splits("text2shape", REAL)
+    for name in data.SPLIT_FILES:
+        os.unlink(tmp_path / name)
+    first, second = sorted(x.id for x in published["train"])[:2]
     for k in (10, 2, 1):
         picture(tmp_path / "views" / first / f"{k:02d}.png", k)
+    shutil.rmtree(tmp_path / data.VOXEL_FOLDER / second)
     write(tmp_path / "views" / second / "notes.txt", "no picture")
-    instances, _ = data.load("text2shape", str(tmp_path), "train")
-    said = capsys.readouterr().err
-    assert re.search(f"train, 2 of {len(train)} rows without a picture.*{second}.nrrd: No such file", said)
-    assert {x.id for x in instances} == train - {second, third} and instances[0].id == first
-    assert [os.path.basename(view) for view in instances[0].images] == ["01.png", "02.png", "10.png"]
-    refused("no rows in split 'dev'", data.load, "text2shape", str(tmp_path), "dev")
+    capsys.readouterr()
+    instances, _ = data.load("text2shape", str(tmp_path), "all")  # by hash: nothing of it is lost
+    assert {x.id for x in instances} == {x.id for part in published.values() for x in part} - {second}
+    assert re.search("all, 6 of 12 rows without a picture", capsys.readouterr().err)
+    views = next(x.images for x in instances if x.id == first)
+    assert [os.path.basename(view) for view in views] == ["01.png", "02.png", "10.png"]
 
 
-@pytest.mark.skipif(not REAL_SHAPES, reason="needs ../shared/data/text2shape")
+@needs_shapes
 def test_real_shapes_are_whole_and_in_the_middle():
     parts = splits("text2shape", REAL)
     assert [len(part) for part in parts.values()] == [5, 1, 1]
+    assert [x.labels["category"] for x in parts["train"]] == [0, 0, 0, 1, 0]  # Chair, Table
+    assert parts["test"][0].captions == ["the table is round and has 3 legs . the table is rotating ."]
     for x in itertools.chain(*parts.values()):
-        voxels = data.read_nrrd(x.images[0].file) & np.uint8([0, 0, 0, 255])  # black: all that is solid shows
-        assert sorted(image.view for image in x.images) == list(range(12))
+        voxels = data.read_nrrd(x.images[0].file)
+        assert [image.view for image in x.images] == [*range(7, 12), *range(7)]
+        assert np.array_equal(data.pixels(x.images[4], 16), data.render(voxels, 11, 16))
+        voxels &= np.uint8([0, 0, 0, 255])  # black: all that is solid shows
         for view in range(12):
             (top, bottom), (left, right) = extent(data.render(voxels, view, 64))
             assert min(top, left) > 0 and max(bottom, right) < 63
@@ -832,7 +781,7 @@ def fitted(image):
     return np.asarray(ImageOps.pad(cut, (32, 32), color="white"), float)
 
 
-@pytest.mark.skipif(not REAL_SHAPES, reason="needs ../shared/data/text2shape")
+@needs_shapes
 def test_real_shapes_look_like_their_reference():
     """The reference camera stands between views 7 and 8. Lying, upside down or turned, a shape differs more
     (mirrored it does not: most are symmetric)."""
@@ -855,27 +804,17 @@ def test_real_shapes_look_like_their_reference():
     assert len(differ) == 23 and upright < 0.85 * min(differ.values())
 
 
+@needs_shapes
 def test_broken_text2shape(tmp_path):
-    text2shape(tmp_path, MODELS[:6], voxels=False)
-
-    def load():
-        data.load("text2shape", str(tmp_path))
-    refused("train, 2 of 2 rows without a picture.*.nrrd: No such file; .* holds .*processed_captions_", load)
+    copy_shapes(tmp_path)
     val = tmp_path / "processed_captions_val.p"
-    other = [{"a": 1}, [1], {"caption_tuples": [(1, 2)]}]
-    for content, said in ((b"", "Ran out of input"), (val.read_bytes()[:60], "refused"),
-                          *[(pickle.dumps(value), "expected 'caption_tuples'") for value in other]):
-        val.write_bytes(content)
-        refused(f"processed_captions_val.p: .*{said}", load)
+    for value in ({"a": 1}, {"caption_tuples": [(1, 2)]}):
+        val.write_bytes(pickle.dumps(value))
+        refused("processed_captions_val.p: .*expected 'caption_tuples'",
+                data.load, "text2shape", str(tmp_path))
     os.unlink(val)
-    refused("only processed_captions_train.p, processed_captions_test.p; put all three there, or none", load)
-    lacking = (r" line 1: no column 'description'; the first line must name modelId, description, category "
-               r"\(it names: id, modelId, category\)")
-    for content, said in ((b"id,modelId,category\n1,a,Chair\n", lacking),
-                          (HEADER.encode() + b'1,a,"' + b"x" * 200_000, " line 2: not CSV.*field"),
-                          (HEADER.encode() + b"1,a,caf\xe9,Chair,,\n", " line 2: cannot be read.*UTF-8")):
-        (tmp_path / "captions.tablechair.csv").write_bytes(content)
-        refused(f"tablechair.csv{said}", load)
+    refused("only processed_captions_train.p, processed_captions_test.p; put all three there, or none",
+            data.load, "text2shape", str(tmp_path))
 
 
 # ---------------------------------------------------------------- pickles
@@ -908,13 +847,10 @@ def test_pickles_that_would_run_code_are_refused(tmp_path, protocol):
     scalar = np.float64(0).__reduce__()[0]
     evil = [
         mkdir, Call(os.mkdir, (str(mark),), {"a": 1}), collections.defaultdict(list, {1: mkdir}),
-        Call(collections.defaultdict, (os.mkdir,)), Call(os.system, (f"touch {mark}",)),
-        Call(open, (str(mark), "w")), Call(eval, (f"open({str(mark)!r}, 'w')",)),
-        Call(np.save, (str(mark), 1)), Call(np.load, ("a",)), Call(getattr, ("a", "upper")),
-        Call(__import__, ("antigravity",)),
-        Call(type, ("X", (), {})), Call(str, ([1],)), tokenizer, data.H5View("a", 0),
-        torch.zeros(2), np.dtype([("a", "O")]),
-        forged(flagged("O8"), b"A" * 8), forged(flagged("V8"), b"A" * 8), 
+        Call(collections.defaultdict, (os.mkdir,)), Call(eval, (f"open({str(mark)!r}, 'w')",)),
+        Call(np.save, (str(mark), 1)), Call(getattr, ("a", "upper")), Call(type, ("X", (), {})),
+        data.H5View("a", 0), torch.zeros(2), np.dtype([("a", "O")]),
+        forged(flagged("O8"), b"A" * 8), forged(flagged("V8"), b"A" * 8),
         forged(np.dtype("O"), [], (3,)), forged(np.dtype("i8"), [1]), forged(np.dtype("i8"), b"short"),
         forged(np.dtype("i8"), b"A" * 8, (1 << 62, 4)), Call(scalar, (flagged("O8"), b"A" * 8))]
     for value in evil:
@@ -960,16 +896,17 @@ def zipped(names):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """{url: bytes}: a small Text2Shape in the published archives, for clip.fetch to find; "asked": urls."""
-    folder = tmp_path / "source"
-    text2shape(folder, MODELS[:8])
+    """{url: bytes}: the seven real shapes in the published archives, for clip.fetch; "asked": urls."""
+    if not REAL_SHAPES:
+        pytest.skip("needs ../shared/data/text2shape")
 
     def read(name):
-        return (folder / name).read_bytes()
-    voxels = [f"{data.VOXEL_FOLDER}/{model}/{model}.nrrd" for model in MODELS[:8]]
+        with open(os.path.join(REAL, name), "rb") as f:
+            return f.read()
+    voxels = [os.path.relpath(path, REAL) for path in REAL_SHAPES]
     published = {f"text2shape-data/shapenet/{name}": read(name) for name in data.SPLIT_FILES}
     others = {f"text2shape-data/primitives/{name}": b"other" for name in data.SPLIT_FILES}
-    files = {TABLE: read("captions.tablechair.csv"), VOXELS: zipped({name: read(name) for name in voxels}),
+    files = {TABLE: read(data.CAPTION_FILE), VOXELS: zipped({name: read(name) for name in voxels}),
              SPLITS: zipped(published | others), "asked": []}
 
     def fetch(url, path):
@@ -991,40 +928,21 @@ def fetch_and_load(root, split="train"):
 def test_download_and_once_only(server, tmp_path, capsys):
     root = str(tmp_path / "new" / "root")
     for _ in range(2):
-        instances = fetch_and_load(root, "val")
-        assert [x.id for x in instances] == MODELS[4:6]
-        assert data.pixels(instances[0].images[0], 8).shape == (8, 8, 3)
+        [found] = fetch_and_load(root, "val")
+        assert found.id == "df5b55da209637624b3c42e318f3affc"
+        assert data.pixels(found.images[0], 8).std() > 20
         assert server["asked"] == [VOXELS, SPLITS, TABLE]
     files = ["captions.tablechair.csv", data.VOXEL_FOLDER, *data.SPLIT_FILES]
     assert sorted(os.listdir(root)) == sorted(files)  # no archive
     said = capsys.readouterr().err
     assert said.count(f"{root}: Text2Shape is not there") == said.count(data.TEXT2SHAPE_URL) == 1
-    for name in data.SPLIT_FILES:  # without them the split is by hash, so that nothing is missing
-        os.unlink(os.path.join(root, name))
-    data.fetch_missing("text2shape", root)
-    assert len(server["asked"]) == 3
 
 
 def test_an_archive_that_is_still_there_is_unpacked(server, tmp_path):
     """Put there by hand, or left by a run that was stopped while it unpacked."""
     os.makedirs(tmp_path / data.VOXEL_FOLDER)
     (tmp_path / f"{data.VOXEL_FOLDER}.zip").write_bytes(server.pop(VOXELS))
-    assert len(fetch_and_load(tmp_path)) == 4
-
-
-def test_download_errors(server, tmp_path):
-    root = tmp_path / "root"
-    load = functools.partial(fetch_and_load, root)
-    voxels = server[VOXELS]
-    del server[VOXELS]
-    refused("solid.zip could not be fetched; put .* into .*root by hand", load)  # clip's error, as data's
-    damaged = voxels[:300] + bytes([voxels[300] ^ 255]) + voxels[301:]  # in the first file
-    for content in (damaged, voxels[:-30], b"<html>please sign in</html>"):
-        server[VOXELS] = content
-        refused(f"{data.VOXEL_FOLDER}.zip: .*; delete it and run the command again", load)
-        os.unlink(root / f"{data.VOXEL_FOLDER}.zip")
-    server[VOXELS] = voxels
-    assert len(load()) == 4
+    assert len(fetch_and_load(tmp_path)) == 5
 
 
 def settings(root, *words):
@@ -1034,15 +952,11 @@ def settings(root, *words):
 
 def test_scripts_fetch_unless_told_not_to(tmp_path, monkeypatch):
     root = tmp_path / "root"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))  # bound, but nobody listens
-        monkeypatch.setattr(data, "TEXT2SHAPE_URL", f"http://127.0.0.1:{s.getsockname()[1]}")
-        by_hand = f"put .* into {root} by hand and run without --no-download"
-        for words in ((), ("--download",)):
-            refused(f"^http://127.0.0.1:.*solid.zip could not be fetched .*; {by_hand}",
-                    load_splits, settings(root, *words))
-        refused(f"^{root}: no captions.tablechair.csv there; without --no-download .*{by_hand}",
-                load_splits, settings(root, "--no-download"))
+    monkeypatch.setattr(data, "TEXT2SHAPE_URL", "http://127.0.0.1:9")  # where nobody answers
+    by_hand = f"put .* into {root} by hand and run without --no-download"
+    refused(f"^http://127.0.0.1:.*solid.zip could not be fetched .*; {by_hand}", load_splits, settings(root))
+    refused(f"^{root}: no captions.tablechair.csv there; without --no-download .*{by_hand}",
+            load_splits, settings(root, "--no-download"))
 
 
 @pytest.mark.parametrize("rank, order", [(0, ["fetch", "meet"]), (1, ["meet", "fetch"])])
@@ -1057,7 +971,7 @@ def test_the_first_process_fetches_while_the_others_wait(rank, order, server, tm
     monkeypatch.setattr("eval.barrier", lambda: done.append("meet"))
     monkeypatch.setattr(data, "fetch_missing", fetch_missing)
     parts = load_splits(settings(tmp_path))
-    assert done == order and [len(instances) for instances, _ in parts] == [4, 2, 2]
+    assert done == order and [len(instances) for instances, _ in parts] == [5, 1, 1]
 
 
 def test_archives_write_only_inside_the_root(tmp_path):
@@ -1093,17 +1007,23 @@ def lines(*rows):
 
 
 def test_jsonl(mine, tmp_path):
-    text = lines({"id": 7, "images": ["0.png", "1.png"], "captions": ["line \u2028 separator", "b"],
+    """Numbers are names, and 3.0 is 3; NaN, None, null and nothing are missing."""
+    nan = float("nan")
+    missing = {"size": nan, "x": "", "y": "None", "z": float("inf"), "w": None}
+    captions = ["line \u2028 separator", nan, "b", None]
+    text = lines({"id": 7.0, "images": ["0.png", "1.png"], "captions": captions,
                   "labels": {"color": "red", "size": 3}, "split": "train", "group": 1},
-                 {"images": ["2.png"], "captions": ["c"], "labels": {"color": "blue", "size": None, "x": ""},
-                  "split": "train", "id": None},
+                 {"images": ["2.png"], "captions": ["c"], "labels": {"color": "blue"} | missing,
+                  "split": "train", "id": nan, "group": None},
+                 {"id": "s", "images": ["4.png"], "captions": ["e"], "labels": {"size": 3.0},
+                  "split": "train"},
                  {"id": "t", "images": ["3.png"], "captions": ["d"], "labels": {"color": "red"},
                   "split": "test"})
     text = "\ufeff" + text.replace("\\u2028", "\u2028").replace("}\n", "}\r\n\n", 1)
     train, classes = mine(text, "train", "mine.jsonl")
     assert classes == {"color": ["blue", "red"], "size": ["3"]}
-    assert [(x.id, x.group) for x in train] == [("7", "1"), ("3", "3")]
-    assert [x.labels for x in train] == [{"color": 1, "size": 0}, {"color": 0}]
+    assert [(x.id, x.group) for x in train] == [("7", "1"), ("3", "3"), ("s", "s")]
+    assert [x.labels for x in train] == [{"color": 1, "size": 0}, {"color": 0}, {"size": 0}]
     assert train[0].captions == ["line \u2028 separator", "b"]
     assert train[0].images == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
     test, classes = mine(text, "test", "mine.jsonl")
@@ -1129,16 +1049,15 @@ def test_bytes_per_pair(tmp_path):
 
 
 @pytest.mark.parametrize("row, said", [
-    ("{", "not JSON"), ("[" * 100_000, "not JSON"),
-    ({"images": "0.png"}, 'expected an object with "images"'), ({"captions": "c"}, "each a list"),
+    ("[" * 100_000, "not JSON"), ({"captions": "c"}, 'expected an object with "images".* each a list'),
     ({"extra": 1}, "unknown key 'extra'; known are id, images"),
     ({"labels": ["red"]}, '"labels" must be an object'),
     ({"labels": {"color": ["red"]}}, r"color = \['red'\] must be a string or a number"),
-    ({"id": ["a"]}, "id = .* must be a string"), ({"group": {}}, "group = {} must be"),
+    ({"group": {}}, "group = {} must be"),
     ({"split": "valid"}, "split 'valid'; it must be train, val or test"),
     ({"images": []}, "no picture"), ({"images": [3]}, "no picture, or one that is no path"),
-    ({"images": [""]}, "no picture"), ({"images": ["gone.png"]}, "picture .*gone.png: No such file"),
-    ({"images": ["."]}, "is no file"), ({"images": ["a\0b\n.png"]}, r"a\?b\?.png: No such file"),
+    ({"images": [""]}, "no picture"), ({"images": ["."]}, "is no file"),
+    ({"images": ["a\0b\n.png"]}, r"a\?b\?.png: No such file"),
     ({"captions": [3]}, "a caption that is no text"), ({"captions": ["half \ud800"]}, "not JSON.*surrogates"),
     ({"id": "ok"}, "another label or split than at .*mine.jsonl line 1, for the same id 'ok'"),
     ({"id": "b", "split": None}, "no split, while other rows state one")])
@@ -1152,14 +1071,12 @@ def test_broken_jsonl(mine, row, said):
 def test_csv(mine, tmp_path):
     text = ('caption,image,id,split,color\n"red, ""big""\nbox",0.png,1,train,red\nred box,1.png,1,train,red\n'
             'red box,0.png,1,train,red\n\nblue,2.png,,train,\nblue,3.png,4,test,red\n')
-    for variant in (text, "\ufeff" + text, text.replace("\n", "\r\n").replace('""\r\n', '""\n')):
-        train, classes = mine(variant)
-        assert classes == {"color": ["red"]}
-        assert [(x.id, x.group) for x in train] == [("1", "1"), ("2.png", "2.png")]
-        assert [x.labels for x in train] == [{"color": 0}, {}]
-        assert train[0].captions == ['red, "big"\nbox', "red box"]
-        assert train[0].images == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
-        assert [(x.id, x.labels) for x in mine(variant, "test")[0]] == [("4", {"color": 0})]
+    train, classes = mine(text)
+    assert classes == {"color": ["red"]}
+    assert [(x.id, x.group) for x in train] == [("1", "1"), ("2.png", "2.png")]
+    assert [x.labels for x in train] == [{"color": 0}, {}]
+    assert train[0].captions == ['red, "big"\nbox', "red box"]
+    assert train[0].images == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
@@ -1187,17 +1104,6 @@ def test_tables_as_people_have_them(separator, mine, tmp_path, capsys):
     assert train[0].images == [str(tmp_path / "0.png")]
 
 
-def test_missing_values_of_jsonl(mine):
-    nan = float("nan")
-    row = {"images": ["0.png"], "captions": ["a", nan, None], "split": "train"}
-    val = row | {"id": "v", "split": "val"}
-    first = row | {"id": nan, "group": nan, "labels": {"t": nan, "u": 1, "v": float("inf")}}
-    second = row | {"id": 2.0, "images": ["1.png"], "labels": {"t": "None", "u": 1.0}}
-    train, classes = mine(lines(first, second, val), name="mine.jsonl")
-    assert [(x.id, x.group, x.captions, x.labels) for x in train] == [
-        ("1", "1", ["a"], {"u": 0}), ("2", "2", ["a"], {"u": 0})] and classes == {"u": ["1"]}
-
-
 def test_what_stands_in_two_splits_is_noted(mine, capsys):
     rows = "".join(f"{i},{i // 2}.png,a,{('train', 'test')[i % 2]}\n" for i in range(8))
     mine("id,image,caption,split\n" + rows)
@@ -1215,45 +1121,23 @@ def test_a_folder_of_pictures_can_be_searched(tmp_path):
     found, classes = data.load(str(tmp_path / "a"), split="all")
     assert [x.images for x in found] == [[files[1]], [files[0]], [files[2]]] and classes == {}
     assert found[2].id == os.path.join("sub", "x.jpg") and found[0].captions == []
-    batch = next(data.Loader(found, tokenizer(), 32, 8, 4).batches())
-    assert batch["images"].shape[:2] == (3, 1) and not batch["caption_mask"].any()
     refused("a folder has no captions to learn from", data.load_splits, str(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("text, said", [
-    ("", "line 1: no column 'image'.*it names: nothing"),
     ("image,text\n0.png,a\n", r"line 1: no column 'caption'; the first line must name image, caption "
                               r"\(it names: image, text\)"),
     ("image,caption,caption\n", "line 1: a column has no name or that of another"),
-    (",image,caption\n0,0.png,a\n", "line 1: a column has no name"), ("image,caption\n", "no rows"),
+    (",image,caption\n0,0.png,a\n", "line 1: a column has no name"), ("", "no column 'image'.*nothing"),
     ("image,caption\n0.png,a\n0.png,a, b\n", "line 3: 3 cells under 2 columns; quote a cell"),
-    ("image,caption\n0.png\n", "line 2: 1 cells under 2 columns"),
-    ("image,caption\n,a\n", "line 2: no picture"),
+    ("image,caption\n", "no rows"), ("image,caption\n0.png\n", "line 2: 1 cells under 2 columns"),
     ("image,caption,split\n0.png,a,val\ngone.png,b,val\n", "line 3: picture .*gone.png: No such file"),
     ('image,caption\n0.png,"a\nb,c\n', "line [23]: not CSV.*is a quote left open"),
     ('image,caption\n0.png,"a" b\n', "line 2: not CSV"),
     (b"image,caption\n0.png,caf\xe9\n", "line 2: cannot be read.*UTF-8"),
-    ("image,caption,split\n\0.png,a,val\n", r"line 2: (picture .*\?.png: No such file|not CSV)"),
-    ("image,caption,id,color\n0.png,a,1,red\n1.png,b,1,blue\n",
-     "line 3: another label or split than at .*line 2, for the same id '1'"),
-    ("image,caption,split\n0.png,a,dev\n", "line 2: split 'dev'"),
     ("image,caption,split\n0.png,a,train\n", "no rows in split 'val'; it has train; add some")])
 def test_broken_csv(mine, text, said):
     refused(f"mine.csv.*{said}", mine, text, "val")
-
-
-def test_a_class_of_your_own_data_that_train_lacks_is_unlabelled(mine, capsys):
-    rows = ["red,big,train", "blue,big,train", "red,,val", "mauve,,val", "mauve,,val", "pink,big,test",
-            "blue,big,test"]
-    text = "image,caption,color,size,split\n" + "".join(f"{i}.png,a,{row}\n" for i, row in enumerate(rows))
-    for _ in range(2):
-        val, classes = mine(text, "val")
-        assert classes == {"color": ["blue", "red"], "size": ["big"]}
-        assert [x.labels for x in val] == [{"color": 1}, {"color": -1}, {"color": -1}]
-    assert [x.labels["color"] for x in mine(text, "test")[0]] == [-1, 0]
-    said = capsys.readouterr().err
-    for split, unseen in (("val", 2), ("test", 1)):
-        assert said.count(f"mine.csv: {unseen} labels of split {split} never occur in train") == 1
 
 
 @pytest.mark.parametrize("name", ["4.jpg", "4.png", "4.webp"])
@@ -1271,8 +1155,10 @@ def test_a_real_table_with_rare_classes(capsys):
     parts = splits(f"{SHARED}/hm/hm.jsonl", "")
     assert sum(map(len, parts.values())) == 2221
     unseen = [sum(x.labels["product_type"] == -1 for x in part) for part in parts.values()]
-    assert unseen[0] == 0 and 0 < sum(unseen[1:]) < 20
-    assert "never occur in train; they count as unlabelled" in capsys.readouterr().err
+    assert unseen == [0, 1, 3]
+    said = capsys.readouterr().err
+    for split, count in (("val", 1), ("test", 3)):
+        assert said.count(f"{count} labels of split {split} never occur in train; they count as unlab") == 1
     known, _ = data.by_class(data.load(f"{SHARED}/hm/hm.jsonl", split="test"), "product_type", "hm", "test")
     assert len(known) == len(parts["test"]) - unseen[2]
 
@@ -1306,9 +1192,7 @@ def test_pairs_show_every_caption_once_an_epoch_with_its_instance(tmp_path):
     instances = photos(tmp_path)
     captions = [(i, caption) for i, x in enumerate(instances) for caption in x.captions]
 
-    def of_pairs(batch_size, **kwargs):
-        return loader(instances, batch_size, views=1, captions=None, pairs=True, **kwargs)
-    pairs = of_pairs(4)
+    pairs = loader(instances, 4, views=1, captions=None, pairs=True)
     assert len(captions) == 13 and len(pairs) == 3
     for epoch in range(2):
         shown = []
@@ -1318,8 +1202,65 @@ def test_pairs_show_every_caption_once_an_epoch_with_its_instance(tmp_path):
             texts = [tokenizer().decode(row[:row.argmax()]).strip() for row in batch["tokens"][:, 0]]
             shown += list(zip(batch["index"].tolist(), texts))
         assert len(set(shown)) == 12 and set(shown) < set(captions)
-    halves = [of_pairs(4, rank=rank, world=2).make(1) for rank in range(2)]
-    whole = pairs.make(1)
-    for key in ("images", "tokens"):
-        assert torch.equal(torch.cat([half[key] for half in halves]), whole[key])
-    refused("of 13 training pairs; choose 13 or less", of_pairs, 14)
+
+
+# ---------------------------------------------------------------- frames and region features
+
+def test_frames_are_taken_evenly_and_in_order(tmp_path):
+    """Of ten frames and of three, whose red is 20 times their number."""
+    for k in range(10):
+        Image.new("RGB", (16, 16), (20 * k, 0, 0)).save(tmp_path / f"{k}.jpg")
+    files = [str(tmp_path / f"{k}.jpg") for k in range(10)]
+    instances = [Instance(str(count), files[:count], ["a"]) for count in (10, 3)]
+    for train in (False, True):
+        loader = data.Loader(instances, clip.Tokenizer([]), 8, 16, 2, captions=1, train=train, frames=4)
+        batch = loader.make(0)
+        assert batch["images"].shape == (2, 4, 3, 16, 16)
+        for i, images, mask in zip(batch["index"].tolist(), batch["images"], batch["image_mask"]):
+            shown = images[mask][:, 0, 8, 8].float().div(20).round().tolist()
+            assert shown == ([0, 3, 6, 9], [0, 1, 2])[i]
+
+
+def regions(root, file, rows, captions, width=6):
+    (root / "precomp").mkdir(exist_ok=True)
+    array = np.random.default_rng(len(file)).random((rows, 4, width), np.float32)
+    np.save(root / "precomp" / f"{file}_ims.npy", array)
+    write(root / "precomp" / f"{file}_caps.txt", "".join(f"caption {i}\n" for i in range(captions)))
+    return array
+
+
+def test_region_features(tmp_path):
+    array = regions(tmp_path, "train", 3, 15)  # one row an image
+    embeddings = np.arange(18, dtype=np.float16).reshape(3, 6)
+    np.save(tmp_path / "precomp" / "train_clip.npy", embeddings)
+    instances, classes = data.load_regions("flickr30k", str(tmp_path), "train")
+    assert [x.captions for x in instances] == [[f"caption {5 * i + k}" for k in range(5)] for i in range(3)]
+    loader = data.Loader(instances, clip.Tokenizer([]), 16, 32, 2, 1, 2, train=True, seed=3)
+    batch = data.to_device(loader.make(0), "cpu")
+    assert batch["images"].features.shape == (2, 1, 4, 6) and classes == {}
+    shown = batch["images"][batch["image_mask"]]
+    assert np.array_equal(shown.features, array[batch["index"]])  # untouched
+    assert np.array_equal(shown.clip_input, embeddings[batch["index"]].astype(np.float32))
+    regions(tmp_path, "dev", 10, 10)
+    np.save(tmp_path / "precomp" / "dev_ims.npy", double := array[:2].repeat(5, axis=0))  # or one a caption
+    val, _ = data.load_regions("flickr30k", str(tmp_path), "val")
+    assert len(val) == 2 and np.array_equal(val[1].images[0].features(), double[5])
+    loader = data.Loader(val, clip.Tokenizer([]), 16, 32, 2)
+    assert np.array_equal(data.to_device(loader.make(0), "cpu")["images"][:, 0], double[::5])
+    refused("--regions: no split 'dev'; it has train", data.load_regions, "flickr30k", str(tmp_path), "dev")
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda folder: regions(folder.parent, "train", 4, 15), "4 rows, but 15 lines in .*train_caps.txt"),
+    (lambda folder: np.save(folder / "train_ims.npy", np.zeros((3, 8), np.float32)),
+     r"float32 of shape \(3, 8\); expected floats \(images, regions, width\)"),
+    (lambda folder: np.save(folder / "train_ims.npy", np.array([{}])), "refused, damaged or of another kind"),
+    (lambda folder: np.save(folder / "train_clip.npy", np.zeros((2, 6), np.float32)),
+     "train_clip.npy: expected a row for each of the 3 images"),
+    (lambda folder: (folder / "train_caps.txt").unlink(), "train_caps.txt: No such file"),
+    (lambda folder: regions(folder.parent, "train", 15, 15), "rows 0 to 4 differ: one caption to an image")])
+def test_region_features_refused(spoil, said, tmp_path):
+    regions(tmp_path, "train", 3, 15)
+    spoil(tmp_path / "precomp")
+    data._rows_of.cache_clear()
+    refused(said, data.load_regions, "flickr30k", str(tmp_path), "train")
