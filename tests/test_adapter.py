@@ -487,7 +487,3 @@ def test_bad_settings(more, says, squares, tmp_path, capsys):
     more = more.format(resnet=f"{beside(squares, 'resnet.pt')} --image-size 32").split()
     assert says in refused(capsys, arguments(squares, "--out", tmp_path / "run", *more), main)
     assert not (tmp_path / "run").exists()
-
-
-def test_documented_commands_parse():
-    runs.assert_documented_commands_parse(train_adapter)

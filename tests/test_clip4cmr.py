@@ -19,7 +19,7 @@ import data
 import eval
 import losses
 import train_clip4cmr
-from runs import (COLOURS, assert_documented_commands_parse, evaluated, in_process,  # noqa: F401
+from runs import (COLOURS, evaluated, in_process,  # noqa: F401
                   kept_signals, log, make_features, make_squares, metrics, refused)
 from train_clip4cmr import (CLIP4CMR, CONSTANTS, FROZEN, LOSSES, PAIR_WISE, SHAPES, main, settings,
                             standardise, terms, total_loss)
@@ -397,7 +397,3 @@ def test_a_split_without_labels_is_refused_before_training(split, says, squares,
         return {} if split in ("train", row["split"]) else {"outer": "red" if i % 2 else "blue"}
     argv = on_squares(relabelled(squares, tmp_path / "own.jsonl", relabel), "--out", tmp_path / "run")
     assert says in refused(capsys, argv, main) and not (tmp_path / "run").exists()
-
-
-def test_documented_commands_parse():
-    assert_documented_commands_parse(train_clip4cmr)

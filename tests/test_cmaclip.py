@@ -17,7 +17,7 @@ import clip
 import data
 import eval
 import train_cmaclip
-from runs import (COLOURS, assert_documented_commands_parse, evaluated, in_process,  # noqa: F401
+from runs import (COLOURS, evaluated, in_process,  # noqa: F401
                   kept_signals, metrics, refused)
 from data import choose_tasks, pairs
 from train_cmaclip import CMACLIP, corrupt, main, multitask_loss, settings
@@ -487,7 +487,3 @@ def test_a_split_without_labels_is_refused_before_training(split, says, things, 
     argv = arguments(things, "--out", tmp_path / "run")
     assert says in refused(capsys, ["--data", tmp_path / "mine.jsonl", *argv[2:]], main)
     assert not (tmp_path / "run").exists()
-
-
-def test_documented_commands_parse():
-    assert_documented_commands_parse(train_cmaclip)

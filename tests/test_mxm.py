@@ -14,7 +14,7 @@ import clip
 import data
 import eval
 import train_mxm
-from runs import arguments, assert_documented_commands_parse, kept_signals, refused
+from runs import arguments, kept_signals, refused
 from runs import in_process, squares  # noqa: F401 (fixtures, of which the first acts by being here)
 
 
@@ -281,7 +281,3 @@ def test_bad_arguments_of_the_evaluation(option, value, says, whole, tmp_path, c
     (tmp_path / "file").write_text("no folder, no weights")
     argv = ["--checkpoint", whole / "best.pt", option, value.format(tmp=tmp_path, run=whole)]
     assert says in refused(capsys, argv, eval.main)
-
-
-def test_documented_commands_parse():
-    assert_documented_commands_parse(train_mxm)

@@ -10,6 +10,8 @@ import importlib
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 
@@ -544,6 +546,16 @@ def test_the_commands_say_it_in_one_line(name, folder, tmp_path):
 def test_the_evaluation_command_says_it_in_one_line(folder):
     [(ended, out, said)] = forked("eval", ["--checkpoint", str(folder / "squares.jsonl")])
     assert ended == 2 and out == "" and said.startswith("error: ") and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_documented_commands_parse(name):
+    """Those of the docstring and of README.md; test_study.py has those of the studies."""
+    with open(os.path.join(ROOT, "README.md")) as f:
+        text = script(name).__doc__ + f.read()
+    lines = re.findall(rf"^ *(?:python|torchrun\b.*) {RUNS[name][0]}\.py\b([^#\n]*)", text, re.MULTILINE)
+    assert len(lines) >= 7
+    assert all(script(name).settings(shlex.split(line)).epochs for line in lines if "--help" not in line)
 
 
 class OneStep(Exception):

@@ -317,10 +317,6 @@ def test_bad_settings(words, says, squares, tmp_path, capsys):
     assert says in refused(capsys, argv, main) and not (tmp_path / "run").exists()
 
 
-def test_documented_commands_parse():
-    runs.assert_documented_commands_parse(train_user)
-
-
 # ---------------------------------------------------------------- a run, looked at from inside
 
 def spy(patch, owner, name, record):
