@@ -283,8 +283,8 @@ def test_it_learns_where_to_look(things, whole):
         assert study["1.0"][task]["accuracy"] < 50 < 70 < study["1.0"][other]["accuracy"]
 
 
-@pytest.mark.parametrize("fusion", FUSIONS[1:])
-def test_every_fusion_runs_and_eval_repeats_its_metrics(fusion, things, tmp_path):
+@pytest.mark.parametrize("fusion", ["sequence", "text"])
+def test_other_fusions_run_and_eval_repeats_their_metrics(fusion, things, tmp_path):
     main(arguments(things, "--out", tmp_path, "--fusion", fusion))
     rows = metrics(tmp_path)["test"]
     assert rows["majority"] == {"seen": {"accuracy": 25.0}, "told": {"accuracy": 25.0}}
@@ -469,8 +469,7 @@ def test_tasks_are_chosen(capsys):
 
 @pytest.mark.parametrize("words, says", [
     ("--tasks seen,feel", "feel: "), ("--heads 3", "--heads 3: does not divide the width 16"),
-    ("--width 10", "does not divide the width 10"), ("--clip-lr 0", "positive"),
-    ("--dropout 2", "from 0 to 1"), ("--precision 0", "up to 1"), ("--train-noise-image nan", "from 0 to 1"),
+    ("--clip-lr 0", "positive"), ("--precision 0", "up to 1"), ("--train-noise-image nan", "from 0 to 1"),
     ("--clip tiny --freeze", "--freeze: tiny starts from random weights")])
 def test_bad_settings(words, says, things, tmp_path, capsys):
     assert says in refused(capsys, arguments(things, "--out", tmp_path / "new", *words.split()), main)
