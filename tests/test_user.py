@@ -309,7 +309,7 @@ def test_settings_are_the_papers(words, expected):
 
 @pytest.mark.parametrize("words, says", [
     ("--queue 7", "--queue 7 cannot hold a batch of keys; give 8 or more"),
-    ("--dim 1", "2 or more"), ("--mu 20 --loss infonce", "only uto"), ("--momentum 1.5", "a share from 0 to 1"),
+    ("--dim 1", "2 or more"), ("--mu 20 --loss infonce", "only uto"), ("--momentum 1.5", "a share"),
     ("--data primitives --regions", "train_ims.npy: cannot be read")])
 def test_bad_settings(words, says, squares, tmp_path, capsys):
     argv = arguments(squares, "--out", tmp_path / "run", *words.split())
