@@ -274,8 +274,7 @@ def test_pairs_need_as_many_views_as_captions(squares, tmp_path, capsys):
 
 @pytest.mark.parametrize("option, value, says", [
     ("--checkpoint", "{tmp}/file", "file: "), ("--checkpoint", "{tmp}/none.pt", "no such file"),
-    ("--checkpoint", "{run}/metrics.json", "metrics.json: "), ("--split", "tset", "tset"),
-    ("--top", "0", "positive"), ("--device", "gpu", "no device")])
+    ("--checkpoint", "{run}/metrics.json", "metrics.json: "), ("--split", "tset", "tset")])
 def test_bad_arguments_of_the_evaluation(option, value, says, whole, tmp_path, capsys):
     (tmp_path / "file").write_text("no folder, no weights")
     argv = ["--checkpoint", whole / "best.pt", option, value.format(tmp=tmp_path, run=whole)]

@@ -20,6 +20,7 @@ import runs
 import train_user
 from runs import SMALL, arguments, metrics, refused
 from runs import in_process  # noqa: F401 (a fixture that acts by being here)
+from test_mxm import value_and_gradients
 from train_user import LOSSES, SGE, USER, Queue, main, settings, total_loss
 
 CAPTIONS = ["a red square on blue", "wet", "a blue thing that is soft to touch", "red"]
@@ -247,12 +248,6 @@ def plain_uto_queue(queries, keys, queue, same, mu):
     terms = [plain_push(query, queue, row, mu) - plain_pull(query, key)
              for query, key, row in zip(queries, keys, same)]
     return sum(terms) / len(terms)
-
-
-def value_and_gradients(loss, *leaves):
-    leaves = [x.clone().requires_grad_() for x in leaves]
-    value = loss(*leaves)
-    return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
 @pytest.mark.parametrize("mu", [90.0, 20.0, 400.0])
