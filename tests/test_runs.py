@@ -381,7 +381,7 @@ def test_two_processes_stop_early_together(name, folder, tmp_path):
 
 def assert_equal_runs(a, b, steps=2):
     """Gradients (Adam's first moment holds a share of each step's) are the same to 1e-5. So are weights, to
-    2e-5, a fiftieth of what a step can move one: where a gradient is near 0, Adam makes its rounding large."""
+    2e-5, a fiftieth of what a step can move: where a gradient is near 0, Adam makes its rounding large."""
     one, two = clip.load_checkpoint(a / "last.pt"), clip.load_checkpoint(b / "last.pt")
     assert set(os.listdir(b)) - {"costs.json"} == set(FILES) and one["step"] == two["step"] == steps
     for x, y in zip(log(a), log(b)):
