@@ -14,15 +14,14 @@ needed: pictures are noise, and texts have the lengths of Flickr8k's captions.
 import argparse
 import concurrent.futures
 import contextlib
-import io
 import itertools
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
 import time
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import torch
@@ -243,46 +242,47 @@ def compare(title, calls, repeat):
         row(title, kind, duration(seconds), seconds / times[kind, "bare"], *ratios)
 
 
-def clip_step(model, images, texts):
-    """A function that does one step of CLIP's training, as the scripts do theirs: the loss in float32."""
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-6, fused=True)
+def clip_loss(model, images, texts):
+    image_features = model.encode_image(images)
+    text_features = model.encode_text(texts)
+    with torch.autocast("cpu", enabled=False):
+        return losses.clip_loss(F.normalize(image_features.float(), dim=-1),
+                                F.normalize(text_features.float(), dim=-1), model.logit_scale.exp())
+
+
+def step_of(model, loss_of, *batch):
+    """A function that does one step of training, as the scripts do theirs. loss_of(model, *batch) -> loss."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
 
     def step():
-        image_features = model.encode_image(images)
-        text_features = model.encode_text(texts)
+        loss = loss_of(model, *batch)
+        optimizer.zero_grad()
         with torch.autocast("cpu", enabled=False):
-            loss = losses.clip_loss(F.normalize(image_features.float(), dim=-1),
-                                    F.normalize(text_features.float(), dim=-1), model.logit_scale.exp())
-            optimizer.zero_grad()
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
     return step
 
 
 def training(args):
-    """A step of CLIP's training: forward, loss, backward, clipping and AdamW, the same for ours and peers.
-
-    `--amp auto` chooses bfloat16 where it is much faster here: for small, ViT-B/32 and RN50, on a CPU with
-    instructions for it. tiny stays in float32, so that it learns the same on every CPU.
-    """
+    """A step of CLIP's training: forward, loss, backward, clipping and AdamW, the same for ours and peers."""
     heading("A training step, cpu", "model and batch", "precision", "time", "of its bare products",
             *[f"times as fast as {peer}" for peer in PEERS])
-    batches = {"tiny": 128, "ViT-B/32": 16} if args.quick else {"tiny": 128, "small": 64, "ViT-B/32": 16,
-                                                                "RN50": 8}
+    batches = {"tiny": 128, "small": 64, "ViT-B/32": 16, "RN50": 8}
     for name, count in batches.items():
+        if args.quick and name in ("small", "RN50"):
+            continue
         models = models_of(name)
         images = pictures(models["ours"].config, count)
         texts = captions(models["ours"].config, count)
-        calls = {peer: clip_step(model, images, texts) for peer, model in models.items()}
+        calls = {}
+        for peer, model in models.items():
+            calls[peer] = step_of(model.train(), clip_loss, images, texts)
         compare(f"{name}, {count} pairs", calls, max(2, args.repeat // 2))
 
 
 # ---------------------------------------------------------------- the five scripts
-
-class StopRun(Exception):
-    """Ends a script after the steps that are to be timed."""
-
 
 def time_script(script, argv, steps):
     """Run a script as it is for some steps -> medians of (seconds of a step, of waiting for a batch)."""
@@ -294,23 +294,14 @@ def time_script(script, argv, steps):
         for step, batch in batches(run, loader):
             came = time.perf_counter()
             if step == steps:
-                raise StopRun
+                return
             yield step, batch
             done = time.perf_counter()
             table.append((done - came, came - asked))
             asked = time.perf_counter()
 
-    on_ctrl_c = signal.getsignal(signal.SIGINT)  # a run notes it in place of ending
-    eval.Run.batches = timed_batches
-    said = io.StringIO()
-    try:
-        with contextlib.suppress(StopRun), contextlib.redirect_stderr(said):
-            script.main(argv)
-    except SystemExit:
-        sys.exit(f"{script.__name__}.py {' '.join(argv)}: {said.getvalue()}")
-    finally:
-        eval.Run.batches = batches
-        signal.signal(signal.SIGINT, on_ctrl_c)
+    with mock.patch.object(eval, "report"), mock.patch.object(eval.Run, "batches", timed_batches):
+        script.main(argv)
     return [sorted(column)[len(column) // 2] for column in zip(*table[2:])]
 
 
@@ -322,8 +313,8 @@ def methods(args):
 
     def some(*words, **options):
         return [(instances[::8], tasks) for instances, tasks in load_splits(*words, **options)]
-    with tempfile.TemporaryDirectory() as folder, precision():
-        data.load_splits = some
+    with (tempfile.TemporaryDirectory() as folder, precision(),
+          mock.patch.object(data, "load_splits", some)):
         instances, _ = some("primitives")[0]
         tokenizer = clip.Tokenizer.train([caption for x in instances for caption in x.captions], 1024)
         frozen = os.path.join(folder, "clip.pt")
@@ -339,49 +330,41 @@ def methods(args):
                 argv += ["--cache", os.path.join(folder, "features")]
             step, waiting = time_script(script, argv, steps)
             row(f"`{script.__name__}.py {words}`".replace(" `", "`"), duration(step), duration(waiting))
-        data.load_splits = load_splits
 
 
 # ---------------------------------------------------------------- metrics, and the loader
 
 @torch.no_grad()
 def metrics(args):
-    """Metrics and search, and their memory above the features.
-
-    A peak of memory does not go down, so the tables are given in an order of growing need.
-    """
+    """Metrics and search, and their memory above the features, in an order of growing need: a peak of memory
+    does not go down."""
     heading("Metrics and search, cpu", "what", "time", "memory at most")
     n = 2_000 if args.quick else 10_000
     images = F.normalize(torch.randn(n, 512), dim=1)
     texts = F.normalize(torch.randn(5 * n, 512), dim=1)
-    labels = torch.arange(n) % 10
     owner = torch.arange(n)
+    scores = eval.cosine_scores(images, texts)
 
-    def scores(begin, end):
+    def similar(begin, end):
         return images[begin:end] @ images.t()
-    of_texts = f"{5 * n:,} x 512"
-    for title, function in (
-            (f"search, 1 query, {of_texts}", partial(eval.search, images[:1], texts, 10)),
-            (f"search, 1,000 queries, {of_texts}", partial(eval.search, images[:1000], texts, 10)),
-            (f"class mAP and curves, {n:,} x {n:,}",
-             partial(eval.class_metrics, scores, labels, labels, list("abcdefghij"))),
-            (f"recall, NDCG, MRR, both ways, {n:,} images x {5 * n:,} texts",
-             partial(eval.retrieval_metrics, eval.cosine_scores(images, texts), owner, owner.repeat_interleave(5)))):
+    calls = {
+        f"search, 1 query, {5 * n:,} x 512": partial(eval.search, images[:1], texts, 10),
+        f"search, 1,000 queries, {5 * n:,} x 512": partial(eval.search, images[:1000], texts, 10),
+        f"class mAP and curves, {n:,} x {n:,}":
+            partial(eval.class_metrics, similar, owner % 10, owner % 10, list("abcdefghij")),
+        f"recall, NDCG, MRR, both ways, {n:,} images x {5 * n:,} texts":
+            partial(eval.retrieval_metrics, scores, owner, owner.repeat_interleave(5))}
+    for title, call in calls.items():
         before = megabytes("VmRSS")
-        seconds = median_times({title: function}, args.repeat)[title]
+        seconds = median_times({title: call}, args.repeat)[title]
         row(title, duration(seconds), f"{max(0.0, megabytes('VmHWM') - before):,.0f} MB")
 
 
 def loader(args):
     """What the loader does to a batch, in this process alone. Peers prepare a picture for evaluation, as
     `clip.load` does: decoded, resized, cut out and normalised."""
-    heading("The loader, cpu, one process", "what", "each", "a second")
+    heading("The loader, cpu, one process", "what", "each")
     count = 32 if args.quick else 128
-
-    def measure(functions, items):
-        t = median_times(functions, args.repeat)
-        for name in functions:
-            row(name, duration(t[name] / items), f"{items / t[name]:,.0f}")
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         instances = []
@@ -395,40 +378,29 @@ def loader(args):
             for x in instances:
                 transform(Image.open(x.images[0]).convert("RGB"))
         of = partial(data.Loader, instances, clip.Tokenizer([]), 77, 224, count)
-        functions = {"a JPEG of 500 x 375 to 224": partial(of(cache_bytes=0).make, 0),
-                     "... a random crop": partial(of(train=True, crop=0.5, cache_bytes=0).make, 0),
-                     "... kept in memory": partial(of(train=True, crop=0.5).make, 0),
-                     "... decoding alone": partial(through, lambda image: image),
-                     "... `clip.transform`": partial(through, clip.transform(224))}
+        calls = {"a JPEG of 500 x 375 to 224": partial(of(cache_bytes=0).make, 0),
+                 "... a random crop": partial(of(train=True, crop=0.5, cache_bytes=0).make, 0),
+                 "... kept in memory": partial(of(train=True, crop=0.5).make, 0),
+                 "... decoding alone": partial(through, lambda image: image),
+                 "... `clip.transform`": partial(through, clip.transform(224))}
         with contextlib.suppress(ImportError):
             import open_clip
-            functions["... open_clip's"] = partial(through, open_clip.image_transform(224, is_train=False))
-        measure(functions, count)
+            calls["... open_clip's"] = partial(through, open_clip.image_transform(224, is_train=False))
+        for name, seconds in median_times(calls, args.repeat).items():
+            row(name, duration(seconds / count))
     shapes, _ = data.load("primitives")
     of = partial(data.Loader, shapes[:count], clip.Tokenizer([]), 77, 32, count, 12, 4, train=True)
-    measure({"a shape's view, rendered at 32": partial(of(cache_bytes=0).make, 0),
-             "... kept in memory": partial(of().make, 0)}, 12 * count)
+    calls = {"a shape's view, rendered at 32": partial(of(cache_bytes=0).make, 0),
+             "... kept in memory": partial(of().make, 0)}
+    for name, seconds in median_times(calls, args.repeat).items():
+        row(name, duration(seconds / 12 / count))
 
 
 # ---------------------------------------------------------------- memory
 
-def video_step(tune, videos=2, frames=12):
-    """A function that does one step of train_adapter.py: whole videos and a caption each, at ViT-B/32."""
-    model = train_adapter.Tuned(clip.build("ViT-B/32", seed=1), tune).eval()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.98), fused=True)
-    images = pictures(model.config, videos * frames)
-    mask = torch.ones(videos, frames, dtype=torch.bool)
-    tokens = captions(model.config, videos)[:, :32]
-
-    def step():
-        shown = train_adapter.as_videos(model.encode_image(images), mask)
-        loss = train_adapter.total_loss(model.encode_text(tokens), shown, mask, model.clip.logit_scale.exp())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, train_adapter.MAX_NORM)
-        optimizer.step()
-    return step
+def video_loss(model, images, mask, tokens):
+    shown = train_adapter.as_videos(model.encode_image(images), mask)
+    return train_adapter.total_loss(model.encode_text(tokens), shown, mask, model.clip.logit_scale.exp())
 
 
 def peak_of_steps(who):
@@ -438,15 +410,16 @@ def peak_of_steps(who):
     """
     if who not in PEERS:
         clip.fast_float32()
-    if who in train_adapter.RATES:
-        step = video_step(who)
+    model = clip.build("ViT-B/32", seed=1)
+    config = model.config
+    if who in train_adapter.RATES:  # whole videos and a caption each
+        batch = pictures(config, 24), torch.ones(2, 12, dtype=torch.bool), captions(config, 2)[:, :32]
+        step = step_of(train_adapter.Tuned(model, who), video_loss, *batch)
     else:
-        model = clip.build("ViT-B/32", seed=1)
-        config = model.config
         model = PEERS[who](model) if who in PEERS else model
         if model is None:
             return None
-        step = clip_step(model, pictures(config, 16), captions(config, 16))
+        step = step_of(model.train(), clip_loss, pictures(config, 16), captions(config, 16))
     seconds = median_times({"step": step}, 3)["step"]
     return megabytes("VmHWM"), seconds
 

@@ -5,10 +5,8 @@ import importlib
 import io
 import json
 import os
-import re
 import resource
 import runpy
-import shlex
 import signal
 import socket
 import subprocess
@@ -149,15 +147,6 @@ def metrics(out):
 
 def log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def assert_documented_commands_parse(script):
-    """Those of the docstring and of README.md; test_study.py has those of the studies."""
-    with open(os.path.join(ROOT, "README.md")) as f:
-        text = script.__doc__ + f.read()
-    lines = re.findall(rf"^ *(?:python|torchrun\b.*) {script.__name__}\.py\b([^#\n]*)", text, re.MULTILINE)
-    assert len(lines) >= 7
-    assert all(script.settings(shlex.split(line)).epochs for line in lines if "--help" not in line)
 
 
 def assert_same(a, b):

@@ -3,13 +3,14 @@
     python tests/study.py --list                                 # the commands of all studies
     python tests/study.py mxm-relation                           # run what is missing, then print the tables
     python tests/study.py mxm-relation --write                   # put the tables into tests/results.md
-    OMP_NUM_THREADS=1 python tests/study.py user-norm --jobs 2 --root products=FOLDER ...  # two at a time
+    python tests/study.py user-norm --root products=FOLDER       # where a data set lies, as often as needed
 
 Rates are tuned for each row. Where an option of a row has several values (`--lr 1e-3|3e-3`), each is run with
 seed 0, the one with the best score on validation is chosen, and only that is run with the other seeds.
 
-Runs are kept under runs/study. One that is finished (its metrics.json exists) is not repeated. One that was
-interrupted is resumed. --write runs nothing: where a run is missing, it says so and changes nothing.
+Runs are made one after another and kept under runs/study; with OMP_NUM_THREADS=1, as many studies as there
+are cores can run beside each other. A run that is finished (its metrics.json exists) is not repeated. One
+that was interrupted is resumed. --write runs nothing: where a run is missing, it says so and changes nothing.
 """
 import argparse
 import itertools
@@ -263,7 +264,7 @@ JUDGED_BY = ("rSum", "mAP", "accuracy", "R@P90", "accuracy, images wrong", "accu
 def numbers_of(out):
     """{heading: number} of a finished run's folder."""
     read = {}
-    for name in ("metrics", "costs", "made"):  # costs: of an adapter; made: what `execute_all` noted
+    for name in ("metrics", "costs", "made"):  # costs: of an adapter; made: what `execute` noted
         path = os.path.join(out, f"{name}.json")
         if os.path.exists(path):
             with open(path) as f:
@@ -426,9 +427,6 @@ def settings(argv=None):
     p.add_argument("--seeds", type=eval.positive_int, default=3)
     p.add_argument("--root", action="append", default=[], metavar="NAME=FOLDER",
                    help="where the data set NAME lies; may be repeated")
-    p.add_argument("--epochs", type=eval.positive_int,
-                   help="of every run: a trial; give --out a folder of its own")
-    p.add_argument("--jobs", type=eval.positive_int, default=1, help="runs at a time")
     p.add_argument("--out", default=os.path.join("runs", "study"))
     p.add_argument("--list", action="store_true", help="print the commands only")
     p.add_argument("--write", action="store_true", help="put the tables into tests/results.md; runs nothing")
@@ -457,8 +455,6 @@ def command_of(arguments, args):
     name = words[words.index("--data") + 1] if "--data" in words else None
     if name in args.roots and "--root" not in words:
         words += ["--root", args.roots[name]]
-    if args.epochs:
-        words += ["--epochs", str(args.epochs), "--eval-every", str(args.epochs)]
     start = ["tests/variants.py", script] if ":" in script else [f"{script}.py"]
     return shlex.join(start + words)
 
@@ -483,10 +479,10 @@ def needed(args):
 
 
 def first_runs(args):
-    """-> (the runs that make the CLIPs, those that choose the values of options: each choice with seed 0)."""
+    """The runs that make the CLIPs, then those that choose the values of options: each choice with seed 0."""
     clips, _ = needed(args)
     choices = [choice for row in rows_of(args) if "|" in row for choice in alternatives(row)]
-    return [seeded(CLIPS[name], 0, args) for name in clips], [seeded(choice, 0, args) for choice in choices]
+    return [seeded(arguments, 0, args) for arguments in [*(CLIPS[name] for name in clips), *choices]]
 
 
 def chosen(arguments, args):
@@ -519,44 +515,27 @@ def planned(name, args):
 def all_there(folders):
     """Refuse to go on where one of these runs is not finished."""
     missing = [out for out in folders if not os.path.exists(os.path.join(out, "metrics.json"))]
-    data.expect(not missing, f"{len(missing)} runs are missing",
-                f"first {', '.join(missing[:1])}; run the same command without --write")
+    data.expect(not missing, f"{len(missing)} runs are missing", "run the same command without --write")
 
 
-def start(run):
-    """The process that makes a run (command, folder), or goes on with it, and prints to a file there."""
-    command, out = run
-    words = shlex.split(command)
-    if os.path.exists(os.path.join(out, "last.pt")):
-        words.append("--resume")
-    os.makedirs(out, exist_ok=True)
-    words[0] = os.path.join(ROOT, words[0])
-    with open(os.path.join(out, "output.txt"), "a") as f:
-        return subprocess.Popen([sys.executable, *words], stdout=f, stderr=f)
-
-
-def execute_all(runs, args):
-    """Make what is missing of some runs, --jobs at a time."""
-    runs = list(dict.fromkeys(runs))
-    waiting = [run for run in runs if not os.path.exists(os.path.join(run[1], "metrics.json"))]
-    done = len(runs) - len(waiting)
-    active = {}
-    while waiting or active:
-        while waiting and len(active) < args.jobs:
-            run = waiting.pop(0)
-            process = start(run)
-            active[process.pid] = process, run
-        pid, status, usage = os.wait3(0)
-        process, (command, out) = active.pop(pid)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            for other, _ in active.values():
-                other.terminate()  # it saves, and the same command goes on with it
-            raise data.DataError(f"exit code {process.returncode}, see {out}/output.txt: python {command}")
-        eval.write_json(os.path.join(out, "made.json"), {"cpu_seconds": usage.ru_utime + usage.ru_stime})
-        done += 1
-        print(f"\r{done} of {len(runs)} runs", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+def execute(runs):
+    """Make what is missing of some runs (command, folder), or go on with it; output.txt there has what they
+    print."""
+    for command, out in dict.fromkeys(runs):
+        if os.path.exists(os.path.join(out, "metrics.json")):
+            continue
+        print(f"python {command}", file=sys.stderr)
+        script, *words = shlex.split(command)
+        if os.path.exists(os.path.join(out, "last.pt")):
+            words.append("--resume")
+        os.makedirs(out, exist_ok=True)
+        before = os.times()
+        with open(os.path.join(out, "output.txt"), "a") as f:
+            done = subprocess.run([sys.executable, os.path.join(ROOT, script), *words], stdout=f, stderr=f)
+        data.expect(done.returncode == 0, f"{out}/output.txt", f"says why this ended: python {command}")
+        after = os.times()
+        seconds = after.children_user + after.children_system - before.children_user - before.children_system
+        eval.write_json(os.path.join(out, "made.json"), {"cpu_seconds": seconds})
 
 
 def run_all(args):
@@ -566,17 +545,16 @@ def run_all(args):
         path = os.path.join(args.out, f"{name}.jsonl")
         if not os.path.exists(path):
             write_file(name, path, args.roots)
-    for runs in first_runs(args):
-        execute_all(runs, args)
+    execute(first_runs(args))
     for name in args.study:
-        execute_all(planned(name, args)[0], args)
+        execute(planned(name, args)[0])
 
 
 def main(argv=None):
     args = settings(argv)
     if args.list:  # of rows whose options are still to be chosen, what chooses them
         fixed = [seeded(row, n, args) for row in rows_of(args) if "|" not in row for n in range(args.seeds)]
-        for command, _ in dict.fromkeys([*itertools.chain(*first_runs(args)), *fixed]):
+        for command, _ in dict.fromkeys([*first_runs(args), *fixed]):
             print(f"python {command}")
         return
     if not args.write:

@@ -89,24 +89,13 @@ def arguments(squares, *more):
 
 # ---------------------------------------------------------------- adapters
 
-def size(config, r, d, shared=True):
-    """Trained parameters, written out: in every layer, after attention and after the MLP."""
-    widths = (config.vision_width, config.transformer_width)
-    depths = (config.vision_layers, config.transformer_layers)
-    count = (max(depths) if shared else sum(depths)) * 2 * (r * d + d)
-    for width, layers in zip(widths, depths):
-        count += layers * 2 * ((width * r + r) + (r * (width - d) + (width - d)))
-    return count
-
-
 def test_trained_parameters_and_how_they_start():
     """Also of LoRA: A and B of queries and of values. ActivityNet's adapters are the paper's 0.81 M."""
     config, _ = clip.MODELS["ViT-B/32"]
     chosen = settings(["--data", "activitynet"])
     lora = sum(2 * 12 * (8 * width + width * 8) for width in (768, 512))
     for tuning, count in ((("adapter", chosen.rank, chosen.share), 805_632), (("adapter", 8, 16), 519_168),
-                          (("adapter", 8, 0), size(config, 8, 0)), (("lora", 8), lora),
-                          (("adapter-unshared", 8, 16), size(config, 8, 16, shared=False))):
+                          (("lora", 8), lora)):
         with torch.device("meta"):
             model = clip.CLIP(config)
         assert sum(p.numel() for p in trained(Tuned(model, *tuning)).values()) == count, tuning
@@ -223,8 +212,7 @@ def own_weights(model):
 
 
 @pytest.mark.parametrize("file, tune", [
-    ("clip.pt", "adapter"), ("clip.pt", "adapter-unshared"), ("clip.pt", "lora"), ("clip.pt", "full"),
-    ("resnet.pt", "full")])
+    ("clip.pt", "adapter"), ("clip.pt", "lora"), ("clip.pt", "full"), ("resnet.pt", "full")])
 def test_frozen_means_frozen(file, tune, squares, tmp_path, monkeypatch):
     """After a run everything that is not trained, batch norm's statistics included, has the bits of the file
     and never had a gradient; all that is trained has changed, and it alone is in the checkpoint."""
@@ -457,20 +445,12 @@ def test_a_clip_that_lies_elsewhere(squares, tmp_path, capsys):
     assert metrics(tmp_path / "again")["test"] == before
 
 
-def test_the_default_run_adapts_the_small_clip(tmp_path, monkeypatch):
-    """Which is made first, and which eval.py finds, too."""
-    def few(*a):
-        return [(instances[::36], classes) for instances, classes in load_splits(*a)]
-
+def test_the_clip_of_the_default_run_is_made_first(tmp_path, monkeypatch):
     def make():
         clip.save_checkpoint(eval.SMALL_CLIP, {"clip": clip.describe(small_clip())})
-    load_splits = data.load_splits
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "load_splits", few)
     monkeypatch.setattr(eval, "small_clip", make)
-    main(["--epochs", "1", "--batch-size", "4", "--frames", "2", "--workers", "0", "--device", "cpu",
-          "--out", "run"])
-    assert clip.load_checkpoint("run/best.pt")["frozen_clip"] == clip.identity(small_clip())
+    assert clip.identity(eval.load_clip(settings([]), "cpu")) == clip.identity(small_clip())
 
 
 # ---------------------------------------------------------------- bad input
@@ -478,16 +458,10 @@ def test_the_default_run_adapts_the_small_clip(tmp_path, monkeypatch):
 @pytest.mark.parametrize("more, says", [
     ("--share 33", "--share 33: more than the narrower encoder's width; choose 32 or less"),
     ("--rank 0", "not a positive whole number"), ("--dropout 1.5", "not a share from 0 to 1"),
-    ("--tau 0", "not a positive number"),
     ("--clip tiny", "--clip tiny has random weights, nothing to adapt: give a pretrained CLIP"),
     ("--context 33", "--context 33: this CLIP has 32 positions for the tokens of a text; choose that or"),
-    ("--clip {resnet} --tune adapter", "--tune: adapters and lora go into transformer blocks"),
-    ("--clip {resnet} --tune lora", "--tune: adapters and lora go into transformer blocks")])
+    ("--clip {resnet}", "--tune: adapters and lora go into transformer blocks")])
 def test_bad_settings(more, says, squares, tmp_path, capsys):
     more = more.format(resnet=f"{beside(squares, 'resnet.pt')} --image-size 32").split()
     assert says in refused(capsys, arguments(squares, "--out", tmp_path / "run", *more), main)
     assert not (tmp_path / "run").exists()
-
-
-def test_documented_commands_parse():
-    runs.assert_documented_commands_parse(train_adapter)

@@ -17,7 +17,7 @@ import clip
 import data
 import eval
 import train_cmaclip
-from runs import (COLOURS, assert_documented_commands_parse, evaluated, in_process,  # noqa: F401
+from runs import (COLOURS, evaluated, in_process,  # noqa: F401
                   kept_signals, metrics, refused)
 from data import choose_tasks, pairs
 from train_cmaclip import CMACLIP, corrupt, main, multitask_loss, settings
@@ -283,8 +283,8 @@ def test_it_learns_where_to_look(things, whole):
         assert study["1.0"][task]["accuracy"] < 50 < 70 < study["1.0"][other]["accuracy"]
 
 
-@pytest.mark.parametrize("fusion", FUSIONS[1:])
-def test_every_fusion_runs_and_eval_repeats_its_metrics(fusion, things, tmp_path):
+@pytest.mark.parametrize("fusion", ["sequence", "text"])
+def test_other_fusions_run_and_eval_repeats_their_metrics(fusion, things, tmp_path):
     main(arguments(things, "--out", tmp_path, "--fusion", fusion))
     rows = metrics(tmp_path)["test"]
     assert rows["majority"] == {"seen": {"accuracy": 25.0}, "told": {"accuracy": 25.0}}
@@ -469,8 +469,7 @@ def test_tasks_are_chosen(capsys):
 
 @pytest.mark.parametrize("words, says", [
     ("--tasks seen,feel", "feel: "), ("--heads 3", "--heads 3: does not divide the width 16"),
-    ("--width 10", "does not divide the width 10"), ("--clip-lr 0", "positive"),
-    ("--dropout 2", "from 0 to 1"), ("--precision 0", "up to 1"), ("--train-noise-image nan", "from 0 to 1"),
+    ("--clip-lr 0", "positive"), ("--precision 0", "up to 1"), ("--train-noise-image nan", "from 0 to 1"),
     ("--clip tiny --freeze", "--freeze: tiny starts from random weights")])
 def test_bad_settings(words, says, things, tmp_path, capsys):
     assert says in refused(capsys, arguments(things, "--out", tmp_path / "new", *words.split()), main)
@@ -487,7 +486,3 @@ def test_a_split_without_labels_is_refused_before_training(split, says, things, 
     argv = arguments(things, "--out", tmp_path / "run")
     assert says in refused(capsys, ["--data", tmp_path / "mine.jsonl", *argv[2:]], main)
     assert not (tmp_path / "run").exists()
-
-
-def test_documented_commands_parse():
-    assert_documented_commands_parse(train_cmaclip)

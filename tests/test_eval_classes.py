@@ -202,9 +202,7 @@ def test_classification_metrics_and_thresholds(name, probabilities, labels):
             assert without == {name: with_thresholds[name] for name in ("accuracy", "macro_f1")}
 
 
-@pytest.mark.parametrize("precision, right, rows", [
-    (0.5, 5, 10), (0.6, 3, 5), (0.6, 15, 25), (0.6, 27, 45), (0.7, 21, 30), (0.8, 4, 5), (0.9, 18, 20),
-    (0.95, 19, 20)])
+@pytest.mark.parametrize("precision, right, rows", [(0.6, 3, 5), (0.6, 27, 45), (0.7, 21, 30), (0.9, 18, 20)])
 def test_a_precision_that_is_met_exactly(precision, right, rows):
     """The wrong rows come first, so that only all rows together meet it; one right row less does not."""
     value = torch.linspace(0.9, 0.1, rows)
@@ -224,30 +222,25 @@ def test_nan_predictions_are_refused(row):
 
 # ---------------------------------------------------------------- attention pictures
 
-def looks_at(row, column, weight):
-    """Attention (4, 4): this weight on one patch, the rest in even shares."""
-    out = np.full((4, 4), (1 - weight) / 15, np.float32)
-    out[row, column] = weight
-    return out
-
-
 def test_a_picture_is_red_where_a_word_looks():
     blue = np.full((eval.CELL, eval.CELL, 3), (0, 0, 250), np.uint8)
 
-    def redness(weights, largest):  # (4, 4): of the centre of each patch
-        picture = eval.heat_picture(blue, "word", weights, largest).astype(int)
+    def redness(weight):  # (4, 4), of the centre of each patch, where one patch has this weight
+        weights = np.full((4, 4), (1 - weight) / 15, np.float32)
+        weights[1, 3] = weight
+        picture = eval.heat_picture(blue, "word", weights, 0.9).astype(int)
         at = np.arange(4) * 32 + 16
         pixels = picture[at][:, at]
         return pixels[..., 0] - pixels[..., 1:].max(-1)
-    even = redness(np.full((4, 4), 1 / 16, np.float32), 0.9)
+    even = redness(1 / 16)
     assert (even == even[0, 0]).all()
     red = 0.85 * (eval.RED[0] - max(eval.RED[1:]))
-    for hot, weight in (((1, 3), 0.9), ((2, 0), 0.3)):
+    for weight in (0.9, 0.3):
         strength = (weight - 1 / 16) / (0.9 - 1 / 16)
-        found = redness(looks_at(*hot, weight), 0.9)
-        assert found[hot] == pytest.approx(strength * red + (1 - 0.85 * strength) * even[0, 0], abs=4)
-        assert (np.delete(found.flatten(), hot[0] * 4 + hot[1]) == even[0, 0]).all()
-    words = [eval.heat_picture(blue, word, looks_at(0, 0, 0.5), 0.5) for word in ("red", "blue")]
+        found = redness(weight)
+        assert found[1, 3] == pytest.approx(strength * red + (1 - 0.85 * strength) * even[0, 0], abs=4)
+        assert (np.delete(found.flatten(), 7) == even[0, 0]).all()
+    words = [eval.heat_picture(blue, word, np.full((4, 4), 1 / 16), 0.5) for word in ("red", "blue")]
     assert (words[0] != words[1]).any(2).sum() > 20
 
 
@@ -325,21 +318,15 @@ def test_frozen_features_are_computed_once_for_what_has_not_changed(frozen, chan
     assert len(found.texts) == sum(len(x.captions) for x in instances)
 
 
-def test_frozen_features_of_a_changed_voxel_file(frozen, tmp_path):
-    _, instances, cache, features = frozen
+def test_features_of_voxels_change_with_their_file(frozen, tmp_path):
+    model, instances, _, _ = frozen
     path = tmp_path / "a.nrrd"
-
-    def write(value):
-        voxels = np.full((8, 8, 8, 4), value, np.uint8).tobytes()
-        path.write_bytes(b"NRRD0004\ntype: uint8\ndimension: 4\nsizes: 4 8 8 8\nencoding: raw\n\n" + voxels)
-        os.utime(path, (value, value))
+    path.write_text("voxels")
     instances[0].images[:] = [data.VoxelView(str(path), 0)]
-    write(200)
-    features()
-    write(90)
-    data._voxels.cache_clear()
-    features()
-    assert len(os.listdir(cache)) == 4
+    before = eval.fingerprint(model, instances, "off")
+    assert eval.fingerprint(model, instances, "off") == before
+    os.utime(path, (1, 1))
+    assert eval.fingerprint(model, instances, "off") != before
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
@@ -348,7 +335,7 @@ def test_damaged_features_are_refused(frozen, kind):
     features()
     path = next(p for p in cache.iterdir() if p.name.endswith(f"-{kind}.npy"))
     content = path.read_bytes()
-    for damaged in (b"", content[:7], content[:60], content[:128], content[:-4], b"no such thing" * 50):
+    for damaged in (b"", content[:60], content[:-4], b"no such thing" * 50):
         path.write_bytes(damaged)
         with pytest.raises(clip.CheckpointError) as refused:
             features()

@@ -1,20 +1,17 @@
 """Tests of losses.py: every loss against loops over samples, in value and in gradient, at extremes and in
 half precision. A function with the name of a loss is that loss by its definition.
 
-Each script's own loss is tested with it; CLIP's and means of instances in test_mxm.py.
+Each script's own loss is tested with it, CLIP's and means of instances in test_mxm.py, gathering and batch
+norm over two processes by the whole runs in test_runs.py.
 
     python -m pytest tests/test_losses.py
 """
-import datetime
 import functools
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-import eval
 import losses
 
 
@@ -290,51 +287,3 @@ def test_finite_for_any_cosine_in_half_precision(cosine):
         assert_finite(value_and_gradients(loss, (x,), y, torch.eye(4, dtype=torch.bool)))
     for loss, _ in QUEUE_LOSSES:
         assert_finite(value_and_gradients(loss, (x,), y, y[:1].expand(4096, 8), same))
-
-
-# ---------------------------------------------------------------- two processes
-
-X = features(7, 8, dim=3).float() * 2 + 1
-OWNER = torch.tensor([2 ** 40, 3, 3, 17, 0, 5, 41])
-ROWS = {0: slice(0, 5), 1: slice(5, 7), None: slice(0, 7)}  # of each process: other numbers; None: all
-
-
-def batch_norm(norm, rank):
-    """Of a training step: the rows' gradient, output, parameters' gradients, buffers; then the output in
-    evaluation."""
-    own = X[ROWS[rank]].clone().requires_grad_()
-    y, owner = losses.gather_rows(norm(own), OWNER[ROWS[rank]])
-    assert torch.equal(owner, OWNER)
-    (y * features(7, 9, dim=3).float()).square().sum().backward()  # the loss of all rows on every process
-    eval.average_gradients(norm.parameters())
-    return [own.grad, y.detach(), norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var,
-            norm.eval()(X).detach()]
-
-
-def work(rank, folder):
-    """One of two processes writes what it finds."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
-                            timeout=datetime.timedelta(seconds=120))
-    some = slice(0, 3 * (1 - rank))  # rank 1 has nothing
-    found = {"none": losses.gather_rows(X[some], OWNER[some]),
-             "gather": losses.gather(torch.full((2, 1, 3), float(rank))),
-             "any": [eval.any_process(flag, "cpu") for flag in (rank == 1, False, True)],
-             "batch norm": batch_norm(losses.BatchNorm(3), rank)}
-    torch.save(found, f"{folder}/{rank}.pt")
-    os._exit(0)  # torch 2.6 can abort a process, or wait for ever, where gloo's threads are to be ended
-
-
-def test_two_processes_equal_one(tmp_path):
-    """Also where one has no row. Whole training steps: test_runs.py."""
-    torch.multiprocessing.start_processes(work, (str(tmp_path),), nprocs=2, start_method="spawn")
-    expected_gradient, *expected = batch_norm(torch.nn.BatchNorm1d(3), None)
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.equal(found["none"][0], X[:3]) and torch.equal(found["none"][1], OWNER[:3])
-        assert found["gather"].tolist() == [[[0.0] * 3]] * 2 + [[[1.0] * 3]] * 2
-        assert found["any"] == [True, False, True]
-        gradient, *others = found["batch norm"]
-        gradient = gradient / 2  # gathering gives `world` times the gradient of the loss
-        for f, e in zip((gradient, *others), (expected_gradient[ROWS[rank]], *expected), strict=True):
-            assert torch.allclose(f, e, atol=1e-5)

@@ -78,10 +78,9 @@ def test_a_run_of_a_variant(squares, tmp_path, monkeypatch):  # noqa: F811
     assert train_mxm.hard_loss is not variants.mil_nce  # what was replaced is back
 
 
-@pytest.mark.parametrize("name", ["train_mxm:orakel", "mil_nce", "--seed"])
-def test_an_unknown_variant_is_refused(name, capsys):
-    line = refused(capsys, [name], variants.main)
-    assert line.startswith(f"error: {name}: no variant") and "train_mxm:mil_nce" in line
+def test_an_unknown_variant_is_refused(capsys):
+    line = refused(capsys, ["train_mxm:orakel"], variants.main)
+    assert line.startswith("error: train_mxm:orakel: no variant") and "train_mxm:mil_nce" in line
 
 
 def test_every_variant_replaces_a_function_of_its_script():

@@ -1,6 +1,5 @@
 """Variants of the scripts: each is one short function that replaces one function of a script.
 
-    python tests/variants.py --list                                 # which there are
     python tests/variants.py train_mxm:oracle --epochs 3            # then come the script's own arguments
     python tests/variants.py train_mxm:mil_nce --loss hard --resume
 
@@ -129,8 +128,8 @@ def replaced(variant):
         script.settings = own_settings
 
 
-def run(variant, argv):
-    """Run a variant with the arguments of its script."""
+def main(argv=None):
+    variant, *argv = (sys.argv[1:] if argv is None else argv) or ["no name"]
     with replaced(variant) as script:
         if not any(word.split("=")[0] == "--out" for word in argv):
             script_name, name = variant.split(":")
@@ -138,16 +137,6 @@ def run(variant, argv):
             folder, run_name = os.path.split(script.settings(argv).out)
             argv = [*argv, "--out", os.path.join(folder, run_name.replace(method, f"{method}-{name}", 1))]
         script.main(argv)
-
-
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] != "--list":
-        run(argv[0], argv[1:])
-        return
-    for variant, (name, function) in VARIANTS.items():
-        first = function.__doc__.split("\n\n")[0]
-        print(f"{variant}, in place of {name}:\n    {' '.join(first.split())}")
 
 
 if __name__ == "__main__":
