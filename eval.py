@@ -1474,7 +1474,7 @@ def open_folder(args, step):
     out = pathlib.Path(os.path.realpath(args.out))
     config, log = out / "config.json", out / "log.jsonl"
     lock(config)
-    if not args.resume and ((out / "last.pt").exists() or (out / "best.pt").exists()):
+    if not args.resume and any(os.path.exists(out / name) for name in ("last.pt", "best.pt")):
         aside = next(f"{out}.{n}" for n in itertools.count(1) if not os.path.lexists(f"{out}.{n}"))
         try:
             os.mkdir(aside)

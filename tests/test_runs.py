@@ -484,6 +484,7 @@ def test_bad_input_of_other_kinds(name, folder, tmp_path, capsys):
     def line(*more):
         return refused(capsys, words(name, folder, "--out", tmp_path / "run", *more), script(name).main)
     assert "flickr8k" in line("--data", "flickr8k", "--root", tmp_path / "nowhere")
+    assert "cannot be written" in line("--out", tmp_path / ("x" * 300))
     (tmp_path / "file").write_text("no folder, no weights")
     said = line("--out", tmp_path / "file" / "run")
     assert "file/run" in said and "cannot be written" in said
