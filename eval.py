@@ -171,9 +171,14 @@ def with_rsum(row):
     return row | {"rSum": sum(row[way][f"R@{k}"] for way in WAYS for k in (1, 5, 10))}
 
 
-def retrieval_metrics(scores, *groups, **more_groups):
-    """`ranking_metrics` and rSum. Arguments as of `both_ways`."""
-    return with_rsum(both_ways(ranking_metrics, scores, *groups, **more_groups))
+def retrieval_metrics(images, texts, image_group, text_group, image_query=ALL, text_query=ALL, scores=None):
+    """`ranking_metrics` of both directions and rSum.
+
+    images (N, D), texts (C, D): of unit norm, compared by their cosine; or, where the similarity is another
+    one, scores: two functions as of `cosine_scores`. The groups and queries are those of `both_ways`.
+    """
+    scores = scores or cosine_scores(images, texts)
+    return with_rsum(both_ways(ranking_metrics, scores, image_group, text_group, image_query, text_query))
 
 
 def chance(query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
@@ -205,8 +210,13 @@ def chance(query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
 
 
 def search(queries, gallery, k):
-    """The k best gallery rows (G, D) of each query (Q, D) by dot product -> (scores (Q, k), index (Q, k)).
-    Best first; of equal scores the smaller index comes first. Raises CheckpointError for NaN."""
+    """The k best gallery rows of each query (Q, D) by dot product -> (scores (Q, k), index (Q, k)).
+
+    gallery: (G, D), or a list of its parts. Best first; of equal scores the smaller index comes first. Raises
+    CheckpointError for NaN.
+    """
+    if not isinstance(gallery, torch.Tensor):
+        gallery = torch.cat(list(gallery))
     best = []
     index = []
     for some in queries.float().split(max(1, BLOCK // len(gallery))):
@@ -482,7 +492,7 @@ def evaluation_loader(model, instances, workers=0, **options):
 def evaluate(model, instances, amp="auto", workers=0, loader=None):
     """Retrieval metrics of a model on instances, both ways."""
     images, texts = embed(model, instances, amp, workers, loader)
-    return retrieval_metrics(cosine_scores(images, texts), **layout(instances))
+    return retrieval_metrics(images, texts, **layout(instances))
 
 
 def recalls(metrics):
@@ -610,7 +620,7 @@ def retrieval_rows(name, embedded, fold=1000):
     instances = embedded.instances
     text_scores, image_scores = embedded.scores
     at = layout(instances)
-    rows = {"model": retrieval_metrics(embedded.scores, **at)}
+    rows = {"model": retrieval_metrics(embedded.images, embedded.texts, **at, scores=embedded.scores)}
     owner = caption_owner(instances)
     if name == "coco" and len(instances) > fold:
         folds = []
@@ -619,7 +629,8 @@ def retrieval_rows(name, embedded, fold=1000):
             texts = torch.isin(owner, images).nonzero()[:, 0]
             of_fold = (lambda indices: text_scores(texts[indices])[:, images],
                        lambda indices: image_scores(images[indices])[:, texts])
-            folds.append(retrieval_metrics(of_fold, **layout(instances[begin:begin + fold])))
+            part = layout(instances[begin:begin + fold])
+            folds.append(retrieval_metrics(None, None, **part, scores=of_fold))
         rows["model, 1K folds"] = with_rsum({way: mean_of([row[way] for row in folds]) for way in WAYS})
     if name == "msvd":
         def video_scores(begin, end):
@@ -647,7 +658,7 @@ def bounds(name, instances, draws=5, seed=0):
         for _ in range(draws):
             noisy = probability + 1e3 * torch.rand(probability.shape, generator=generator)
             scores = (lambda indices: noisy[indices]), (lambda indices: noisy[:, indices].t())
-            results.append(retrieval_metrics(scores, **groups))
+            results.append(retrieval_metrics(None, None, **groups, scores=scores))
         rows["ceiling"] = {way: mean_of([row[way] for row in results]) for way in WAYS}
     return rows
 

@@ -388,7 +388,7 @@ def video_scores(frames, mask, texts, tau=TAU):
 @torch.no_grad()
 def video_metrics(frames, mask, texts, layout, tau=TAU):
     """`eval.retrieval_metrics` by `similarity`; layout is `eval.layout` of the instances."""
-    return eval.retrieval_metrics(video_scores(frames, mask, texts, tau), **layout)
+    return eval.retrieval_metrics(None, None, **layout, scores=video_scores(frames, mask, texts, tau))
 
 
 def embed_split(model, checkpoint, args):

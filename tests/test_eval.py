@@ -178,7 +178,7 @@ def test_folds_are_the_mean_over_consecutive_parts():
         assert rows["model, 1K folds"][way] == without_map(expected)
         rsum += sum(expected[f"R@{k}"] for k in (1, 5, 10))
     assert rows["model, 1K folds"]["rSum"] == pytest.approx(rsum)
-    assert rows["model"] == eval.retrieval_metrics(split.scores, **eval.layout(instances))
+    assert rows["model"] == eval.retrieval_metrics(split.images, split.texts, **eval.layout(instances))
     assert rows["model"]["rSum"] != rows["model, 1K folds"]["rSum"]
     for name, fold in (("flickr30k", 4), ("coco", 11), ("coco", 1000)):  # other data, or no second fold
         assert list(eval.retrieval_rows(name, split, fold)) == ["model", "chance"]
@@ -240,7 +240,7 @@ def test_search_equals_a_full_sort(high, monkeypatch):
     for k in (1, 7, 500, 600):
         for block in (1, 2 * 500, 1 << 22):
             monkeypatch.setattr(eval, "BLOCK", block)
-            best, index = eval.search(queries, gallery, k)
+            best, index = eval.search(queries, gallery if block > 1 else gallery.split(7), k)
             assert torch.equal(index, order[:, :k]) and torch.equal(best, scores.gather(1, order[:, :k]))
 
 
@@ -252,14 +252,15 @@ import eval
 images, texts, group = torch.randn(5000, 64), torch.randn(25000, 64), torch.arange(5000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 eval.search(texts[:4000], texts, 10)
-eval.retrieval_metrics(eval.cosine_scores(images, texts), group, group.repeat_interleave(5))
+eval.retrieval_metrics(images, texts, group, group.repeat_interleave(5))
 print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 '''
 
 
 def test_memory_grows_with_the_block_alone():
-    """Each of the two has 400 to 500 MB of scores, and takes less than that."""
-    assert int(command("-c", MEMORY).stdout) < 350e6
+    """Whole, the first has 1,200 MB of scores and their order, the second 500 MB of scores; about 150 to 350
+    are taken, as the allocator gives memory back sooner or later."""
+    assert int(command("-c", MEMORY).stdout) < 450e6
 
 
 # ---------------------------------------------------------------- chance, ceiling, table
