@@ -217,11 +217,12 @@ def search(queries, gallery, k):
     """
     if not isinstance(gallery, torch.Tensor):
         gallery = torch.cat(list(gallery))
+    gallery = gallery.float()
     best = []
     index = []
-    for some in queries.float().split(max(1, BLOCK // len(gallery))):
-        scores, order = (some @ gallery.float().t()).sort(dim=1, descending=True, stable=True)
-        if scores[:, 0].isnan().any():  # NaN sorts as the greatest
+    for some in queries.float().split(max(1, BLOCK // max(1, len(gallery)))):
+        scores, order = (some @ gallery.t()).sort(dim=1, descending=True, stable=True)
+        if scores[:, :1].isnan().any():  # NaN sorts as the greatest
             raise clip.CheckpointError("NaN in the scores; a model that gives NaN cannot be searched")
         best.append(scores[:, :k].clone())  # a view would keep the whole block
         index.append(order[:, :k].clone())
