@@ -1484,7 +1484,8 @@ def open_folder(args, step):
     clip.expect(os.path.exists(args.out) or not os.path.islink(args.out), args.out, "a link to nowhere; "
                 "is a disk missing?")
     out = pathlib.Path(os.path.realpath(args.out))
-    config, log = out / "config.json", out / "log.jsonl"
+    config = out / "config.json"
+    log = out / "log.jsonl"
     lock(config)
     if not args.resume and any(os.path.exists(out / name) for name in ("last.pt", "best.pt")):
         aside = next(f"{out}.{n}" for n in itertools.count(1) if not os.path.lexists(f"{out}.{n}"))
@@ -1522,8 +1523,12 @@ def lock(path):
 def log_line(out, **values):
     """Append one object to <out>/log.jsonl."""
     path = os.path.join(out, "log.jsonl")
-    before = data.read_text(path) if os.path.exists(path) else ""
-    write_text(path, before + json.dumps(values) + "\n")
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(values) + "\n")
+    except OSError as e:
+        raise clip.CheckpointError(f"{path}: cannot be written ({e.strerror}); "
+                                   "free space, then --resume") from None
 
 
 def write_json(path, value):
