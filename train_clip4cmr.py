@@ -179,7 +179,7 @@ def load_features(args, device):
         splits, classes = data.feature_splits(args.features, args.root)
         train = splits["train"]
         eval.note_training_data(args, (train.images, train.texts, train.labels), {"label": classes})
-        return None, splits["train"], splits["val"], classes
+        return None, train, splits["val"], classes
     train, val, test = eval.load_splits(args)
     args.task = data.choose_task(train[1], args.task, args.data, train[0])
     train, classes = data.by_class(train, args.task, args.data, "train")
