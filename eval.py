@@ -171,14 +171,14 @@ def with_rsum(row):
     return row | {"rSum": sum(row[way][f"R@{k}"] for way in WAYS for k in (1, 5, 10))}
 
 
-def retrieval_metrics(images, texts, image_group, text_group, image_query=ALL, text_query=ALL, scores=None):
-    """`ranking_metrics` of both directions and rSum.
+def score_metrics(scores, *groups, **more_groups):
+    """`ranking_metrics` of both directions and rSum. Arguments as of `both_ways`."""
+    return with_rsum(both_ways(ranking_metrics, scores, *groups, **more_groups))
 
-    images (N, D), texts (C, D): of unit norm, compared by their cosine; or, where the similarity is another
-    one, scores: two functions as of `cosine_scores`. The groups and queries are those of `both_ways`.
-    """
-    scores = scores or cosine_scores(images, texts)
-    return with_rsum(both_ways(ranking_metrics, scores, image_group, text_group, image_query, text_query))
+
+def retrieval_metrics(images, texts, *groups, **more_groups):
+    """`score_metrics` by the cosine of features of unit norm: images (N, D), texts (C, D)."""
+    return score_metrics(cosine_scores(images, texts), *groups, **more_groups)
 
 
 def chance(query_group, gallery_group, ks=(1, 5, 10), average_precision=False):
@@ -621,7 +621,7 @@ def retrieval_rows(name, embedded, fold=1000):
     instances = embedded.instances
     text_scores, image_scores = embedded.scores
     at = layout(instances)
-    rows = {"model": retrieval_metrics(embedded.images, embedded.texts, **at, scores=embedded.scores)}
+    rows = {"model": score_metrics(embedded.scores, **at)}
     owner = caption_owner(instances)
     if name == "coco" and len(instances) > fold:
         folds = []
@@ -630,8 +630,7 @@ def retrieval_rows(name, embedded, fold=1000):
             texts = torch.isin(owner, images).nonzero()[:, 0]
             of_fold = (lambda indices: text_scores(texts[indices])[:, images],
                        lambda indices: image_scores(images[indices])[:, texts])
-            part = layout(instances[begin:begin + fold])
-            folds.append(retrieval_metrics(None, None, **part, scores=of_fold))
+            folds.append(score_metrics(of_fold, **layout(instances[begin:begin + fold])))
         rows["model, 1K folds"] = with_rsum({way: mean_of([row[way] for row in folds]) for way in WAYS})
     if name == "msvd":
         def video_scores(begin, end):
@@ -659,7 +658,7 @@ def bounds(name, instances, draws=5, seed=0):
         for _ in range(draws):
             noisy = probability + 1e3 * torch.rand(probability.shape, generator=generator)
             scores = (lambda indices: noisy[indices]), (lambda indices: noisy[:, indices].t())
-            results.append(retrieval_metrics(None, None, **groups, scores=scores))
+            results.append(score_metrics(scores, **groups))
         rows["ceiling"] = {way: mean_of([row[way] for row in results]) for way in WAYS}
     return rows
 

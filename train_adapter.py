@@ -387,8 +387,8 @@ def video_scores(frames, mask, texts, tau=TAU):
 
 @torch.no_grad()
 def video_metrics(frames, mask, texts, layout, tau=TAU):
-    """`eval.retrieval_metrics` by `similarity`; layout is `eval.layout` of the instances."""
-    return eval.retrieval_metrics(None, None, **layout, scores=video_scores(frames, mask, texts, tau))
+    """`eval.score_metrics` by `similarity`; layout is `eval.layout` of the instances."""
+    return eval.score_metrics(video_scores(frames, mask, texts, tau), **layout)
 
 
 def embed_split(model, checkpoint, args):

@@ -353,7 +353,7 @@ def metrics(args):
         f"class mAP and curves, {n:,} x {n:,}":
             partial(eval.class_metrics, similar, owner % 10, owner % 10, list("abcdefghij")),
         f"recall, NDCG, MRR, both ways, {n:,} images x {5 * n:,} texts":
-            partial(eval.retrieval_metrics, None, None, owner, owner.repeat_interleave(5), scores=scores)}
+            partial(eval.score_metrics, scores, owner, owner.repeat_interleave(5))}
     for title, call in calls.items():
         before = megabytes("VmRSS")
         seconds = median_times({title: call}, args.repeat)[title]

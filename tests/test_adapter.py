@@ -364,7 +364,7 @@ def test_metrics_in_blocks_are_those_of_whole_matrices(monkeypatch):
 def metrics_of(scores, instances):
     """Those of a ready matrix of all captions with all videos."""
     whole = (lambda rows: scores[rows]), (lambda rows: scores.t()[rows])
-    return eval.retrieval_metrics(None, None, **eval.layout(instances), scores=whole)
+    return eval.score_metrics(whole, **eval.layout(instances))
 
 
 def embedded_plainly(tuned, instances, frames, context):

@@ -335,7 +335,7 @@ def test_the_mean_of_several_models(names, run, squares, tmp_path, capsys):
                     "image_to_text": eval.class_metrics(scores.t(), labels, text_labels, classes)}
     else:
         functions = (lambda rows: scores[rows]), (lambda rows: scores.t()[rows])
-        expected = eval.retrieval_metrics(None, None, **eval.layout(instances), scores=functions)
+        expected = eval.score_metrics(functions, **eval.layout(instances))
     for way in eval.WAYS:
         found = {name: value for name, value in rows[title][way].items() if isinstance(value, float)}
         assert found == pytest.approx({name: expected[way][name] for name in found})
