@@ -273,19 +273,20 @@ def class_metrics(scores, query_label, gallery_label, classes):
             "precision_scope": {"scope": scopes, "precision": at_scope}}
 
 
-def class_retrieval(scores, labels, captions, query, classes):
-    """`class_metrics` both ways and their average mAP, as rows {"model", "chance"}. scores: two functions, as
-    of `cosine_scores`; labels (N,); captions (N,): how many texts each instance has; query bool (N,)."""
-    def by_chance(scores, query_label, gallery_label):
-        return {"mAP": chance(query_label, gallery_label, average_precision=True)["mAP"]}
+def class_chance(scores, query_label, gallery_label):
+    """The mAP of a random order, in the place of `class_metrics`."""
+    return {"mAP": chance(query_label, gallery_label, average_precision=True)["mAP"]}
 
-    labels, query = torch.as_tensor(labels), torch.as_tensor(query)
+
+def class_retrieval(metrics, scores, labels, captions, query):
+    """`class_metrics` of some classes, or `class_chance`, both ways, and the average mAP. scores: two
+    functions, as of `cosine_scores`; labels (N,); captions (N,): how many texts each instance has; query bool
+    (N,)."""
+    labels = torch.as_tensor(labels)
+    query = torch.as_tensor(query)
     owner = torch.arange(len(labels)).repeat_interleave(torch.as_tensor(captions))
-    rows = {}
-    for name, metrics in (("model", partial(class_metrics, classes=classes)), ("chance", by_chance)):
-        row = both_ways(metrics, scores, labels, labels[owner], query, query[owner])
-        rows[name] = row | {"mAP": (row["image_to_text"]["mAP"] + row["text_to_image"]["mAP"]) / 2}
-    return rows
+    row = both_ways(metrics, scores, labels, labels[owner], query, query[owner])
+    return row | {"mAP": (row["image_to_text"]["mAP"] + row["text_to_image"]["mAP"]) / 2}
 
 
 def classification_metrics(probabilities, labels, thresholds=None):
@@ -682,7 +683,7 @@ def table(rows, shapes=False):
 
 
 def class_table(rows):
-    """The text of a table of retrieval by class. rows: as of `class_retrieval`."""
+    """The text of a table of retrieval by class. rows: {name: as of `class_retrieval`}."""
     width = max(16, *map(len, rows))
     lines = [f"{'':{width}}    image-to-text    text-to-image   average   (mAP over the whole ranking)"]
     for name, row in rows.items():
@@ -1677,8 +1678,11 @@ def retrieval_evaluation(embedded, args, title="model"):
     clip.expect(not args.gallery or instances[0].images, "--gallery",
                 "this model was trained on features from files; there are no pictures to show")
     if embedded.classes:
-        labels_captions_query = data.class_layout(instances, embedded.classes)
-        rows = class_retrieval(embedded.scores, *labels_captions_query, embedded.classes)
+        layout_of_classes = data.class_layout(instances, embedded.classes)
+        rows = {}
+        for row, metrics in (("model", partial(class_metrics, classes=embedded.classes)),
+                             ("chance", class_chance)):
+            rows[row] = class_retrieval(metrics, embedded.scores, *layout_of_classes)
     else:
         rows = retrieval_rows(args.data, embedded)
     rows = {row.replace("model", title): metrics for row, metrics in rows.items()}

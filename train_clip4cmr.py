@@ -39,6 +39,7 @@ import argparse
 import math
 import os
 import sys
+from functools import partial
 
 import numpy as np
 import torch
@@ -368,8 +369,8 @@ def main(argv=None):
         run.check(loss, norm)
         optimizer.step()
         if run.log(loss, len(index) * world):
-            metrics = eval.class_retrieval(eval.cosine_scores(*embed_features(model, val)), *val.layout,
-                                           classes)["model"]
+            metrics = eval.class_retrieval(partial(eval.class_metrics, classes=classes),
+                                           eval.cosine_scores(*embed_features(model, val)), *val.layout)
             scores = {"mAP": metrics["mAP"], "image_to_text": metrics["image_to_text"]["mAP"],
                       "text_to_image": metrics["text_to_image"]["mAP"]}
             run.keep_best(metrics["mAP"], "", val=scores)  # epochs are many and short: they are only logged

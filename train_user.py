@@ -330,7 +330,8 @@ def total_loss(args, images, texts, group, keys, queue):
 
 def check_regions(model, *splits):
     """Raise DataError, before training, where the region files of a split are not what the model takes."""
-    width, embed_dim = model.image_fc.in_features, model.config.embed_dim
+    width = model.image_fc.in_features
+    embed_dim = model.config.embed_dim
     for view in (instances[0].images[0] for instances in splits):
         data.expect(view.features().shape[1] == width, view.path,
                     f"features of another width than the training split's, which is {width}")

@@ -232,8 +232,8 @@ def test_patience_spans_enough_steps(more, evaluations, folder, tmp_path, monkey
     """Ten evaluations without a better one end a run, or as many as 40 steps take: 14 that are three steps
     apart, ten that are 15 apart. Where --patience is given it is as many as that says."""
     values = iter([20, 30, *[20] * 19])
-    monkeypatch.setattr(eval, "class_retrieval", lambda *a: {"model": {
-        "mAP": next(values), "image_to_text": {"mAP": 0}, "text_to_image": {"mAP": 0}}})
+    monkeypatch.setattr(eval, "class_retrieval", lambda *a: {
+        "mAP": next(values), "image_to_text": {"mAP": 0}, "text_to_image": {"mAP": 0}})
     monkeypatch.setattr(eval, "report", lambda *a: None)
     monkeypatch.setattr(train_clip4cmr, "PATIENCE_STEPS", 40)
     main(on_features(folder, "--epochs", 80, "--out", tmp_path, *more))

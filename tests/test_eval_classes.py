@@ -6,6 +6,7 @@ attention pictures, and the features of a frozen CLIP that are computed once.
 import math
 import os
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -107,8 +108,8 @@ def test_class_retrieval_with_captions_and_distractors(block, monkeypatch):
     labels = torch.tensor([0, 1, 1, 3, 3, 0, 1, 0, 3, 3])  # class 2 has nothing
     images = integers(5, 10, 5).float() - 2  # whole numbers: products are exact, and often equal
     texts = integers(5, 18, 5, seed=1).float() - 2
-    found = eval.class_retrieval(eval.cosine_scores(images, texts), labels.numpy(), captions.numpy(),
-                                  query.numpy(), CLASSES)
+    arguments = eval.cosine_scores(images, texts), labels.numpy(), captions.numpy(), query.numpy()
+    by_model = partial(eval.class_metrics, classes=CLASSES)
     text_labels, text_query = labels.repeat_interleave(captions), query.repeat_interleave(captions)
     scores = images @ texts.t()
     to_text = (scores[query], labels[query], text_labels)
@@ -117,9 +118,9 @@ def test_class_retrieval_with_captions_and_distractors(block, monkeypatch):
     for way, (rows, asked, gallery) in {"image_to_text": to_text, "text_to_image": to_image}.items():
         model[way] = class_metrics(rows.tolist(), asked.tolist(), gallery.tolist(), CLASSES)
         chance[way] = {"mAP": eval.chance(asked, gallery, average_precision=True)["mAP"]}
-    for name, row in (("model", model), ("chance", chance)):
+    for metrics, row in ((by_model, model), (eval.class_chance, chance)):
         row["mAP"] = mean(row[way]["mAP"] for way in eval.WAYS)
-        assert_equal(found[name], row)
+        assert_equal(eval.class_retrieval(metrics, *arguments), row)
 
 
 # ---------------------------------------------------------------- classification
