@@ -6,7 +6,7 @@ with five captions has one image; a shape has twelve views and five captions; a 
 is read with
 
     instances, classes = data.load("primitives", split="train")  # or text2shape, mine.jsonl, mine.csv, ...
-    loader = data.Loader(instances, tokenizer, context_length=32, image_size=32, batch_size=64, train=True)
+    loader = data.Loader(instances, model.tokenizer, model.config, batch_size=64, train=True)
     for batch in loader.batches(0, 100): ...
 
 Each data set has a reader that yields `Row`s as its files state them; `finish` makes the instances of all.
@@ -1702,8 +1702,7 @@ class Loader:
     """
     instances: list  # of Instance
     tokenizer: InitVar[clip.Tokenizer]
-    context_length: int  # longer captions are cut, counted and said once
-    image_size: int  # S
+    config: clip.Config  # of the CLIP: how texts are cut, how pictures are resized, their mean and std
     batch_size: int  # instances per batch over all processes
     views: int = None  # drawn per instance, without replacement; None: all of them, in order (evaluation)
     captions: int = None  # the same
@@ -1716,7 +1715,6 @@ class Loader:
     frames: int = None  # instead of views, at most this many images, taken evenly and in order (video)
     pairs: bool = False  # an epoch shows every caption once, with its instance, not every instance once
     crop: float = None  # in training: the smallest share of the area in random crops; None, 0 or 1: no crops
-    config: clip.Config = OPENAI  # of the CLIP: how its pictures are resized, and the mean and std of pixels
 
     def __post_init__(self, tokenizer):
         n = len(self.instances)
@@ -1732,9 +1730,10 @@ class Loader:
                f"larger than the data set, of {self.samples} training "
                f"{'pairs' if self.pairs else 'instances'}; choose {self.samples} or less")
         texts = [caption for x in self.instances for caption in x.captions]
-        self.tokens, cut = tokenizer.rows(texts, self.context_length)
+        context = self.config.context_length
+        self.tokens, cut = tokenizer.rows(texts, context)
         if cut:
-            note(f"{cut} of {len(texts)} captions are longer than {self.context_length} tokens and were cut "
+            note(f"{cut} of {len(texts)} captions are longer than {context} tokens and were cut "
                  "(--context says how many tokens of a text are read)")
         self.labels = {}  # task -> int64 (N,)
         for task in sorted({task for x in self.instances for task in x.labels}):
@@ -1743,6 +1742,7 @@ class Loader:
         self.crop = self.crop if self.train and self.crop and self.crop < 1 else None
         expect(not self.crop or isinstance(self.instances[0].images[0], str), "--crop",
                "only pictures in files can be cropped; leave it out")
+        self.image_size = self.config.image_resolution  # S
         self.area = self.image_size ** 2  # pixels that are kept of a picture
         if self.crop:
             # the shorter side of the smallest crop is sqrt(area * crop * 3/4); 2 more pixels for rounding

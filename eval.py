@@ -486,9 +486,8 @@ def embed_images(model, loader, amp):
 def evaluation_loader(model, instances, workers=0, **options):
     """All views and captions in order; a batch holds about 256 pictures."""
     most = min(max(len(x.images) for x in instances), options.get("frames") or math.inf)
-    config = model.config
-    return data.Loader(instances, tokenizer_of(model), config.context_length, config.image_resolution,
-                       max(1, 256 // most), workers=workers, config=config, **options)
+    return data.Loader(instances, tokenizer_of(model), model.config, max(1, 256 // most), workers=workers,
+                       **options)
 
 
 def evaluate(model, instances, amp="auto", workers=0, loader=None):
@@ -1209,10 +1208,9 @@ def build_or_load(args, train, device):
 def training_loader(args, instances, model, **options):
     """A data.Loader of the training batches that a run asks for, of each this process's part."""
     rank, world = processes()
-    config = model.config
-    return data.Loader(instances, tokenizer_of(model), config.context_length, config.image_resolution,
-                       args.batch_size, train=True, seed=args.seed, workers=args.workers, rank=rank,
-                       world=world, crop=args.crop, config=config, **options)
+    return data.Loader(instances, tokenizer_of(model), model.config, args.batch_size, train=True,
+                       seed=args.seed, workers=args.workers, rank=rank, world=world, crop=args.crop,
+                       **options)
 
 
 def tokenizer_of(model):

@@ -20,6 +20,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -377,7 +378,7 @@ def loader(args):
         def through(transform):
             for x in instances:
                 transform(Image.open(x.images[0]).convert("RGB"))
-        of = partial(data.Loader, instances, clip.Tokenizer([]), 77, 224, count)
+        of = partial(data.Loader, instances, clip.Tokenizer([]), data.OPENAI, count)
         calls = {"a JPEG of 500 x 375 to 224": partial(of(cache_bytes=0).make, 0),
                  "... a random crop": partial(of(train=True, crop=0.5, cache_bytes=0).make, 0),
                  "... kept in memory": partial(of(train=True, crop=0.5).make, 0),
@@ -389,7 +390,8 @@ def loader(args):
         for name, seconds in median_times(calls, args.repeat).items():
             row(name, duration(seconds / count))
     shapes, _ = data.load("primitives")
-    of = partial(data.Loader, shapes[:count], clip.Tokenizer([]), 77, 32, count, 12, 4, train=True)
+    config = replace(data.OPENAI, image_resolution=32)
+    of = partial(data.Loader, shapes[:count], clip.Tokenizer([]), config, count, 12, 4, train=True)
     calls = {"a shape's view, rendered at 32": partial(of(cache_bytes=0).make, 0),
              "... kept in memory": partial(of().make, 0)}
     for name, seconds in median_times(calls, args.repeat).items():

@@ -99,8 +99,13 @@ def photos(folder, views=(1, 2, 3, 1, 2, 3, 1), captions=(2, 1, 3, 2, 1, 2, 2)):
     return instances
 
 
+def config(context_length, image_size):
+    return replace(data.OPENAI, context_length=context_length, image_resolution=image_size)
+
+
 def loader(instances, batch_size=3, views=2, captions=2, train=True, **kwargs):
-    return data.Loader(instances, tokenizer(), 32, 8, batch_size, views, captions, train=train, **kwargs)
+    return data.Loader(instances, tokenizer(), config(32, 8), batch_size, views, captions, train=train,
+                       **kwargs)
 
 
 def equal(a, b):
@@ -495,7 +500,7 @@ def test_loader_draws_without_replacement_and_masks(tmp_path):
 def test_long_captions_are_cut_counted_and_said_once(capsys, monkeypatch):
     instances = [Instance("a", [None], ["red box " * 60, "red box"]), Instance("b", [None], ["cone " * 90])]
     for _ in range(2):
-        tokens = data.Loader(instances, tokenizer(), 77, 8, 2).tokens
+        tokens = data.Loader(instances, tokenizer(), config(77, 8), 2).tokens
     assert capsys.readouterr().err.count("note: 2 of 3 captions are longer than 77 tokens and were cut") == 1
     assert tokens.shape == (3, 77) and (tokens[[0, 2], -1] == tokenizer().end).all() and tokens[1, -1] == 0
     monkeypatch.setenv("RANK", "1")  # notes come from the first process only
@@ -565,7 +570,7 @@ def test_what_is_kept_fills_the_smallest_crop(tmp_path):
     for w, h in ((300, 200), (97, 260), (200, 200)):
         instances = [Instance("a", [picture(tmp_path / f"{w}.png", 0, (w, h))], ["a"])]
         for crop in (0.5, 0.9):
-            crops = data.Loader(instances, tokenizer(), 32, 32, 1, 1, 1, train=True, crop=crop)
+            crops = data.Loader(instances, tokenizer(), config(32, 32), 1, 1, 1, train=True, crop=crop)
             crops.make(0)
             kept = crops._decoded(0, 0)
             assert kept.size <= crops.cache.size == 3 * crops.area < 32 * 32 * 3 * 3.1
@@ -1041,7 +1046,7 @@ def test_bytes_per_pair(tmp_path):
     tracemalloc.start()
     splits = data.load_splits(str(tmp_path / "mine.csv"))
     left, peak = tracemalloc.get_traced_memory()
-    loader = data.Loader(splits[0][0], clip.Tokenizer([]), 32, 8, 4, 1, 1, train=True, cache_bytes=0)
+    loader = data.Loader(splits[0][0], clip.Tokenizer([]), config(32, 8), 4, 1, 1, train=True, cache_bytes=0)
     with_loader, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert [len(instances) for instances, _ in splits] == [n - 2, 1, 1] and len(loader) > 0
@@ -1182,7 +1187,7 @@ def test_splits_of_your_own_data_by_hash(mine, capsys):
 def test_a_loader_that_is_still_held_at_exit_lets_the_process_end():
     """As the traceback of a bug holds it: its workers ignore the signal that Python ends them with."""
     code = ("import clip, data; instances, _ = data.load('primitives', split='val'); "
-            "loader = data.Loader(instances, clip.Tokenizer([]), 77, 8, 8, 1, 1, workers=1); "
+            "loader = data.Loader(instances, clip.Tokenizer([]), data.OPENAI, 8, 1, 1, workers=1); "
             "batches = loader.batches(0, 9); next(batches)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -1213,7 +1218,7 @@ def test_frames_are_taken_evenly_and_in_order(tmp_path):
     files = [str(tmp_path / f"{k}.jpg") for k in range(10)]
     instances = [Instance(str(count), files[:count], ["a"]) for count in (10, 3)]
     for train in (False, True):
-        loader = data.Loader(instances, clip.Tokenizer([]), 8, 16, 2, captions=1, train=train, frames=4)
+        loader = data.Loader(instances, clip.Tokenizer([]), config(8, 16), 2, None, 1, train, frames=4)
         batch = loader.make(0)
         assert batch["images"].shape == (2, 4, 3, 16, 16)
         for i, images, mask in zip(batch["index"].tolist(), batch["images"], batch["image_mask"]):
@@ -1235,7 +1240,7 @@ def test_region_features(tmp_path):
     np.save(tmp_path / "precomp" / "train_clip.npy", embeddings)
     instances, classes = data.load_regions("flickr30k", str(tmp_path), "train")
     assert [x.captions for x in instances] == [[f"caption {5 * i + k}" for k in range(5)] for i in range(3)]
-    loader = data.Loader(instances, clip.Tokenizer([]), 16, 32, 2, 1, 2, train=True, seed=3)
+    loader = data.Loader(instances, clip.Tokenizer([]), config(16, 32), 2, 1, 2, train=True, seed=3)
     batch = data.to_device(loader.make(0), "cpu")
     assert batch["images"].features.shape == (2, 1, 4, 6) and classes == {}
     shown = batch["images"][batch["image_mask"]]
@@ -1245,7 +1250,7 @@ def test_region_features(tmp_path):
     np.save(tmp_path / "precomp" / "dev_ims.npy", double := array[:2].repeat(5, axis=0))  # or one a caption
     val, _ = data.load_regions("flickr30k", str(tmp_path), "val")
     assert len(val) == 2 and np.array_equal(val[1].images[0].features(), double[5])
-    loader = data.Loader(val, clip.Tokenizer([]), 16, 32, 2)
+    loader = data.Loader(val, clip.Tokenizer([]), config(16, 32), 2)
     assert np.array_equal(data.to_device(loader.make(0), "cpu")["images"][:, 0], double[::5])
     refused("--regions: no split 'dev'; it has train", data.load_regions, "flickr30k", str(tmp_path), "dev")
 
