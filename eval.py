@@ -1163,6 +1163,13 @@ def small_clip():
     clip.expect(done.returncode == 0, SMALL_CLIP, f"could not be trained; `{' '.join(command)}` says why")
 
 
+def how_to_train_one(args):
+    """What to do where no pretrained CLIP is at hand, for every script and data set."""
+    name, _ = os.path.splitext(os.path.basename(args.data))
+    return (f"train a small one first, with python train_mxm.py --data {args.data} --clip tiny, and then give "
+            f"--clip runs/mxm-{name}/best.pt")
+
+
 def load_clip(args, device):
     """The pretrained CLIP that --clip names, with the run's --image-size and --context."""
     with rank_zero_first():
@@ -1171,7 +1178,7 @@ def load_clip(args, device):
         try:
             model, _ = clip.load(args.clip, device, image_size=args.image_size, context_length=args.context)
         except clip.DownloadError as e:
-            raise clip.CheckpointError(f"{e}; or train a small CLIP from scratch with --clip tiny") from None
+            raise clip.CheckpointError(f"{e}; or {how_to_train_one(args)}") from None
     return model
 
 

@@ -86,7 +86,8 @@ def settings(argv=None):
                    help="temperature of --pool query: the higher, the more evenly frames count")
     args = eval.parse(p, argv)
     if args.clip in clip.SCRATCH:
-        p.error(f"--clip {args.clip} has random weights, nothing to adapt: give a pretrained CLIP")
+        p.error(f"--clip {args.clip} has random weights, nothing to adapt: give a pretrained CLIP, or "
+                f"{eval.how_to_train_one(args)}")
     if args.lr is None:
         real, shapes = RATES[args.tune]
         args.lr = shapes if args.data.startswith("primitives") else real

@@ -128,8 +128,8 @@ def settings(argv=None):
     if args.features and args.task:
         p.error("--features: the files have one label for each row; leave --task out")
     if args.clip in clip.SCRATCH and not args.features:
-        p.error(f"--clip {args.clip} has random weights, and it stays frozen: its features say nothing; "
-                "give a trained CLIP")
+        p.error(f"--clip {args.clip} has random weights, and it stays frozen: its features say nothing; give "
+                f"a trained CLIP, or {eval.how_to_train_one(args)}")
     args.constants = constants(terms(args.loss), args.margin, args.temperature)
     return args
 

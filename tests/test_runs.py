@@ -242,7 +242,7 @@ def test_your_own_data_start_from_a_published_clip(name, folder, published, tmp_
     line = refused(capsys, argv, script(name).main)
     assert f"put the file at {published}/ViT-B-32.pt by hand" in line
     assert "its tokenizer's beside it, of http://127.0.0.1:9/bpe_simple_vocab_16e6.txt.gz" in line
-    assert "--clip tiny" in line
+    assert f"--data {tmp_path}/mine.csv --clip tiny, and then give --clip runs/mxm-mine/best.pt" in line
 
 
 # ---------------------------------------------------------------- killed, stopped, full
