@@ -15,7 +15,6 @@ Knows nothing of models or losses.
 import atexit
 import contextlib
 import csv
-import difflib
 import gc
 import gzip
 import hashlib
@@ -188,7 +187,7 @@ def _note_repeats(rows, where):
     for row in rows:
         for thing in {row.id, *row.images}:
             before = first.setdefault(thing, row)
-            if before is not row and (before.split != row.split or before.id == row.id):
+            if before is not row:
                 twice[thing] = f"{thing} ({before.split} and {row.split})"
     if twice:
         note(f"{where}: {len(twice)} ids or pictures stand in two splits, or twice in one, "
@@ -243,7 +242,7 @@ def _instances(rows, classes, where, split, own):
             left_out += 1
             continue
         empty += len(captions) - len(texts)
-        for image in row.images if split == "test" else ():
+        for image in row.images if split != "train" else ():
             expect_whole(image)
         labels = {task: name for task, name in row.labels.items() if name is not None}
         instances.append(Instance(row.id, row.images, texts, labels, row.group))
@@ -274,7 +273,9 @@ def absence(path):
     folder, name = os.path.split(path)
     while folder and not os.path.isdir(folder):
         folder, name = os.path.split(folder)
-    found = ", ".join(difflib.get_close_matches(name, list_folder(folder or "."), 3, 0)) or "nothing"
+    wanted = name.casefold()
+    there = {other: os.path.commonprefix([wanted, other.casefold()]) for other in list_folder(folder or ".")}
+    found = ", ".join(sorted(there, key=lambda other: -len(there[other]))[:3]) or "nothing"
     state = "is no file" if os.path.exists(path) else "No such file"
     return f"{path}: {state}; {folder or '.'} holds {found}"
 
@@ -337,15 +338,18 @@ def read_json(path, shape, expected):
 def read_cells(path, separator=",", strict=False, by_line=False):
     """Yield ("file line n", cells) of the rows of a CSV file, n where the row starts.
 
-    strict: misplaced quotes are an error. by_line: every line is a row; where its quotes do not pair they are
-    text, for they would swallow the rows that follow.
+    strict: misplaced quotes are an error. by_line: every line is a row; where its quotes are misplaced they
+    are text, for they would swallow the rows that follow.
     """
     start = 1
     try:
         if by_line:
             for start, line in enumerate(read_lines(path), 1):
-                quoting = csv.QUOTE_NONE if line.count('"') % 2 else csv.QUOTE_MINIMAL
-                for cells in csv.reader([line], delimiter=separator, quoting=quoting):
+                try:
+                    cells = next(csv.reader([line], delimiter=separator, strict=True))
+                except csv.Error:
+                    cells = next(csv.reader([line], delimiter=separator, quoting=csv.QUOTE_NONE))
+                if line.strip():
                     yield f"{path} line {start}", cells
             return
         reader = csv.reader(read_lines(path), delimiter=separator, strict=strict, skipinitialspace=strict)
@@ -410,7 +414,7 @@ def read_own(path, folder):
     """The Rows of a file of your own. Paths of pictures are relative to the folder.
 
     .jsonl: one instance a line, {"id", "images": [...], "captions": [...], "labels": {task: name}, "split",
-    "group"}; all but images and captions is optional, and the default id is the line's number.
+    "group"}; all but images and captions is optional, and the default id is "line <number>".
     .csv: one image-caption pair a row, with columns image, caption; optional id (default: the image) and
     split; every further column is a task. Rows of one id are one instance.
     """
@@ -420,7 +424,7 @@ def read_own(path, folder):
         images = entry["images"]
         expect(images and all(isinstance(image, str) and image for image in images), where,
                "no picture, or one that is no path; an instance has at least one")
-        captions = [text for text in entry["captions"] if isinstance(text, str) or plain(text) is not None]
+        captions = [text if isinstance(text, str) or plain(text) else "" for text in entry["captions"]]
         expect(all(isinstance(text, str) for text in captions), where, "a caption that is no text")
         labels = entry.get("labels") or {}
         expect(isinstance(labels, dict), where, '"labels" must be an object of task: class')
@@ -450,12 +454,16 @@ def _json_entries(path):
             entry = parse_json(line, where, {"images": list, "captions": list}, expected)
             for key in entry:
                 expect(key in JSON_KEYS, where, f"unknown key {key!r}; known are {', '.join(JSON_KEYS)}")
-            yield where, entry | {"default": str(number)}
+            yield where, entry | {"default": f"line {number}"}
 
 
 def _csv_entries(path):
+    one_line = True
     for where, cells in read_table(path, ("image", "caption"), strict=True):
         labels = {name: cell.strip() for name, cell in cells.items()}
+        if one_line and any("\n" in cell for cell in labels.values()):
+            one_line = False
+            note(f"{where}: a cell goes over several lines; if that is not meant, a quote is left open there")
         image = labels.pop("image")
         yield where, {"images": [image], "captions": [labels.pop("caption")], "default": image,
                       "id": labels.pop("id", None), "split": labels.pop("split", None), "labels": labels}
@@ -469,7 +477,9 @@ def read_gallery(folder, split):
     for place, _, _ in sorted(os.walk(folder)):
         for name in list_folder(place, PICTURES):
             path = os.path.join(place, name)
-            instances.append(Instance(os.path.relpath(path, folder), [path], []))
+            name = os.path.relpath(path, folder)
+            if os.path.isfile(path) and not f"{os.sep}{name}".count(f"{os.sep}."):  # nor in a hidden folder
+                instances.append(Instance(name, [path], []))
     expect(instances, folder, f"no pictures in it ({', '.join(PICTURES)})")
     return instances
 
@@ -478,7 +488,7 @@ def read_gallery(folder, split):
 
 def is_remark(distinct, rows):
     """Whether so many distinct values in so many rows are ids or remarks, and no task to learn."""
-    return distinct > 20 and (distinct >= 1000 or 2 * distinct > rows)
+    return distinct > 20 and distinct * (10 if distinct >= 1000 else 2) > rows
 
 
 def number_labels(instances, classes, where, split):
@@ -669,7 +679,9 @@ def pascal_sentence(root):
     its published script writes. 20 classes of 50, by name 40 / 5 / 5 of each. Relevance: the class. Each line
     is a caption; CLIP4CMR's authors take 50 words of all five as one, for which --features with their files
     is the faithful path."""
-    for name in list_folder(os.path.join(root, "dataset")) or ["<class>"]:
+    folder = os.path.join(root, "dataset")
+    names = [name for name in list_folder(folder) if os.path.isdir(os.path.join(folder, name))]
+    for name in names or ["<class>"]:
         files = list_folder(os.path.join(root, "dataset", name), PICTURES) or ["<id>.jpg"]
         for i, file in enumerate(files):
             part = TENTHS[10 * i // len(files)]
@@ -715,6 +727,7 @@ def fashiongen(root):
         raise DataError("fashiongen is read with h5py, which is not installed; pip install h5py") from None
     for part, name in (("train", "train"), ("test", "validation")):
         path = os.path.join(root, f"fashiongen_256_256_{name}.h5")
+        expect_file(path)
         products = {}
         with reading(path, "expected the published file of Fashion-Gen"), h5py.File(path, "r") as f:
             keys = ("productID", "name", "description", "category")
@@ -1338,6 +1351,7 @@ def read_features(path):
     """Features in place of pictures and texts: a .npz, or a pickle as CLIP4CMR's, of a dict with image (N,
     Di), text (N, Dt), label (N,) and optional ids (N,; default: row numbers). -> the same dict, features
     float32. Raises DataError where they do not fit together."""
+    expect_file(path)
     advice = "expected a .npz or .pkl with image (N, Di), text (N, Dt), label (N,) and ids (N,)"
     with reading(path, advice), open(path, "rb") as f:
         pickled = path.endswith((".pkl", ".p", ".pickle"))
@@ -1481,6 +1495,7 @@ class Regions:
 @lru_cache(maxsize=8)
 def _rows_of(path, axes):
     """A memory-mapped .npy file of floats (images, axes)."""
+    expect_file(path)
     with reading(path, f"expected a .npy file of floats (images, {axes})"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         expect(array.ndim == axes.count(",") + 2 and array.dtype.kind == "f" and array.size, path,
@@ -1544,8 +1559,8 @@ def open_image(path):
 
 
 def expect_whole(image):
-    """Raise DataError for a test picture that is cut off, before hours of training and not after: a file that
-    does not end as JPEG and PNG do is opened."""
+    """Raise DataError for a picture of val or test that is cut off, before hours of training and not after: a
+    file that does not end as JPEG and PNG do is opened."""
     if isinstance(image, str):
         with open(image, "rb") as f:
             end = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(f.read(2))
@@ -1556,15 +1571,12 @@ def expect_whole(image):
 
 
 def _rgb(image):
-    tiff = image.format == "TIFF"
     image.load()
     with contextlib.suppress(Exception):  # metadata that are broken say nothing of the pixels
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # convert("RGB") alone would clip them to white
         levels = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
-        top = min(top for top in (1, 255, 4095, 65535, levels.max()) if top >= levels.max())
-        if tiff and image.mode[:2] == "I;":  # shown as it is stored; others hold what a camera gave
-            top = 65535
+        top = next(top for top in (1, 255, 4095, 65535, levels.max()) if top >= levels.max())
         image = Image.fromarray((levels * (255 / top)).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

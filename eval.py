@@ -360,7 +360,8 @@ def task_metrics(probabilities, labels, weights=None, thresholds=None):
         if weights is not None:
             metrics["image_weight"] = 100 * weights[:, k, 0].mean().item()
         tasks[task] = metrics
-    data.expect(tasks, "nothing to evaluate", "no instance has a label of a task that the model knows")
+    data.expect(tasks, "nothing to evaluate", "no instance has a label that the model knows, of "
+                f"{' or '.join(probabilities)}")
     return tasks | {"mean_of_tasks": mean_of(list(tasks.values()))}
 
 
@@ -559,7 +560,7 @@ def write_embeddings(path, embedded):
     arrays = {"images": embedded.images.cpu().numpy(), "texts": embedded.texts.cpu().numpy(),
               "ids": np.array([x.id for x in instances]), "groups": np.array([x.group for x in instances]),
               "owners": caption_owner(instances).numpy(),
-              "captions": np.array([caption for x in instances for caption in x.captions])}
+              "captions": np.array([caption for x in instances for caption in x.captions], str)}
     for task, names in embedded.tasks.items():
         known = [*names, ""]  # -1, the number of an unlabelled instance, is the last place
         arrays[f"label_{task}"] = np.array([known[x.labels.get(task, -1)] for x in instances])
@@ -1136,7 +1137,8 @@ def load_splits(args, load=None):
     before = note_training_data(args, content, classes)
     if before:
         known = args.trained_on["classes"] = before["classes"]
-        for task, names in classes.items():
+        learns = {"task", "tasks"} & set(vars(args))  # labels; other methods do without them
+        for task, names in classes.items() if learns else ():
             new = sorted(set(names) - set(known.get(task, names)))
             data.expect(not new, f"--resume: {args.data}", f"{task} = {', '.join(new)[:100]} is new, and the "
                         "run has no place for it; start a new run in another --out")
@@ -1166,8 +1168,8 @@ def small_clip():
 def how_to_train_one(args):
     """What to do where no pretrained CLIP is at hand, for every script and data set."""
     name, _ = os.path.splitext(os.path.basename(args.data))
-    return (f"train a small one first, with python train_mxm.py --data {args.data} --clip tiny, and then give "
-            f"--clip runs/mxm-{name}/best.pt")
+    return (f"train a small one first, with python train_mxm.py --data {args.data} --clip tiny, and then "
+            f"give --clip runs/mxm-{name}/best.pt")
 
 
 def load_clip(args, device):
@@ -1492,7 +1494,7 @@ def open_folder(args, step):
     config = out / "config.json"
     log = out / "log.jsonl"
     lock(config)
-    if not args.resume and any(os.path.exists(out / name) for name in ("last.pt", "best.pt")):
+    if not args.resume and any(os.path.exists(out / name) for name in FILES[1:]):
         aside = next(f"{out}.{n}" for n in itertools.count(1) if not os.path.lexists(f"{out}.{n}"))
         try:
             os.mkdir(aside)
@@ -1779,6 +1781,7 @@ def settings(argv=None):
                            (alone and not args.data, "--clip needs --data, or --checkpoint"),
                            (args.prompt and not alone, "--prompt is for --clip without --checkpoint"),
                            (args.top and not args.query, "--top is for --query"),
+                           (args.query and (args.prompt or args.out), "--query goes without --prompt, --out"),
                            (args.attention and args.query, "--attention and --query: give one of them"),
                            (any("{}" not in text for text in args.prompt or ()), "--prompt: {} is missing")):
         if wrong:

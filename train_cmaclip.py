@@ -301,6 +301,7 @@ def evaluation(model, checkpoint, args):
     classes = checkpoint["classes"]
     instances, _ = data.load(args.data, args.root, args.split, classes=classes)
     pairs = data.pairs(instances, classes)
+    data.expect(pairs, args.data, "no captions; this model judges pictures together with their texts")
     thresholds = [classifier.threshold.cpu() for classifier in model.classifiers]
     loader = eval.evaluation_loader(model, pairs, args.workers)
     probabilities, labels, weights = eval.predict(model, loader, args.amp)

@@ -383,8 +383,12 @@ def test_pictures_of_every_kind(tmp_path):
     with_nan = (levels / np.float32(255))
     with_nan[3, 4] = np.nan
     assert read("nan.tif", Image.fromarray(with_nan))[3, 4].max() == 0
-    deep = read("12.png", Image.fromarray(levels.astype(np.uint16) * 16)).astype(int)
-    assert np.abs(deep - grey).max() <= 1
+    for name, scale in (("12.png", 16), ("12.tif", 16), ("16.tif", 257)):
+        deep = read(name, Image.fromarray(levels.astype(np.uint16) * scale)).astype(int)
+        assert np.abs(deep - grey).max() <= 1
+    for array in (levels // 2 * np.uint16(257), levels // 2 / np.float32(255), levels * np.int32(0)):
+        dark = read("dark.tif", Image.fromarray(array))  # by the range of its kind, not by its own maximum
+        assert np.abs(dark - np.minimum(levels // 2, array * 255.0)[..., None]).max() <= 1
     palette = Image.fromarray(levels)
     palette.putpalette([v for i in range(256) for v in (255 - i, i, 7)])
     expected = np.stack([255 - levels, levels, np.full_like(levels, 7)], -1)
@@ -1011,8 +1015,9 @@ def lines(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def test_jsonl(mine, tmp_path):
-    """Numbers are names, and 3.0 is 3; NaN, None, null and nothing are missing."""
+def test_jsonl(mine, tmp_path, capsys):
+    """Numbers are names, and 3.0 is 3; NaN, None, null and nothing are missing: an id too, which is then that
+    of no other line."""
     nan = float("nan")
     missing = {"size": nan, "x": "", "y": "None", "z": float("inf"), "w": None}
     captions = ["line \u2028 separator", nan, "b", None]
@@ -1020,16 +1025,17 @@ def test_jsonl(mine, tmp_path):
                   "labels": {"color": "red", "size": 3}, "split": "train", "group": 1},
                  {"images": ["2.png"], "captions": ["c"], "labels": {"color": "blue"} | missing,
                   "split": "train", "id": nan, "group": None},
-                 {"id": "s", "images": ["4.png"], "captions": ["e"], "labels": {"size": 3.0},
+                 {"id": 3, "images": ["4.png"], "captions": ["e"], "labels": {"size": 3.0},
                   "split": "train"},
                  {"id": "t", "images": ["3.png"], "captions": ["d"], "labels": {"color": "red"},
                   "split": "test"})
     text = "\ufeff" + text.replace("\\u2028", "\u2028").replace("}\n", "}\r\n\n", 1)
     train, classes = mine(text, "train", "mine.jsonl")
     assert classes == {"color": ["blue", "red"], "size": ["3"]}
-    assert [(x.id, x.group) for x in train] == [("7", "1"), ("3", "3"), ("s", "s")]
+    assert [(x.id, x.group) for x in train] == [("7", "1"), ("line 3", "line 3"), ("3", "3")]
     assert [x.labels for x in train] == [{"color": 1, "size": 0}, {"color": 0}, {"size": 0}]
     assert train[0].captions == ["line \u2028 separator", "b"]
+    assert "2 empty captions were left out" in capsys.readouterr().err
     assert train[0].images == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
     test, classes = mine(text, "test", "mine.jsonl")
     assert [(x.id, x.labels) for x in test] == [("t", {"color": 1})] and classes["color"] == ["blue", "red"]
@@ -1073,7 +1079,7 @@ def test_broken_jsonl(mine, row, said):
     refused(f"mine.jsonl line 2: .*{said}", mine, first + second, "val", "mine.jsonl")
 
 
-def test_csv(mine, tmp_path):
+def test_csv(mine, tmp_path, capsys):
     text = ('caption,image,id,split,color\n"red, ""big""\nbox",0.png,1,train,red\nred box,1.png,1,train,red\n'
             'red box,0.png,1,train,red\n\nblue,2.png,,train,\nblue,3.png,4,test,red\n')
     train, classes = mine(text)
@@ -1081,6 +1087,7 @@ def test_csv(mine, tmp_path):
     assert [(x.id, x.group) for x in train] == [("1", "1"), ("2.png", "2.png")]
     assert [x.labels for x in train] == [{"color": 0}, {}]
     assert train[0].captions == ['red, "big"\nbox', "red box"]
+    assert "mine.csv line 2: a cell goes over several lines; if that is not" in capsys.readouterr().err
     assert train[0].images == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
 
 
@@ -1114,6 +1121,9 @@ def test_what_stands_in_two_splits_is_noted(mine, capsys):
     mine("id,image,caption,split\n" + rows)
     said = capsys.readouterr().err
     assert re.search("4 ids or pictures stand in two splits.* such as .*0.png .train and test", said)
+    mine("id,image,caption,split\n0,0.png,a,train\n1,0.png,b,train\n2,1.png,a,test\n")  # row numbers as ids
+    said = capsys.readouterr().err
+    assert re.search("1 ids or pictures .*twice in one, such as .*0.png .train and train", said)
     mine("image,caption\n0.png,a\n0.png,b\n1.png,c\n2.png,c\n3.png,c\n9.png,c\n")
     said = capsys.readouterr().err
     assert "two splits" not in said and "80/10/10 by a hash of the id" in said
@@ -1121,7 +1131,7 @@ def test_what_stands_in_two_splits_is_noted(mine, capsys):
 
 def test_a_folder_of_pictures_can_be_searched(tmp_path):
     files = [picture(tmp_path / "a" / name) for name in ("10.png", "2.png", "sub/x.jpg")]
-    for junk in ("._2.png", "Thumbs.db", "desktop.ini", "notes.txt"):
+    for junk in ("._2.png", "Thumbs.db", "desktop.ini", "notes.txt", ".thumbnails/2.png", "folder.png/x.txt"):
         write(tmp_path / "a" / junk, "x")
     found, classes = data.load(str(tmp_path / "a"), split="all")
     assert [x.images for x in found] == [[files[1]], [files[0]], [files[2]]] and classes == {}
