@@ -168,7 +168,8 @@ class Packed(NamedTuple):
 def _hooked(module):
     """Whether something looks at what goes through a module, or does its work."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds) or "forward" in module.__dict__
+    return any(getattr(module, kind) for kind in kinds) or "forward" in module.__dict__ \
+        or nn.modules.module._has_any_global_hook()
 
 
 def _untouched(layer):
@@ -246,7 +247,7 @@ class MLP(nn.Module):
             # h sigmoid(1.702 h) = silu(1.702 h) / 1.702. Both factors ride on the matrix products: passes of
             # their own over the widest activation would cost a fifth of this layer's time on a CPU.
             h = torch.addmm(self.c_fc.bias, rows, self.c_fc.weight.t(), beta=1.702, alpha=1.702)
-            h = F.silu(h, inplace=not torch.is_grad_enabled())
+            h = F.silu(h, inplace=not torch.is_grad_enabled() and not torch.jit.is_tracing())
             out = torch.addmm(self.c_proj.bias, h, self.c_proj.weight.t(), alpha=1 / 1.702)
         else:
             out = self.c_proj(F.gelu(self.c_fc(rows)))
@@ -286,18 +287,24 @@ class Transformer(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, x, packed=None):
+        if packed is None:
+            return self.resblocks(x)
         for block in self.resblocks:
-            x = block(x) if packed is None else block(x, packed)
+            x = block(x, packed)
         return x
 
 
 class PatchConv(nn.Conv2d):
-    """A convolution whose stride is its kernel, as one matrix product over the patches."""
+    """A convolution whose stride is its kernel, as one matrix product over the patches. What has been changed
+    since it was made, or does not divide into patches, is left to torch."""
 
     def forward(self, x):
-        B, C, _, R = x.shape
         p = self.kernel_size[0]
-        g = R // p  # there are g by g patches
+        as_made = self.stride == self.kernel_size and self.padding == (0, 0) and self.bias is None
+        if not as_made or x.ndim != 4 or x.shape[2] != x.shape[3] or x.shape[2] % p:
+            return super().forward(x)
+        B, C, _, R = x.shape
+        g = R // p  # g by g patches
         x = x.reshape(B, C, g, p, g, p).permute(0, 2, 4, 1, 3, 5)
         x = F.linear(x.reshape(B, g * g, C * p * p), self.weight.flatten(1))
         return x.transpose(1, 2).unflatten(2, (g, g))  # (B, width, g, g)
@@ -420,7 +427,7 @@ class ModifiedResNet(nn.Module):
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 32 width, R/32, R/32)
-        return self.attnpool(x, tokens)
+        return self.attnpool(x, tokens) if tokens else self.attnpool(x)
 
 
 class CLIP(nn.Module):
@@ -451,7 +458,7 @@ class CLIP(nn.Module):
 
     @property
     def dtype(self):
-        return next(self.visual.conv1.parameters()).dtype
+        return next(self.visual.conv1.parameters(), self.positional_embedding).dtype  # a replica has none
 
     def tokenize(self, texts, context_length=None, truncate=False):
         """`tokenize` with this model's own tokenizer (OpenAI's where it has none) and context length."""
@@ -465,9 +472,10 @@ class CLIP(nn.Module):
         projection, or a ResNet's attention pool asked at every place. Raises ValueError for another R.
         """
         size = self.visual.input_resolution
-        if image.shape[1:] != (3, size, size):
+        if image.ndim != 4 or image.shape[2:] != (size, size):
             raise ValueError(f"images are {tuple(image.shape)}; this model takes (B, 3, {size}, {size})")
-        return self.visual(image.to(self.dtype), tokens)
+        image = image.to(self.dtype)
+        return self.visual(image, tokens) if tokens else self.visual(image)
 
     def encode_text(self, text, tokens=False):
         """text: (B, columns) token ids, the end token the largest id of its row -> (B, embed_dim).
@@ -496,8 +504,9 @@ class CLIP(nn.Module):
         filling = (~mask).flatten().nonzero().squeeze(1)[:-len(real) % 128]
         rows = torch.cat([real, filling])
         ids = text[:, :L].flatten()[rows]
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise ValueError(f"a token id of {int(ids.max())}; this model's vocabulary is {self.vocab_size}: "
+        known = getattr(self.token_embedding, "num_embeddings", math.inf)  # another module may know any
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+            raise ValueError(f"a token id of {int(ids.max())}; this model's vocabulary is {known}: "
                              "it needs its own tokenizer (model.tokenize)")
         start = getattr(self.tokenizer, "start", 49406)
         if start != 49406 and B and (text[:, 0] == 49406).all():
@@ -524,12 +533,10 @@ class CLIP(nn.Module):
         """Whether the text encoder's layers may see packed rows, see `pack_texts`."""
         if self.pack_texts is not None:
             return self.pack_texts
+        own = (nn.Embedding, Transformer, nn.Sequential, ResidualAttentionBlock, LayerNorm, Attention, MLP,
+               nn.Linear, nn.LayerNorm)
         parts = (self.token_embedding, self.transformer, self.ln_final)
-        if any(_hooked(module) for part in parts for module in part.modules()):
-            return False
-        return isinstance(self.transformer, Transformer) and all(
-            isinstance(block, ResidualAttentionBlock) and isinstance(block.attn, Attention)
-            for block in self.transformer.resblocks)
+        return all(type(module) in own and not _hooked(module) for part in parts for module in part.modules())
 
     def _encode_columns(self, text, tokens):
         """`encode_text` of all columns, with (L, B, width) for the blocks, as in OpenAI's code."""
@@ -558,7 +565,7 @@ def _stands_for_any(x):
     """Whether a tensor stands for others, for which what depends on its numbers would be kept: in tracing,
     compiling, exporting and vmap."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor \
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _add_hints(model, state, prefix, metadata):
@@ -873,7 +880,7 @@ def _find_clip(content, hints, path, quick_gelu):
 def _pick(content, path):
     """-> (place, tensors, what was written beside them, names of what is left out) of the first CLIP in a
     nest of dicts."""
-    found = list(_candidates(content))
+    found = sorted(_candidates(content), key=lambda one: not _has_images(*one[1:]))  # whole ones first
     place, prefix, held = found[0] if found else ("", "", content)
     tensors = {str(key): value for key, value in held.items() if isinstance(value, torch.Tensor)}
     others = [kind for part, kind in OTHER_KINDS if any(part in key for key in tensors)]
@@ -885,16 +892,19 @@ def _pick(content, path):
         state = {key.removeprefix("text."): value for key, value in state.items()}
     shown = ", ".join(map(repr, [*tensors][:3])) or "no tensors"
     lacks = "image" if found else "text"
-    whole = found and any(key.startswith(("visual.", "vision_model.")) for key in state)
-    expect(whole, path,
+    expect(found and _has_images("", state), path,
            f"not CLIP weights: the {lacks} tower is missing; it holds {shown}. Give a file of CLIP weights")
     return place, state, getattr(held, "_metadata", {}).get(prefix.rstrip("."), {}), left
+
+
+def _has_images(prefix, state):
+    return any(str(key).startswith((f"{prefix}visual.", f"{prefix}vision_model.")) for key in state)
 
 
 def _candidates(held, place=""):
     """Yield (place, prefix, dict) of each CLIP in a nest of dicts, found by a tensor that every CLIP has."""
     for key in held:
-        if str(key).endswith("token_embedding.weight"):
+        if str(key).endswith("token_embedding.weight") and isinstance(held[key], torch.Tensor):
             prefix = key.removesuffix("token_embedding.weight")
             prefix = prefix.removesuffix("text_model.embeddings.").removesuffix("text.")
             yield place + prefix, prefix, held
@@ -965,7 +975,7 @@ def _read_hugging_face(folder):
         if stated is None:
             stated = config.get(name) or {}
         defaults = {"num_attention_heads": heads, "hidden_act": "quick_gelu", "image_size": 224,
-                    "eos_token_id": 2}  # files leave out what is default
+                    "eos_token_id": 49407}  # files leave out what is default
         towers.append(defaults | stated)
         _supported(path, towers[-1])
     vision, text = towers
@@ -973,7 +983,7 @@ def _read_hugging_face(folder):
     expect(same, path, "hidden_act is not the same for both towers: not supported; use transformers")
 
     path = os.path.join(folder, "preprocessor_config.json")
-    pixels = _read_json(path)
+    pixels = _read_json(folder, "processor_config.json").get("image_processor") or _read_json(path)
     _supported(path, pixels)
     side = vision["image_size"]
     square = {"height": side, "width": side}
@@ -983,6 +993,8 @@ def _read_hugging_face(folder):
     expect(size == square or shorter and crop in (side, square), path,
            f"size {size} and crop {crop}: the model takes {side} pixels a side; correct them")
     return {"quick_gelu": text["hidden_act"] == "quick_gelu",
+            "vision_layers": vision.get("num_hidden_layers"),
+            "transformer_layers": text.get("num_hidden_layers"),
             "vision_heads": vision["num_attention_heads"],
             "transformer_heads": text["num_attention_heads"],
             "image_resolution": side,
@@ -1007,8 +1019,11 @@ def _read_open_clip(folder):
     pixels = whole.get("preprocess_cfg") or {}
     for part in (config, vision, text, pixels):
         _supported(path, part, others=(None, False, {}))
-    widening = 32 if isinstance(vision.get("layers"), list) else 1  # a ResNet's up to its pool
+    layers = vision.get("layers")
+    widening = 32 if isinstance(layers, list) else 1  # a ResNet's up to its pool
     return {"quick_gelu": bool(config.get("quick_gelu", False)),
+            "vision_layers": tuple(layers) if isinstance(layers, list) else layers,
+            "transformer_layers": text.get("layers"),
             "vision_heads": widening * vision.get("width", 768) // vision.get("head_width", 64),
             "transformer_heads": text.get("heads", 8),
             "image_resolution": vision.get("image_size", 224),
@@ -1030,6 +1045,9 @@ def _folder_tokenizer(folder, text_config={}):
             if text_config.get(key):
                 raise ValueError(f"{key} {text_config[key]}")
         if whole:
+            suffix = whole["model"].get("end_of_word_suffix")
+            if suffix != "</w>" or "Lowercase" not in json.dumps(whole.get("normalizer")):
+                raise ValueError("tokenizer.json has another normalizer or end of words")
             ids = whole["model"]["vocab"]
             pairs = whole["model"]["merges"]
         elif ids:
@@ -1048,7 +1066,8 @@ def _folder_tokenizer(folder, text_config={}):
         return Tokenizer([pair.split(" ") if isinstance(pair, str) else pair for pair in pairs], vocabulary)
     except Exception as e:
         problem = f"its tokenizer is no byte-level BPE as CLIP's ({_line(e)})"
-        return ForeignTokenizer(f"{folder}: {problem}; make the ids of texts with the library that it is of")
+        return ForeignTokenizer(f"{folder}: {problem}; make the ids of texts with the library that it is of",
+                                ids.get("<|startoftext|>"))
 
 
 # ---------------------------------------------------------------- putting a CLIP together
@@ -1094,9 +1113,12 @@ def _infer_config(state, hints):
         heads = 32 * width // 64
         config["vision_layers"] = tuple(count(f"visual.layer{i}.") for i in (1, 2, 3, 4))
     size = (patch or 32) * math.isqrt(positions - 1)
-    stated = hints.get("image_resolution", size)
-    if stated != size:
-        raise ValueError(f"image_size {stated} is not supported: its positions are of {size} pixels a side")
+    stated = {"image_size": (hints.get("image_resolution"), size),
+              "text layers": (hints.get("transformer_layers"), config["transformer_layers"]),
+              "image layers": (hints.get("vision_layers"), config["vision_layers"])}
+    for name, (value, found) in stated.items():
+        if value not in (None, found):
+            raise ValueError(f"{name} {value} is not supported: the weights are of {found}")
     config |= {"vision_width": width, "vision_patch_size": patch, "vision_heads": heads,
                "image_resolution": size}
     config |= {key: hints[key] for key in HINTS if key in hints}
@@ -1172,8 +1194,10 @@ class _Bag:
 
 
 def _read_pickle(path):
-    """What torch.save wrote, if it is a dict of tensors and plain values. Numbers of numpy's are left out."""
-    numpy_names = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    """What torch.save wrote, if it is a dict of tensors and plain values. What is numpy's is left out."""
+    numpy_names = ["numpy.dtype", "numpy.ndarray"]
+    for name in ("scalar", "_reconstruct"):
+        numpy_names += [f"numpy.core.multiarray.{name}", f"numpy._core.multiarray.{name}"]
     try:
         with torch.serialization.safe_globals([(_Bag, name) for name in numpy_names]):
             weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -1503,8 +1527,9 @@ class ForeignTokenizer:
     """Stands for one that is no CLIP BPE: a model takes its ids, texts are refused with a CheckpointError."""
     vocabulary = None
 
-    def __init__(self, problem):
-        self.merges = problem  # which a checkpoint keeps
+    def __init__(self, problem, start=None):
+        self.merges = problem  # which a checkpoint keeps, and
+        self.start = start  # the id that a text begins with, where it is known
 
     def refuse(self, *_, **__):
         raise CheckpointError(self.merges)
@@ -1515,14 +1540,14 @@ class ForeignTokenizer:
 def _describe_tokenizer(tokenizer):
     """A tokenizer (or None) as plain values, of which `_tokenizer_of` makes it again."""
     if tokenizer is None or tokenizer.vocabulary is None:
-        return {"merges": tokenizer and tokenizer.merges}
+        return {"merges": tokenizer and tokenizer.merges, "start": tokenizer and tokenizer.start}
     return {"merges": tokenizer.merges, "vocabulary": tokenizer.vocabulary}
 
 
 def _tokenizer_of(described):
     merges = described["merges"]
     if merges is None or isinstance(merges, str):
-        return merges and ForeignTokenizer(merges)
+        return merges and ForeignTokenizer(merges, described.get("start"))
     return Tokenizer(merges, described.get("vocabulary"))
 
 

@@ -1602,6 +1602,7 @@ def restore(path, device=None, clip_path=None):
         if clip_path:
             checkpoint["settings"]["clip"] = clip_path
         model = script(checkpoint).restore(checkpoint)
+        clip.expect({"data", "root"} <= checkpoint["settings"].keys(), path, "its settings name no data")
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return model, checkpoint
 

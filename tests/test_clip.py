@@ -437,6 +437,64 @@ def test_layers_may_be_exchanged_and_looked_at(quick_gelu):
     assert not torch.allclose(pruned.encode_text(text), before, atol=1e-3)
 
 
+class Around(nn.Module):
+    """A module in the place of another, which it asks; shapes: of what it has seen."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.shapes = []
+
+    def forward(self, x):
+        self.shapes.append(tuple(x.shape))
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("name, shape", [
+    ("token_embedding", (5, 20)), ("ln_final", (5, 20, 64)), ("transformer.resblocks", (20, 5, 64)),
+    ("transformer.resblocks.1", (20, 5, 64)), ("transformer.resblocks.0.ln_1", (20, 5, 64)),
+    ("transformer.resblocks.0.mlp", (20, 5, 64)), ("visual", (3, 3, 40, 40)),
+    ("visual.transformer.resblocks", (17, 3, 64)), ("visual.transformer.resblocks.1.mlp", (17, 3, 64))])
+def test_parts_may_be_exchanged(name, shape, vit):
+    """What stands in the place of a part sees all columns of a text, as in OpenAI's code, no more."""
+    image, text = a_batch(SMALL_VIT, images=3, texts=5)
+    model = copy.deepcopy(vit)
+    part = Around(model.get_submodule(name))
+    if name == "visual":
+        part.input_resolution = 40
+        part.conv1 = part.inner.conv1
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, part)
+    close(model.encode_text(text), vit.encode_text(text))
+    close(model.encode_image(image), vit.encode_image(image))
+    assert part.shapes == [shape]
+    hooked = copy.deepcopy(vit)
+    hooked.get_submodule(name).register_forward_hook(lambda _, args, out: out * 0)
+    same = name.startswith("visual")
+    assert torch.allclose(hooked.encode_text(text), vit.encode_text(text)) == same
+    assert torch.allclose(hooked.encode_image(image), vit.encode_image(image)) != same
+
+
+def test_a_vision_tower_may_be_changed(vit):
+    """A bias, a smaller stride and other channels of the first layer; no pool at the end; more tokens."""
+    visual = copy.deepcopy(vit.visual)
+    image, text = a_batch(SMALL_VIT, images=2)
+    conv = visual.conv1
+    conv.bias = nn.Parameter(torch.linspace(-1, 1, 64))
+    for stride in (10, 5):
+        conv.stride = (stride, stride)
+        close(conv(image), F.conv2d(image, conv.weight, conv.bias, stride))
+    vit = copy.deepcopy(vit)
+    vit.visual.conv1 = nn.Conv2d(1, 64, 10, 10, bias=False)
+    assert vit.encode_image(image[:, :1]).shape == (2, 48)
+    vit.token_embedding = nn.Embedding(702, 64)
+    text[0, 2] = 701
+    assert vit.encode_text(text).shape[1] == 48
+    resnet = make(SMALL_RN)
+    resnet.visual.attnpool = nn.Identity()
+    assert resnet.encode_image(a_batch(SMALL_RN)[0]).shape[2:] == (2, 2)
+
+
 def test_traced_and_exported_encoders_take_other_texts(vit):
     """torch.jit.trace, torch.export, torch.compile and vmap, then more texts, of other lengths."""
     class Text(nn.Module):
@@ -450,7 +508,7 @@ def test_traced_and_exported_encoders_take_other_texts(vit):
     image, text = a_batch(SMALL_VIT, images=4, texts=5)
     want = vit.encode_text(text)
     with torch.no_grad():
-        traced = torch.jit.trace(Text(), text[1:2], check_trace=False)
+        traced = torch.jit.trace(Text(), text[1:2])
         batch = {0: torch.export.Dim("batch", min=2, max=64)}
         exported = torch.export.export(Text(), (text[1:3],), dynamic_shapes=(batch,)).module()
         compiled = torch.compile(Text(), backend="eager", fullgraph=True)
@@ -458,7 +516,8 @@ def test_traced_and_exported_encoders_take_other_texts(vit):
         mapped = torch.func.vmap(lambda row: vit.encode_text(row[None])[0])
         for encode in (traced, exported, compiled, mapped):
             close(encode(text), want)
-        close(torch.jit.trace(vit.visual, image[:2], check_trace=False)(image), vit.encode_image(image))
+        close(torch.jit.trace(vit.visual, image[:2])(image), vit.encode_image(image))
+        assert copy.deepcopy(vit).to("meta").encode_text(text.to("meta")).shape == want.shape
     gradient = torch.func.grad(lambda w, row: torch.func.functional_call(Text(), {"clip.text_projection": w},
                                                                          (row[None],)).sum())
     of_each = torch.func.vmap(gradient, (None, 0))(vit.text_projection.detach(), text)
@@ -772,7 +831,8 @@ def test_hugging_face_folders_and_files(tmp_path):
 
 @pytest.mark.parametrize("text, vision, refusal", [
     ({"intermediate_size": 200}, {"intermediate_size": 300}, None),
-    ({"vocab_size": 702}, {}, None),  # tokens were added behind the end token
+    ({"vocab_size": 702}, {}, None),  # tokens were added behind the end token,
+    ({"vocab_size": 49410, "eos_token_id": 49407}, {}, None),  # and the default is not in the file
     ({"eos_token_id": 5}, {}, None), ({"num_attention_heads": 4}, {"num_attention_heads": 1}, None),
     ({"hidden_act": "gelu"}, {}, "hidden_act"),
     ({"hidden_act": "relu"}, {"hidden_act": "relu"}, "hidden_act"), ({}, {"image_size": 44}, "image_size"),
@@ -787,14 +847,15 @@ def test_hugging_face_configurations(text, vision, refusal, tmp_path):
     image, ids = a_batch(ours.config)
     end = text.get("eos_token_id", 699)
     ids = torch.where(ids == ours.vocab_size - 1, end, ids.where(ids != end, 1))
-    if text.get("vocab_size") == 702:
-        ids[0, 2] = 701
+    if "vocab_size" in text:
+        ids[0, 2] = text["vocab_size"] - 1
     for got, want in zip(outputs(ours, image, ids), outputs(theirs, image, ids)):
         close(got, want)
-    text_config = json.loads((tmp_path / "config.json").read_text())
-    text_config["text_config_dict"] = {"hidden_act": "gelu_new"}  # counts in older files
-    (tmp_path / "config.json").write_text(json.dumps(text_config))
-    fails("gelu_new", clip.load, tmp_path, "cpu")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for more, said in (({"text_config": config["text_config"] | {"num_hidden_layers": 1}}, "text layers 1"),
+                       ({"text_config_dict": {"hidden_act": "gelu_new"}}, "gelu_new")):  # which counts
+        (tmp_path / "config.json").write_text(json.dumps(config | more))
+        fails(said, clip.load, tmp_path, "cpu")
 
 
 @pytest.mark.parametrize("vision, text, top, refusal", [
@@ -839,7 +900,12 @@ def test_preprocessing_is_the_folders(tmp_path):
                    {"size": square, "do_center_crop": False}):
         stated = {"size": {"shortest_edge": 40}, "crop_size": square, **stated}
         processor = transformers.CLIPImageProcessor(**stated)
-        processor.save_pretrained(tmp_path / "hf")
+        if stated["size"] is square:  # and in the file that transformers 5 writes
+            os.unlink(tmp_path / "hf" / "preprocessor_config.json")
+            tokenizer = transformers.CLIPTokenizer(vocab={"a": 0}, merges=[])
+            transformers.CLIPProcessor(processor, tokenizer).save_pretrained(tmp_path / "hf")
+        else:
+            processor.save_pretrained(tmp_path / "hf")
         model, preprocess = clip.load(tmp_path / "hf", "cpu")
         preprocess = pickle.loads(pickle.dumps(preprocess))  # it goes to worker processes
         want = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])[0]
@@ -855,6 +921,7 @@ def test_preprocessing_is_the_folders(tmp_path):
         theirs = open_clip.transform.PreprocessCfg(size=40, **stated)
         want = open_clip.transform.image_transform_v2(theirs, is_train=False)(picture)
         close(clip.load(tmp_path / "open_clip_pytorch_model.bin", "cpu")[1](picture), want)
+    os.unlink(tmp_path / "hf" / "processor_config.json")
     (tmp_path / "hf" / "preprocessor_config.json").write_text('{"do_rescale": false}')
     fails("do_rescale", clip.load, tmp_path / "hf", "cpu")
 
@@ -868,9 +935,8 @@ def test_a_folders_own_tokenizer(whole, tmp_path):
     vocab = dict(zip(own.symbols, [*ids, own.start, own.end]))
     transformers_model(replace(SMALL_VIT, vocab_size=own.vocab_size)).save_pretrained(tmp_path)
     if whole:
-        tokenizer = {"model": {"type": "BPE", "vocab": vocab, "merges": own.merges},
-                     "added_tokens": [{"id": own.end, "content": "<|endoftext|>"}]}
-        (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+        transformers = pytest.importorskip("transformers")
+        transformers.CLIPTokenizer(vocab=vocab, merges=own.merges).save_pretrained(tmp_path)
     else:
         (tmp_path / "vocab.json").write_text(json.dumps(vocab))
         merges = "".join(f"{a} {b}\n" for a, b in own.merges)
@@ -884,6 +950,12 @@ def test_a_folders_own_tokenizer(whole, tmp_path):
     clip.save_checkpoint(tmp_path / "best.pt", {"clip": clip.describe(model)})
     for name in ("w.pt", "best.pt"):
         assert torch.equal(clip.load(tmp_path / name, "cpu")[0].tokenize(texts), model.tokenize(texts))
+    if whole:
+        other = json.loads((tmp_path / "tokenizer.json").read_text()) | {"normalizer": {"type": "NFC"}}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+        fails("another normalizer", clip.load(tmp_path, "cpu")[0].tokenize, texts)
+        other["normalizer"] = {"type": "Lowercase"}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(other))
     (tmp_path / "added_tokens.json").write_text('{"<cat>": 541}')
     foreign, _ = clip.load(tmp_path / "model.safetensors", "cpu")
     assert foreign.encode_text(model.tokenize(texts)).shape == (2, 48)
@@ -891,6 +963,7 @@ def test_a_folders_own_tokenizer(whole, tmp_path):
     for other in (foreign, clip.load(tmp_path / "w.pt", "cpu")[0]):
         fails("no byte-level BPE as CLIP's .tokens were added", other.tokenize, texts)
         fails("tokens were added", other.tokenizer.encode, "a")
+        assert other.tokenizer.start == vocab["<|startoftext|>"]
 
 
 def test_weights_within_other_checkpoints(tmp_path, vit):
@@ -901,7 +974,9 @@ def test_weights_within_other_checkpoints(tmp_path, vit):
     contents = {
         "the model_state_dict": {"epoch": 3, "model_state_dict": state, "loss": torch.ones(())},
         "a wrapper's": {"net": {f"module.clip_model.{key}": value for key, value in state.items()}},
-        "numpy's numbers": {"state_dict": state, "best": np.float64(0.5), "step": np.int64(3)},
+        "numpy's": {"state_dict": state, "best": np.float64(0.5), "random": np.random.get_state()},
+        "prompt.": {"prompt.token_embedding.weight": torch.ones(2, 64), "lr": {"token_embedding.weight": 0.1},
+                    **{f"clip.{key}": value for key, value in state.items()}},
         "ema_model.": {f"model.{key}": value for key, value in state.items()} | other,
         "teacher": {"student": state, "teacher": other},
         "head.weight": {"head.weight": torch.ones(3), "logit_scale": torch.ones(()),
