@@ -69,8 +69,7 @@ def study(name, base, rows, claims=()):
 
 # ---- the default commands
 
-study("mxm-default", "train_mxm", {"hybrid, the default": "", "hard": "--loss hard"},
-      [("hybrid, the default", "hard")])
+study("mxm-default", "train_mxm", {"the default": ""})
 study("cmr-default", "train_clip4cmr --clip {clip:source}", {"the default": ""})
 study("user-default", "train_user", {"the default": ""})
 study("adapter-default", "train_adapter --clip {clip:source}", {"the default": ""})
