@@ -77,6 +77,13 @@ def precision(kind="float32", ours=True):
         torch.backends.mkldnn.matmul.fp32_precision = before
 
 
+def precisions():
+    """PRECISIONS, bfloat16 only where --amp auto takes it: a CPU without instructions takes many times as
+    long."""
+    with clip.autocast("auto", clip.build("small")):
+        return PRECISIONS if torch.is_autocast_enabled("cpu") else PRECISIONS[:2]
+
+
 class Products(TorchDispatchMode):
     """Notes the operands of each matrix product and convolution, forward and backward, while it is active."""
 
@@ -229,14 +236,14 @@ def encoding(args):
 def compare(title, calls, repeat):
     """Rows of the table for all precisions. calls: of "ours" and of peers."""
     functions = {}
-    for kind in PRECISIONS:
+    for kind in precisions():
         ours = precision(kind)(calls["ours"])  # the function, called in this precision
         functions |= {(kind, "ours"): ours, (kind, "bare"): precision(kind)(bare_products(ours))}
         if kind != PLAIN:  # to a peer it is the same as float32
             for peer in calls.keys() - {"ours"}:
                 functions[kind, peer] = precision(kind, ours=False)(calls[peer])
     times = median_times(functions, repeat)
-    for kind in PRECISIONS:
+    for kind in precisions():
         seconds = times[kind, "ours"]
         peers_kind = "float32" if kind == PLAIN else kind
         ratios = [times[peers_kind, peer] / seconds if peer in calls else None for peer in PEERS]
