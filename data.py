@@ -420,7 +420,8 @@ def read_own(path, folder):
     """
     entries = _csv_entries(path) if path.lower().endswith(".csv") else _json_entries(path)
     rows = {}
-    for where, entry in entries:
+    number = unnamed = 0
+    for number, (where, entry) in enumerate(entries, 1):
         images = entry["images"]
         expect(images and all(isinstance(image, str) and image for image in images), where,
                "no picture, or one that is no path; an instance has at least one")
@@ -434,6 +435,7 @@ def read_own(path, folder):
                 raise DataError(f"{where}: {key} = {str(value)[:50]} must be a string or a number")
         id, split, group = map(plain, names.values())
         expect(split in (None, *SPLITS), where, f"split {split!r}; it must be train, val or test")
+        unnamed += id is None
         labels = {task: plain(name) for task, name in labels.items()}
         row = Row(id or entry["default"], split, [os.path.join(folder, x) for x in images], captions, labels,
                   group, where)
@@ -443,6 +445,8 @@ def read_own(path, folder):
                    f"another label or split than at {first.where}, for the same id {row.id!r}")
             first.images += [x for x in row.images if x not in first.images]
             first.captions += [x for x in captions if x not in first.captions]
+    if 0 < unnamed < number:
+        note(f"{path}: {unnamed} ids are missing (empty, NaN, None, NA or null), {number - unnamed} given")
     yield from rows.values()
 
 

@@ -1106,7 +1106,7 @@ def test_tables_as_people_have_them(separator, mine, tmp_path, capsys):
     assert [(x.id, x.captions) for x in train] == [("s0", ["a"]), ("s2", ["b"]), ("3.png", ["c"])]
     assert [x.labels for x in train] == [{"color": 2, "size": 0}, {"size": 0}, {"color": 0, "size": 1}]
     said = capsys.readouterr().err
-    for remark in ("1 labels are missing",
+    for remark in ("1 labels are missing", "1 ids are missing .* 5 given",
                    "classes of color differ in capitals or blanks only, such as 'red'",
                    "train, 1 of 4 rows without a picture or a text .* line 3 has no caption"):
         assert re.search(remark, said), remark
