@@ -1782,7 +1782,7 @@ def settings(argv=None):
                            (alone and not args.data, "--clip needs --data, or --checkpoint"),
                            (args.prompt and not alone, "--prompt is for --clip without --checkpoint"),
                            (args.top and not args.query, "--top is for --query"),
-                           (args.query and (args.prompt or args.out), "--query goes without --prompt, --out"),
+                           (args.query and args.prompt, "--prompt is for classes, not for --query"),
                            (args.attention and args.query, "--attention and --query: give one of them"),
                            (any("{}" not in text for text in args.prompt or ()), "--prompt: {} is missing")):
         if wrong:
