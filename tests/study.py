@@ -211,10 +211,9 @@ study("user-queue", "train_user --data products --clip {clip:everything} --dim 2
 TO_SHAPES = "train_adapter --data primitives-target --frames 4 --epochs 4 --batch-size 32"
 study("adapter-shapes", f"{TO_SHAPES} --clip {{clip:source}}", {
     "adapter": "--tune adapter --lr 3e-3|1e-2|3e-2",
-    "adapter-unshared": "--tune adapter-unshared --lr 3e-3|1e-2|3e-2",
     "lora": "--tune lora --lr 3e-3|1e-2|3e-2",
     "full": "--tune full --lr 3e-5|1e-4|3e-4|1e-3",
-}, [("adapter", other) for other in ("adapter-unshared", "lora", "full")])
+}, [("adapter", "lora"), ("adapter", "full")])
 # a CLIP that knows nearly everything: single views of two thirds of these shapes
 study("adapter-known", f"{TO_SHAPES} --clip {{clip:primitives}}", {
     "adapter": "--tune adapter --lr 3e-4|1e-3|3e-3|1e-2",
