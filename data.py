@@ -1575,12 +1575,15 @@ def expect_whole(image):
 
 
 def _rgb(image):
+    tiff = image.format == "TIFF"
     image.load()
     with contextlib.suppress(Exception):  # metadata that are broken say nothing of the pixels
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # convert("RGB") alone would clip them to white
         levels = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
         top = next(top for top in (1, 255, 4095, 65535, levels.max()) if top >= levels.max())
+        if tiff and image.mode[:2] == "I;":  # shown as it is stored; others hold what a camera gave
+            top = 65535
         image = Image.fromarray((levels * (255 / top)).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

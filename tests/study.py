@@ -206,8 +206,8 @@ study("user-queue", "train_user --data products --clip {clip:everything} --dim 2
           ("queues of 8,192", "queues of 512")])
 
 
-# ---- Cross-Modal Adapter: what is tuned, and sharing. Where a row has one rate, validation chose it among four
-# on these shapes as they were drawn before.
+# ---- Cross-Modal Adapter: what is tuned, and sharing. A row with one rate has the one that validation chose
+# among four, on the shapes as they were drawn before.
 
 TO_SHAPES = "train_adapter --data primitives-target --frames 4 --epochs 4 --batch-size 32"
 study("adapter-shapes", f"{TO_SHAPES} --clip {{clip:source}}", {

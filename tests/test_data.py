@@ -383,9 +383,11 @@ def test_pictures_of_every_kind(tmp_path):
     with_nan = (levels / np.float32(255))
     with_nan[3, 4] = np.nan
     assert read("nan.tif", Image.fromarray(with_nan))[3, 4].max() == 0
-    for name, scale in (("12.png", 16), ("12.tif", 16), ("16.tif", 257)):
+    for name, scale in (("12.png", 16), ("16.tif", 257)):
         deep = read(name, Image.fromarray(levels.astype(np.uint16) * scale)).astype(int)
         assert np.abs(deep - grey).max() <= 1
+    stored = read("12.tif", Image.fromarray(levels.astype(np.uint16) * 16))  # a TIFF is shown as it is stored
+    assert np.abs(stored - grey / 16).max() <= 1
     for array in (levels // 2 * np.uint16(257), levels // 2 / np.float32(255), levels * np.int32(0)):
         dark = read("dark.tif", Image.fromarray(array))  # by the range of its kind, not by its own maximum
         assert np.abs(dark - np.minimum(levels // 2, array * 255.0)[..., None]).max() <= 1
