@@ -206,20 +206,19 @@ study("user-queue", "train_user --data products --clip {clip:everything} --dim 2
           ("queues of 8,192", "queues of 512")])
 
 
-# ---- Cross-Modal Adapter: what is tuned, and sharing. A row with one rate has the one that validation chose
-# among four, on the shapes as they were drawn before.
+# ---- Cross-Modal Adapter: what is tuned, and sharing
 
 TO_SHAPES = "train_adapter --data primitives-target --frames 4 --epochs 4 --batch-size 32"
 study("adapter-shapes", f"{TO_SHAPES} --clip {{clip:source}}", {
     "adapter": "--tune adapter --lr 3e-3|1e-2|3e-2",
-    "lora": "--tune lora --lr 1e-2",
-    "full": "--tune full --lr 3e-4",
+    "lora": "--tune lora --lr 3e-3|1e-2|3e-2",
+    "full": "--tune full --lr 3e-5|1e-4|3e-4|1e-3",
 }, [("adapter", "lora"), ("adapter", "full")])
 # a CLIP that knows nearly everything: single views of two thirds of these shapes
 study("adapter-known", f"{TO_SHAPES} --clip {{clip:primitives}}", {
     "adapter": "--tune adapter --lr 3e-4|1e-3|3e-3|1e-2",
-    "lora": "--tune lora --lr 1e-3",
-    "full": "--tune full --lr 3e-5",
+    "lora": "--tune lora --lr 3e-4|1e-3|3e-3|1e-2",
+    "full": "--tune full --lr 1e-5|3e-5|1e-4|3e-4",
 }, [("adapter", "lora"), ("adapter", "full")])
 study("adapter-share", f"{TO_SHAPES} --clip {{clip:source}} --lr 1e-2",
       {"d_s 0": "--share 0", "d_s 16": ""}, [("d_s 16", "d_s 0")])
