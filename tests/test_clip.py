@@ -752,8 +752,7 @@ def test_what_is_loaded_is_float32_on_the_device_asked_for(tmp_path, vit):
 
 
 def test_own_weights_round_trip(tmp_path):
-    """What shapes do not tell (GELU, heads) comes back from each format that keeps it; else a file is warned
-    of."""
+    """What shapes do not tell (GELU, heads) comes back from each format that keeps it, else a warning."""
     st = pytest.importorskip("safetensors.torch")
     model = make(GELU_VIT)
     state = model.state_dict()

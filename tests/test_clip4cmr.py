@@ -1,7 +1,5 @@
 """Tests of train_clip4cmr.py: its model and its losses against plain versions, then whole runs on features
 from files and on those of a frozen CLIP.
-
-    python -m pytest tests/test_clip4cmr.py
 """
 import json
 import math
@@ -18,7 +16,8 @@ import data
 import eval
 import losses
 import train_clip4cmr
-from runs import in_process, kept_signals, log, make_features, make_squares, metrics, refused  # noqa: F401
+from runs import (in_process, kept_signals, log, make_features, make_squares, metrics, refused,  # noqa: F401
+                  spy)
 from train_clip4cmr import (CLIP4CMR, CONSTANTS, FROZEN, LOSSES, PAIR_WISE, SHAPES, main, settings,
                             standardise, total_loss)
 
@@ -174,12 +173,7 @@ def test_a_loss_trains_only_what_it_has(loss, prototypes, moving, folder, tmp_pa
 
 
 def test_settings_reach_the_model_and_the_loss(folder, tmp_path, monkeypatch):
-    seen = []
-
-    def seen_loss(*a):
-        seen.append(a)
-        return total_loss(*a)
-    monkeypatch.setattr(train_clip4cmr, "total_loss", seen_loss)
+    seen = spy(monkeypatch, train_clip4cmr, "total_loss")
     main(on_features(folder, "--out", tmp_path, "--loss", "proxy-anchor+pcl+triplet:2",
                      "--margin", 0.5, "--temperature", 0.3, "--dim", 24, "--hidden", 10, "--dropout", 0.3,
                      "--epochs", 1, "--seed", 4, "--no-standardise"))
@@ -211,20 +205,14 @@ def test_defaults(argv, expected, start, folder):
 def test_imbalance_cuts_every_batch_of_one_modality(scarce, fraction, folder, tmp_path, monkeypatch):
     """round(fraction b) of a batch of b, one at least. They are others in every epoch, so that in the end all
     classes were among them. The other modality is untouched."""
-    rows = {"image": [], "text": []}
-    seen = set()
-
-    def seen_loss(model, weights, images, image_labels, texts, text_labels, *rest):
-        rows["image"].append(len(images))
-        rows["text"].append(len(texts))
-        seen.update((text_labels if scarce == "text" else image_labels)[:1].tolist())
-        return total_loss(model, weights, images, image_labels, texts, text_labels, *rest)
-    monkeypatch.setattr(train_clip4cmr, "total_loss", seen_loss)
+    seen = spy(monkeypatch, train_clip4cmr, "total_loss")
     main(on_features(folder, f"--{scarce}-fraction", fraction, "--out", tmp_path, "--epochs", 12))
-    for modality, found in rows.items():
+    for place, modality in ((2, "image"), (4, "text")):
         share = fraction if modality == scarce else 1
+        found = [len(given[place]) for given in seen]
         assert found == [max(1, round(share * size)) for size in [7, 7, 5] * 12]
-    assert seen == set(range(CLASSES))
+    labels = [given[3 if scarce == "image" else 5] for given in seen]
+    assert {of_batch[0].item() for of_batch in labels} == set(range(CLASSES))
 
 
 @pytest.mark.parametrize("more, evaluations", [((), 14), (("--eval-every", 5), 10), (("--patience", 2), 2)])
@@ -243,8 +231,7 @@ def test_patience_spans_enough_steps(more, evaluations, folder, tmp_path, monkey
 
 
 def test_metrics_are_those_of_its_embeddings(squares, frozen):
-    """By loops, from the pictures and captions themselves, so that labels, captions and directions cannot be
-    mixed up on the way."""
+    """By loops, from the files: labels, captions and directions cannot be mixed up on the way."""
     model, _ = eval.restore(frozen / "best.pt", "cpu")
     transform = clip.transform(16)
     images, texts = [], []
@@ -282,16 +269,11 @@ def test_a_frozen_clip_stays_out_of_the_checkpoint(squares, tmp_path, capsys):
 
 
 def test_the_rate_is_constant_and_adam_the_authors(folder, tmp_path, monkeypatch):
-    seen = []
-
-    class Adam(torch.optim.Adam):
-        def step(self):
-            assert self.defaults["betas"] == (0.5, 0.999)
-            seen.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
-            super().step()
-    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    def settings_of(_, optimizer):
+        return [(group["lr"], group["weight_decay"], group["betas"]) for group in optimizer.param_groups]
+    seen = spy(monkeypatch, torch.optim.Adam, "step", settings_of)
     main(on_features(folder, "--out", tmp_path, "--weight-decay", 0.25))
-    assert seen == [[(1e-2, 0.25)]] * 6
+    assert seen == [[(1e-2, 0.25, (0.5, 0.999))]] * 6
 
 
 # ---------------------------------------------------------------- eval.py

@@ -1,7 +1,4 @@
-"""Tests of train_cmaclip.py: its model against a plain version without batches, its noise, its runs.
-
-    python -m pytest tests/test_cmaclip.py
-"""
+"""Tests of train_cmaclip.py: its model against a plain version without batches, its noise, its runs."""
 import json
 import math
 import os
@@ -17,8 +14,7 @@ import clip
 import data
 import eval
 import train_cmaclip
-from runs import (COLOURS, evaluated, in_process,  # noqa: F401
-                  kept_signals, metrics, refused)
+from runs import COLOURS, evaluated, in_process, kept_signals, metrics, refused, spy  # noqa: F401
 from data import choose_tasks, pairs
 from train_cmaclip import CMACLIP, corrupt, main, multitask_loss, settings
 
@@ -43,10 +39,7 @@ def small_clip(captions, resnet=False):
 @pytest.fixture(scope="module")
 def things(tmp_path_factory):
     """The path of a .jsonl file of 48 / 16 / 32 things; clip.pt beside it is a small CLIP of random weights.
-
-    Task `seen` is the colour of the picture, of which no caption speaks; `told` is a word of the caption, of
-    which the picture shows nothing.
-    """
+    The task `seen` is the colour of the picture alone, `told` a word of the caption alone."""
     folder = tmp_path_factory.mktemp("things")
     rng = np.random.default_rng(0)
     rows = []
@@ -232,19 +225,9 @@ def test_corrupt_replaces_a_share_by_other_rows_of_the_batch():
 def test_noise_settings_reach_training_and_testing(things, tmp_path, monkeypatch):
     """Training takes its own shares. --robustness goes through the shares of the images and of the texts, on
     the test split in another order: in its own, neighbours are often alike."""
-    calls = []
-    evaluated_on = []
-
-    def recording(images, tokens, noise):
-        calls.append(noise)
-        return corrupt(images, tokens, noise)
-
-    def recording_loader(model, instances, *a, **more):
-        evaluated_on.append([x.id for x in instances])
-        return evaluation_loader(model, instances, *a, **more)
-    evaluation_loader = eval.evaluation_loader
-    monkeypatch.setattr(train_cmaclip, "corrupt", recording)
-    monkeypatch.setattr(eval, "evaluation_loader", recording_loader)
+    calls = spy(monkeypatch, train_cmaclip, "corrupt", lambda _, images, tokens, noise: noise)
+    evaluated_on = spy(monkeypatch, eval, "evaluation_loader",
+                       lambda _, model, instances, *a, **k: [x.id for x in instances])
     main(arguments(things, "--out", tmp_path, "--train-noise-image", 0.1, "--train-noise-text", 0.2,
                    "--robustness", "--seed", 3))
     shares = (0.0, 0.25, 0.5, 1.0)
@@ -304,14 +287,10 @@ def test_thresholds_are_those_of_the_same_model_on_val(things, tmp_path):
 
 
 def test_clip_is_trained_at_a_rate_of_its_own_and_only_matrices_decay(things, tmp_path, monkeypatch):
-    steps = []
-
-    class AdamW(torch.optim.AdamW):
-        def step(self):
-            steps.append([(g["lr"], g["weight_decay"], g["params"]) for g in self.param_groups])
-            super().step()
-    models = built(monkeypatch)
-    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+    def settings_of(_, optimizer):
+        return [(g["lr"], g["weight_decay"], g["params"]) for g in optimizer.param_groups]
+    steps = spy(monkeypatch, torch.optim.AdamW, "step", settings_of)
+    models = spy(monkeypatch, train_cmaclip, "CMACLIP", lambda model, *a, **k: model)
     monkeypatch.setattr(train_cmaclip, "WARMUP", 0.5)
     main(arguments(things, "--out", tmp_path, "--epochs", 2, "--weight-decay", 0.3, "--lr", 1e-2,
                    "--clip-lr", 1e-4))
@@ -325,21 +304,10 @@ def test_clip_is_trained_at_a_rate_of_its_own_and_only_matrices_decay(things, tm
     assert np.allclose([step[0][0] for step in steps], [1e-2 * x for x in shape], rtol=1e-9)
 
 
-def built(monkeypatch):
-    """The models of the runs that follow."""
-    models = []
-
-    def build(*a):
-        models.append(CMACLIP(*a))
-        return models[-1]
-    monkeypatch.setattr(train_cmaclip, "CMACLIP", build)
-    return models
-
-
 @pytest.mark.parametrize("resnet", [False, True])
 def test_a_frozen_clip_stays_as_it_is(resnet, things, tmp_path, monkeypatch):
     """Bit for bit, a ResNet's running statistics too; no gradient is computed for it; all else is trained."""
-    models = built(monkeypatch)
+    models = spy(monkeypatch, train_cmaclip, "CMACLIP", lambda model, *a, **k: model)
     clip_model = small_clip([x.captions[0] for x in data.load(things)[0]], resnet=resnet)
     clip.save_checkpoint(tmp_path / "clip.pt", {"clip": clip.describe(clip_model)})
     main(arguments(things, "--out", tmp_path / "run", "--clip", tmp_path / "clip.pt", "--freeze"))

@@ -1,7 +1,5 @@
 """Damaged files of every kind that is read: empty, truncated, a byte flipped, another file's content. Each
 gives a result or one line and nothing else; a pickle that would run code is refused by name.
-
-    python -m pytest tests/test_damage.py
 """
 import gzip
 import json

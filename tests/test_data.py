@@ -1,7 +1,5 @@
 """Tests of data.py: what it reads, what it refuses and how it says so, the loader, the renderer.
 
-    python -m pytest tests/test_data.py
-
 Real photos lie in ../shared/data; tests that need them skip where it is absent.
 """
 import argparse
@@ -1016,8 +1014,7 @@ def lines(*rows):
 
 
 def test_jsonl(mine, tmp_path, capsys):
-    """Numbers are names, and 3.0 is 3; NaN, None, null and nothing are missing: an id too, which is then that
-    of no other line."""
+    """Numbers are names, 3.0 is 3; NaN, None, null and nothing are missing: an id is then no other line's."""
     nan = float("nan")
     missing = {"size": nan, "x": "", "y": "None", "z": float("inf"), "w": None}
     captions = ["line \u2028 separator", nan, "b", None]

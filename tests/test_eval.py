@@ -1,7 +1,4 @@
-"""Tests of eval.py: metrics against brute force, exact and bounded search, bounds, tables and galleries.
-
-    python -m pytest tests/test_eval.py
-"""
+"""Tests of eval.py: metrics against brute force, exact and bounded search, tables and galleries."""
 import argparse
 import itertools
 import json

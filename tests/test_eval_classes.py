@@ -1,7 +1,5 @@
 """Tests of eval.py for methods that learn from classes: metrics against loops over their definitions,
 attention pictures, and the features of a frozen CLIP that are computed once.
-
-    python -m pytest tests/test_eval_classes.py
 """
 import math
 import os

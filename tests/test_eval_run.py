@@ -1,8 +1,6 @@
 """Tests of what eval.py keeps around a training loop: the progress line, errors, the folder of a run, and
 eval.Run; and of the command on several checkpoints. What a killed, stopped or resumed run of a script ends
 with is tested in test_runs.py.
-
-    python -m pytest tests/test_eval_run.py
 """
 import argparse
 import contextlib

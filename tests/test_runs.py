@@ -1,8 +1,7 @@
 """Tests of whole runs of every script on a small data set: the same bits again, killed and resumed, on two
-processes, with bad input.
+processes, with bad input (those of one script: -k cmaclip).
 
-    python -m pytest tests/test_runs.py -k cmaclip
- What is particular to a method is tested in the file of its name. A fork joins with one row in RUNS, as
+What is particular to a method is tested in the file of its name. A fork joins with one row in RUNS, as
 README.md shows; eval.Run is tested in all its cases with train_mxm.py, since every script goes through it.
 """
 import ast
@@ -142,8 +141,8 @@ def whole(name, folder, tmp_path_factory):
 # ---------------------------------------------------------------- a run
 
 def test_the_command_trains_reports_and_is_deterministic(name, folder, tmp_path, monkeypatch, capsys):
-    """In a process of its own, with a worker process: the same bits as the run in this process, and a table.
-    With MXM-CLR that is the command as a user types it, which takes seconds to start; others are forked."""
+    """In a process of its own, with a worker: the same bits as in this one, and a table. MXM-CLR's is the
+    command as a user types it, which takes seconds to start; others are forked."""
     out = tmp_path / "run"
     argv = words(name, folder, "--out", out, "--workers", 1)
     if name == "mxm":
@@ -220,7 +219,7 @@ RATES = {"mxm": 1e-5, "user": 5e-4, "clip4cmr": 1e-4, "cmaclip": 1e-4, "adapter"
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_your_own_data_start_from_a_published_clip(name, folder, published, tmp_path, capsys):
-    """A .csv with --clip left out: the published CLIP, which the first line names, at the rate for pretrained
+    """A .csv without --clip: the published CLIP, which the first line names, at the rate for pretrained
     weights; where it cannot be had, one line says where to put it, and how to start from scratch."""
     rows = [json.loads(line) for line in open(folder / "squares.jsonl")]
     lines = [f"{folder}/{image},{caption},{row['id']},{row['split']},{row['labels']['inner']}\n"
@@ -344,8 +343,7 @@ STOPS_EARLY = pytest.mark.parametrize("name", ["clip4cmr", "clip4cmr-features"],
 
 @STOPS_EARLY
 def test_patience_stops_early(name, folder, tmp_path, monkeypatch, capsys):
-    """After as many evaluations without a better one; an equal one is none. A resumed run goes on
-    counting."""
+    """After as many evaluations without a better one; an equal one is none. A resumed run counts on."""
     argv = words(name, folder, "--epochs", 20, "--patience", 3)
     a, b = tmp_path / "a", tmp_path / "b"
     monkeypatch.setattr(eval, "report", lambda *a, **k: None)
@@ -500,7 +498,7 @@ def test_bad_input_of_other_kinds(name, folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("file", [*(RUNS[name][0] for name in PICTURES), "eval"])
 def test_the_commands_say_it_in_one_line(file, tmp_path):
-    """As a user sees it: one line, nothing else, exit code 2 (other tests call main in this process)."""
+    """One line, nothing else, exit code 2; other tests call main in this process."""
     option = "--checkpoint" if file == "eval" else "--data"
     [(ended, out, said)] = forked(file, [option, str(tmp_path / "none.jsonl")])
     assert ended == 2 and out == "" and said.startswith("error: ") and said.count("\n") == 1, said
@@ -583,8 +581,7 @@ def test_a_damaged_picture_in_the_middle_of_training(name, workers, folder, tmp_
 # ---------------------------------------------------------------- the project as a whole
 
 def test_files_import_nothing_but_what_the_design_says():
-    """losses and clip know nothing of the project, data knows clip, eval knows both, no method knows
-    another."""
+    """losses and clip know none, data knows clip, eval knows both, no method knows another."""
     known = {"clip": set(), "losses": set(), "data": {"clip"}, "eval": {"clip", "data"}}
     scripts = [file[:-3] for file in os.listdir(ROOT) if file.startswith("train_") and file.endswith(".py")]
     assert len(scripts) >= 5
@@ -598,8 +595,7 @@ def test_files_import_nothing_but_what_the_design_says():
 
 
 def test_a_fork_joins_with_one_row(tmp_path):
-    """What README.md says of a fork: a copy of a script, and one row in RUNS. This one has another loss, and
-    passes the tests of whole runs."""
+    """As README.md says: a copy of a script, here with another loss, and a row in RUNS pass these tests."""
     fork = tmp_path / "fork"
     ignored = shutil.ignore_patterns(".git", "runs", "data", "__pycache__", "*venv", ".pytest_cache")
     shutil.copytree(ROOT, fork, ignore=ignored)

@@ -1,7 +1,5 @@
 """Tests of train_user.py: its model against a plain version that takes each sample alone, without padding;
 its loss, momentum and queues against brute force; then whole runs.
-
-    python -m pytest tests/test_user.py
 """
 import copy
 import json
@@ -18,9 +16,8 @@ import data
 import eval
 import runs
 import train_user
-from runs import SMALL, arguments, metrics, refused
-from runs import in_process  # noqa: F401 (a fixture that acts by being here)
-from test_mxm import value_and_gradients
+from runs import SMALL, arguments, in_process, metrics, refused, spy  # noqa: F401
+from test_losses import value_and_gradients
 from train_user import LOSSES, SGE, USER, Queue, main, settings, total_loss
 
 CAPTIONS = ["a red square on blue", "wet", "a blue thing that is soft to touch", "red"]
@@ -261,9 +258,9 @@ def test_uto_is_a_loop(mu):
     queued[4] = True  # no negatives at all
 
     def check(found, expected, *leaves):
-        expected = value_and_gradients(expected, *(x.double() for x in leaves))
-        for x, y in zip(value_and_gradients(found, *leaves), expected, strict=True):
-            assert torch.allclose(x.double(), y, rtol=1e-4, atol=1e-5)
+        expected = value_and_gradients(expected, [x.double() for x in leaves])
+        for x, y in zip(value_and_gradients(found, leaves), expected, strict=True):
+            assert torch.allclose(x, y, rtol=1e-4, atol=1e-5)
     check(lambda x, y: train_user.uto_loss(x, y, SAME, **more),
           lambda x, y: plain_uto(x, y, SAME, mu), IMAGES, TEXTS)
     check(lambda x: train_user.uto_queue_loss(x, TEXT_KEYS, queue, queued, **more),
@@ -312,19 +309,6 @@ def test_bad_settings(words, says, squares, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- a run, looked at from inside
-
-def spy(patch, owner, name, record):
-    """A list that gets record(result, *arguments) of every call of a function from here on."""
-    plain = getattr(owner, name)
-    calls = []
-
-    def function(*a):
-        result = plain(*a)
-        calls.append(record(result, *a))
-        return result
-    patch.setattr(owner, name, function)
-    return calls
-
 
 def seen_by_loss(result, args, images, texts, group, keys, queue):
     return SimpleNamespace(embeddings=(images.detach(), texts.detach()), group=group, keys=keys,
@@ -446,8 +430,7 @@ ROWS = {"train": 16, "dev": 8, "test": 8}
 
 @pytest.fixture
 def precomp(tmp_path):
-    """Pictures as four regions of six numbers, five captions each, and CLIP's embeddings; the arguments of a
-    run."""
+    """The arguments of a run on pictures as four regions of six numbers, with CLIP's embeddings."""
     (tmp_path / "precomp").mkdir()
     for file, rows in ROWS.items():
         features = np.random.default_rng(rows + len(file)).random((rows, 4, 6), np.float32)
@@ -462,8 +445,7 @@ def precomp(tmp_path):
 
 @pytest.mark.parametrize("enhance", ["both", "sge"])
 def test_regions(enhance, precomp, tmp_path, capsys):
-    """Trained and evaluated without a picture, and without CLIP's embeddings where CGE does not ask for
-    them."""
+    """Trained and evaluated without a picture, and without CLIP's embeddings where there is no CGE."""
     if enhance == "sge":
         for file in ROWS:
             (tmp_path / "precomp" / f"{file}_clip.npy").unlink()
