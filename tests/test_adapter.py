@@ -119,6 +119,8 @@ def test_how_adapters_start():
     runs.assert_same(features_of(shared), features_of(unshared))
     of_image, of_text = (unshared.extra.share[f"{encoder}_0_mlp"].weight for encoder in ("image", "text"))
     assert of_image is not of_text and torch.equal(of_image, of_text)
+    with pytest.raises(clip.CheckpointError, match="--share 33: more than .*; choose 32 or less"):
+        Tuned(small_clip(), "adapter", 4, 33)
 
 
 def test_dropout_acts_on_the_bottleneck_in_training_alone():
@@ -423,17 +425,3 @@ def test_the_clip_of_the_default_run_is_made_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(eval, "small_clip", make)
     assert clip.identity(eval.load_clip(settings([]), "cpu")) == clip.identity(small_clip())
-
-
-# ---------------------------------------------------------------- bad input
-
-@pytest.mark.parametrize("more, says", [
-    ("--share 33", "--share 33: more than the narrower encoder's width; choose 32 or less"),
-    ("--rank 0", "not a positive whole number"), ("--dropout 1.5", "not a share from 0 to 1"),
-    ("--clip tiny", "--clip tiny has random weights, nothing to adapt: give a pretrained CLIP"),
-    ("--context 33", "--context 33: this CLIP has 32 positions for the tokens of a text; choose that or"),
-    ("--clip {resnet}", "--tune: adapters and lora go into transformer blocks")])
-def test_bad_settings(more, says, squares, tmp_path, capsys):
-    more = more.format(resnet=f"{beside(squares, 'resnet.pt')} --image-size 32").split()
-    assert says in refused(capsys, arguments(squares, "--out", tmp_path / "run", *more), main)
-    assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ import clip
 import data
 import eval
 import train_cmaclip
-from runs import COLOURS, evaluated, in_process, kept_signals, metrics, refused, spy  # noqa: F401
+from runs import COLOURS, evaluated, in_process, kept_signals, metrics, spy  # noqa: F401
 from data import choose_tasks, pairs
 from train_cmaclip import CMACLIP, corrupt, main, multitask_loss, settings
 
@@ -166,6 +166,8 @@ def test_how_a_model_starts():
     assert not torch.equal(a.text_position, c.text_position)
     _, weights = a.eval()(torch.randn(2, 3, 16, 16), clip_model.tokenizer(["wet", "red"], 16))
     assert weights.shape == (2, 3, 2) and (weights == 0.5).all()
+    with pytest.raises(data.DataError, match="--heads 3: does not divide the width 16"):
+        CMACLIP(clip_model, CLASSES, heads=3)
 
 
 def test_attention_is_the_last_layers():
@@ -431,26 +433,3 @@ def test_tasks_are_chosen(capsys):
             choose_tasks(classes, asked, "mine", instances)
     with pytest.raises(data.DataError, match="none of the tasks b, d"):
         choose_tasks({task: classes[task] for task in "bd"}, None, "mine", instances)
-
-
-# ---------------------------------------------------------------- bad input
-
-@pytest.mark.parametrize("words, says", [
-    ("--tasks seen,feel", "feel: "), ("--heads 3", "--heads 3: does not divide the width 16"),
-    ("--clip-lr 0", "positive"), ("--precision 0", "up to 1"), ("--train-noise-image nan", "from 0 to 1"),
-    ("--clip tiny --freeze", "--freeze: tiny starts from random weights")])
-def test_bad_settings(words, says, things, tmp_path, capsys):
-    assert says in refused(capsys, arguments(things, "--out", tmp_path / "new", *words.split()), main)
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("split, says", [
-    ("train", "no labels; this method learns from classes"),
-    ("val", "no instance of split 'val' has a label of seen, told"), ("test", "split 'test' has a label")])
-def test_a_split_without_labels_is_refused_before_training(split, says, things, tmp_path, capsys):
-    def label(i, row):
-        return {} if split in ("train", row["split"]) else row["labels"]
-    relabelled(things, tmp_path / "mine.jsonl", label)
-    argv = arguments(things, "--out", tmp_path / "run")
-    assert says in refused(capsys, ["--data", tmp_path / "mine.jsonl", *argv[2:]], main)
-    assert not (tmp_path / "run").exists()

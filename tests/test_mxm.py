@@ -13,7 +13,7 @@ import clip
 import data
 import eval
 import train_mxm
-from runs import arguments, in_process, kept_signals, refused, spy, squares  # noqa: F401
+from runs import arguments, in_process, kept_signals, spy, squares  # noqa: F401
 from test_losses import (assert_close, assert_finite, both_directions, features, mean, pair_terms,
                          value_and_gradients)
 
@@ -215,30 +215,3 @@ def test_eval_embeds_views_as_their_renormalised_mean(squares, whole):
         captions = model.tokenizer([c for x in instances for c in x.captions], 32)
         captions = F.normalize(model.encode_text(captions))
     assert torch.allclose(captions, texts, atol=1e-5)
-
-
-# ---------------------------------------------------------------- bad input
-
-@pytest.mark.parametrize("option, value, says", [
-    ("--views", 0, "positive"), ("--soft-weight", 1.5, "share from 0 to 1"), ("--loss", "hrad", "hybrid"),
-    ("--soft-relation", "teacher", "--teacher belong together"),
-    ("--teacher", "best.pt", "--teacher belong together")])
-def test_bad_settings(option, value, says, squares, tmp_path, capsys):
-    line = refused(capsys, arguments(squares, "--out", tmp_path / "run", option, value), train_mxm.main)
-    assert says in line and not (tmp_path / "run").exists()
-
-
-def test_pairs_need_as_many_views_as_captions(squares, tmp_path, capsys):
-    argv = arguments(squares, "--out", tmp_path / "run", "--loss", "clip")
-    assert "the same number" in refused(capsys, [*argv, "--captions", 2], train_mxm.main)
-    line = refused(capsys, [*argv, "--views", 3, "--captions", 3], train_mxm.main)
-    assert "an instance has 2 views or captions" in line and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("option, value, says", [
-    ("--checkpoint", "{tmp}/file", "file: "), ("--checkpoint", "{tmp}/none.pt", "no such file"),
-    ("--checkpoint", "{run}/metrics.json", "metrics.json: "), ("--split", "tset", "tset")])
-def test_bad_arguments_of_the_evaluation(option, value, says, whole, tmp_path, capsys):
-    (tmp_path / "file").write_text("no folder, no weights")
-    argv = ["--checkpoint", whole / "best.pt", option, value.format(tmp=tmp_path, run=whole)]
-    assert says in refused(capsys, argv, eval.main)

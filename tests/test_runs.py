@@ -53,7 +53,7 @@ RUNS = {
 PICTURES = ["mxm", "clip4cmr", "cmaclip", "user", "adapter"]  # these read pictures
 AT_EVERY_STEP = [name for name in PICTURES if name != "clip4cmr"]  # CLIP4CMR's CLIP sees each picture once
 # the keys of the metric on val that best.pt is chosen by; elsewhere rSum
-CHOSEN = {"train_clip4cmr": ["mAP"], "train_cmaclip": ["mean_of_tasks", "accuracy"]}
+CHOSEN = {"clip4cmr": ["mAP"], "clip4cmr-features": ["mAP"], "cmaclip": ["mean_of_tasks", "accuracy"]}
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +64,15 @@ def folder(tmp_path_factory):
 
 
 def make_data(folder):
-    """Pictures, features, and a CLIP with its tokenizer."""
+    """Pictures, features, and CLIPs with their tokenizer."""
     make_squares(folder)
     make_features(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(clip.MODELS, "tiny", SMALL)
         texts = [f"the frame is {colour} and the middle a {colour} square on around" for colour in COLOURS]
-        model = clip.build("tiny", clip.Tokenizer.train(texts, 600))
-    clip.save_checkpoint(folder / "frozen.pt", {"clip": clip.describe(model)})
+        for file, name in (("frozen.pt", "tiny"), ("resnet.pt", "tiny-rn")):
+            model = clip.build(name, clip.Tokenizer.train(texts, 600))
+            clip.save_checkpoint(folder / file, {"clip": clip.describe(model)})
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -97,7 +98,7 @@ def script(name):
 
 def chosen(name, val):
     """The metric, of an evaluation on val, that best.pt is chosen by."""
-    for key in CHOSEN.get(RUNS[name][0], ["rSum"]):
+    for key in CHOSEN.get(name, ["rSum"]):
         val = val[key]
     return val
 
@@ -290,7 +291,7 @@ def test_resume_refuses_what_is_no_continuation(name, folder, whole, tmp_path, c
 
 
 @pytest.mark.parametrize("name", ["clip4cmr", "adapter"], indirect=True)
-def test_resume_refuses_another_frozen_clip(name, folder, tmp_path, capsys):
+def test_another_frozen_clip_is_refused(name, folder, tmp_path, capsys):
     """Its weights are not in the checkpoint, and a file of the same name may have been trained anew."""
     argv = words(name, folder, "--epochs", 1, "--out", tmp_path / "run", "--clip", tmp_path / "clip.pt")
     shutil.copy(folder / "frozen.pt", tmp_path / "clip.pt")
@@ -301,6 +302,8 @@ def test_resume_refuses_another_frozen_clip(name, folder, tmp_path, capsys):
     clip.save_checkpoint(tmp_path / "clip.pt", checkpoint)
     line = refused(capsys, [*argv, "--resume"], script(name).main)
     assert "last.pt: was made with another frozen clip" in line
+    line = refused(capsys, ["--checkpoint", tmp_path / "run" / "best.pt"], eval.main)
+    assert f"{tmp_path}/clip.pt: is the CLIP " in line
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
@@ -463,18 +466,53 @@ def test_two_processes_stopped_then_resumed_equal_two_never_stopped(name, folder
 
 # ---------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("option, value, says", [
-    ("--epochs", 0, "not a positive whole number"), ("--lr", 0, "not a positive number"),
-    ("--lr", "nan", "not a positive number"), ("--lr", "fast", "--lr"), ("--weight-decay", -0.1, "0 or more"),
-    ("--seed", -1, "0 or more"), ("--vocab-size", 100, "514 or more"), ("--device", "gpu", "no device"),
-    ("--batch-size", 61, "larger than the data set"),
-    ("--image-size", 33, "multiple of 8"), ("--clip", "ViT-B-32", "did you mean 'ViT-B/32'"),
-    ("--data", "flikr8k", "unknown data set 'flikr8k': known are"), ("--data", "no.jsonl", "no.jsonl"),
-    ("--bacth", 3, "--bacth")])
-def test_bad_settings(option, value, says, folder, tmp_path, capsys):
-    """Those that every script has; its own are tested in the file of its name."""
-    argv = words("mxm", folder, "--out", tmp_path / "run", option, value)
-    assert says in refused(capsys, argv, script("mxm").main) and not (tmp_path / "run").exists()
+BAD = {  # name -> words, what is said of them; of mxm also those that every script has
+    "mxm": [("--epochs 0", "not a positive whole number"), ("--lr 0", "not a positive number"),
+            ("--lr nan", "not a positive number"), ("--lr fast", "--lr"), ("--seed -1", "0 or more"),
+            ("--weight-decay -0.1", "0 or more"), ("--vocab-size 100", "514 or more"),
+            ("--device gpu", "no device"), ("--batch-size 61", "larger than the data set"),
+            ("--image-size 33", "multiple of 8"), ("--clip ViT-B-32", "did you mean 'ViT-B/32'"),
+            ("--bacth 3", "--bacth"),
+            ("--data flikr8k", "unknown data set 'flikr8k': known are"), ("--data no.jsonl", "no.jsonl"),
+            ("--views 0", "positive"), ("--soft-weight 1.5", "share from 0 to 1"), ("--loss hrad", "hybrid"),
+            ("--soft-relation teacher", "--teacher belong together"),
+            ("--teacher best.pt", "--teacher belong together"),
+            ("--loss clip --captions 2", "the same number"),
+            ("--loss clip --views 3 --captions 3", "an instance has 2 views or captions")],
+    "clip4cmr": [("--loss pcl+hinge:2", "unknown loss 'hinge'"), ("--loss pcl+", "unknown loss ''"),
+                 ("--loss pcl:0", "not a positive number"), ("--text-fraction 0", "up to 1"),
+                 ("--loss pcl+triplet+pcl:0.5", "pcl is named twice"), ("--margin 0.1", "pcl has none"),
+                 ("--task colour", "has the tasks inner, outer"), ("--clip tiny", "random weights")],
+    "cmaclip": [("--tasks inner,feel", "feel: "), ("--heads 3", "--heads 3: does not divide the width 32"),
+                ("--clip-lr 0", "positive"), ("--precision 0", "up to 1"),
+                ("--train-noise-image nan", "from 0 to 1"),
+                ("--clip tiny --freeze", "--freeze: tiny starts from random weights")],
+    "user": [("--queue 7", "--queue 7 cannot hold a batch of keys; give 20 or more"),
+             ("--dim 1", "2 or more"), ("--mu 20 --loss infonce", "only uto"), ("--momentum 1.5", "a share"),
+             ("--data primitives --regions", "train_ims.npy: No such file")],
+    "adapter": [("--share 33", "--share 33: more than the narrower encoder's width; choose 32 or less"),
+                ("--rank 0", "not a positive whole number"), ("--dropout 1.5", "not a share from 0 to 1"),
+                ("--clip tiny", "--clip tiny has random weights, nothing to adapt: give a pretrained CLIP"),
+                ("--context 33", "--context 33: this CLIP has 32 positions for the tokens of a text; choose"),
+                ("--clip {folder}/resnet.pt --image-size 32", "--tune: adapters and lora go into")]}
+
+
+@pytest.mark.parametrize("name, more, says", [(name, *case) for name in BAD for case in BAD[name]])
+def test_bad_settings(name, more, says, folder, tmp_path, capsys):
+    argv = words(name, folder, "--out", tmp_path / "run", *more.format(folder=folder).split())
+    assert says in refused(capsys, argv, script(name).main) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+@pytest.mark.parametrize("name", ["clip4cmr", "cmaclip"])
+def test_a_split_without_labels_is_refused_before_training(name, split, folder, tmp_path, capsys):
+    rows = [json.loads(line) for line in open(folder / "squares.jsonl")]
+    for row in rows:
+        row["labels"] = {} if split in ("train", row["split"]) else row["labels"]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = words(name, folder, "--out", tmp_path / "run", "--data", tmp_path / "own.jsonl")
+    says = "no labels; this method learns from" if split == "train" else f"split '{split}' has a "
+    assert says in refused(capsys, argv, script(name).main) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", PICTURES, indirect=True)

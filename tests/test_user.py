@@ -299,15 +299,6 @@ def test_settings_are_the_papers(words, expected):
     assert vars(settings(words.split())).items() >= expected.items()
 
 
-@pytest.mark.parametrize("words, says", [
-    ("--queue 7", "--queue 7 cannot hold a batch of keys; give 8 or more"),
-    ("--dim 1", "2 or more"), ("--mu 20 --loss infonce", "only uto"), ("--momentum 1.5", "a share"),
-    ("--data primitives --regions", "train_ims.npy: cannot be read")])
-def test_bad_settings(words, says, squares, tmp_path, capsys):
-    argv = arguments(squares, "--out", tmp_path / "run", *words.split())
-    assert says in refused(capsys, argv, main) and not (tmp_path / "run").exists()
-
-
 # ---------------------------------------------------------------- a run, looked at from inside
 
 def seen_by_loss(result, args, images, texts, group, keys, queue):
