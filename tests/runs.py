@@ -144,9 +144,10 @@ def spy(patch, owner, name, record=lambda result, *a, **k: a):
     return calls
 
 
-def evaluated(checkpoint, *more):
-    """Run the evaluation command."""
-    eval.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--amp", "off", *map(str, more)])
+def evaluated(checkpoints, *more):
+    """Run the evaluation command on a checkpoint or on several."""
+    files = checkpoints if isinstance(checkpoints, list) else [checkpoints]
+    eval.main(["--checkpoint", *map(str, files), "--device", "cpu", "--amp", "off", *map(str, more)])
 
 
 def metrics(out):

@@ -1,7 +1,6 @@
 """Tests of train_clip4cmr.py: its model and its losses against plain versions, then whole runs on features
-from files and on those of a frozen CLIP.
+from files. Of those on a frozen CLIP are test_runs.py and test_eval_run.py.
 """
-import json
 import math
 import os
 
@@ -9,15 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import clip
 import data
 import eval
 import losses
 import train_clip4cmr
-from runs import (in_process, kept_signals, log, make_features, make_squares, metrics, refused,  # noqa: F401
-                  spy)
+from runs import in_process, log, make_features, refused, spy  # noqa: F401
 from train_clip4cmr import (CLIP4CMR, CONSTANTS, FROZEN, LOSSES, PAIR_WISE, SHAPES, main, settings,
                             standardise, total_loss)
 
@@ -31,42 +28,11 @@ def on_features(folder, *more):
             *map(str, more)]
 
 
-def on_squares(squares, *more):
-    """Two epochs on the squares' 21 training rows of a known outer colour, with the CLIP beside them."""
-    beside = os.path.dirname(squares)
-    return ["--data", str(squares), "--task", "outer", "--epochs", "2", "--batch-size", "7", "--dim", "16",
-            "--lr", "1e-2", "--clip", os.path.join(beside, "clip.pt"),
-            "--cache", os.path.join(beside, "cache"), "--workers", "0", "--device", "cpu", "--amp", "off",
-            *map(str, more)]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("features")
     make_features(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def squares(tmp_path_factory):
-    """The squares, and a very small CLIP with a tokenizer of its own beside them."""
-    folder = tmp_path_factory.mktemp("squares")
-    squares = make_squares(folder)
-    tokenizer = clip.Tokenizer.train([c for x in data.load(squares)[0] for c in x.captions], 600)
-    torch.manual_seed(0)
-    model = clip.CLIP(clip.Config(16, 16, 1, 32, 8, 24, tokenizer.vocab_size, 32, 2, 1, 2))
-    model.tokenizer = tokenizer
-    clip.save_checkpoint(folder / "clip.pt", {"clip": clip.describe(model)})
-    return squares
-
-
-@pytest.fixture(scope="module")
-def frozen(squares, tmp_path_factory):
-    """The folder of a run on the features of a frozen CLIP."""
-    out = tmp_path_factory.mktemp("runs") / "frozen"
-    with kept_signals():
-        main(on_squares(squares, "--out", out, "--epochs", 12))
-    return out
 
 
 def heads_of(path):
@@ -225,31 +191,6 @@ def test_patience_spans_enough_steps(more, evaluations, folder, tmp_path, monkey
     assert said.endswith(f"no better val mAP than 30.0 in {evaluations} evaluations; stopped")
 
 
-def test_metrics_are_those_of_its_embeddings(squares, frozen):
-    """By loops, from the files: labels, captions and directions cannot be mixed up on the way."""
-    model, checkpoint = eval.restore(frozen / "best.pt", "cpu")
-    assert "clip" not in checkpoint and not any(name.startswith("clip") for name in checkpoint["heads"])
-    transform = clip.transform(16)
-    images, texts = [], []
-    for row in map(json.loads, open(squares)):
-        if row["split"] == "test" and "outer" in row["labels"]:
-            files = [os.path.join(os.path.dirname(squares), file) for file in row["images"]]
-            with torch.no_grad():
-                pixels = torch.stack([transform(Image.open(file)) for file in files])
-                views = model.embed_image(model.clip.encode_image(pixels))
-                captions = model.embed_text(model.clip.encode_text(model.tokenizer(row["captions"], 24)))
-            images.append((views.sum(0), row["labels"]["outer"]))
-            texts += [(caption, row["labels"]["outer"]) for caption in captions]
-    for way, queries, gallery in (("image_to_text", images, texts), ("text_to_image", texts, images)):
-        precisions = []
-        for query, label in queries:
-            cosines = torch.stack([F.cosine_similarity(query, item, dim=0) for item, _ in gallery])
-            right = [gallery[i][1] == label for i in cosines.argsort(descending=True, stable=True)]
-            precisions.append(np.mean([sum(right[:p + 1]) / (p + 1) for p in range(len(right)) if right[p]]))
-        mean = metrics(frozen)["test"]["model"][way]["mAP"]
-        assert mean == pytest.approx(100 * np.mean(precisions), abs=1e-6)
-
-
 def test_the_rate_is_constant_and_adam_the_authors(folder, tmp_path, monkeypatch):
     def settings_of(_, optimizer):
         return [(group["lr"], group["weight_decay"], group["betas"]) for group in optimizer.param_groups]
@@ -260,7 +201,9 @@ def test_the_rate_is_constant_and_adam_the_authors(folder, tmp_path, monkeypatch
 
 def test_what_features_cannot_do_is_said(folder, tmp_path, capsys):
     main(on_features(folder, "--out", tmp_path, "--epochs", 1))
-    for option, value, says in (("--query", "a red square", "no words"), ("--split", "unseen", "'unseen'"),
-                                ("--gallery", "a.png", "no pictures"), ("--attention", "a.png", "cmaclip")):
-        argv = ["--checkpoint", tmp_path / "best.pt", "--out", tmp_path / "new", option, value]
+    out = ["--out", tmp_path / "new"]
+    for words, says in ((["--query", "red"], "no words"), ([*out, "--split", "unseen"], "'unseen'"),
+                        ([*out, "--gallery", "a.png"], "no pictures"),
+                        ([*out, "--attention", "a.png"], "cmaclip")):
+        argv = ["--checkpoint", tmp_path / "best.pt", *words]
         assert says in refused(capsys, argv, eval.main) and not (tmp_path / "new").exists()

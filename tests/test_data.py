@@ -35,6 +35,7 @@ import data
 import train_mxm
 from data import DataError, Instance
 from eval import evaluation_loader, load_splits, training_loader  # the name eval would hide Python's own
+from runs import spy
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(ROOT, "..", "shared", "data")
@@ -968,15 +969,9 @@ def test_scripts_fetch_unless_told_not_to(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rank, order", [(0, ["fetch", "meet"]), (1, ["meet", "fetch"])])
 def test_the_first_process_fetches_while_the_others_wait(rank, order, server, tmp_path, monkeypatch):
-    done = []
-    fetch = data.fetch_missing
-
-    def fetch_missing(*arguments):
-        done.append("fetch")
-        fetch(*arguments)
+    done = spy(monkeypatch, data, "fetch_missing", lambda *_: "fetch")
     monkeypatch.setattr("eval.processes", lambda: (rank, 2))
     monkeypatch.setattr("eval.barrier", lambda: done.append("meet"))
-    monkeypatch.setattr(data, "fetch_missing", fetch_missing)
     parts = load_splits(settings(tmp_path))
     assert done == order and [len(instances) for instances, _ in parts] == [5, 1, 1]
 

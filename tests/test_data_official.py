@@ -308,5 +308,3 @@ def test_fashiongen(tmp_path, monkeypatch):
 def test_an_empty_folder_says_what_is_missing(tmp_path):
     for name in ("products", "wikipedia", "pascal-sentence", "nus-wide", "xmedianet", "food101"):
         refused(str(tmp_path), data.load, name, str(tmp_path), "train")
-
-

@@ -408,6 +408,7 @@ def test_a_frozen_clip_keeps_its_weights(squares, tmp_path):
     clip_file = str(tmp_path / "before" / "best.pt")
     main([*argv, "--clip", clip_file, "--out", str(tmp_path / "run"), "--clip-lr", "0"])
     last = clip.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert last["clip"]["merges"] == clip.load_checkpoint(clip_file)["clip"]["merges"]
     for name, value in clip.load(clip_file, "cpu")[0].state_dict().items():
         assert torch.equal(last["clip"]["state_dict"][name], value), name
         assert torch.equal(last["momentum"][f"clip.{name}"], value), name

@@ -1,5 +1,6 @@
 """tests/variants.py: what each variant computes, and that running one changes the script's function."""
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import data
 import eval
 import train_mxm
 import variants
-from runs import arguments, evaluated, in_process, refused, squares  # noqa: F401
+from runs import arguments, evaluated, in_process, log, refused, squares  # noqa: F401
 from test_losses import both_directions, mean_terms
 
 
@@ -63,15 +64,11 @@ def test_a_run_of_a_variant(squares, tmp_path, monkeypatch):  # noqa: F811
     argv = arguments(squares, "--clip", "tiny", "--loss", "hard", "--epochs", 1)
     train_mxm.main(argv)
     variants.main(["train_mxm:mil_nce", *argv])
-    logs = []
-    for name in ("mxm-squares", "mxm-mil_nce-squares"):
-        with open(f"runs/{name}/log.jsonl") as f:
-            logs.append(json.loads(f.readline())["loss"])
-    assert logs[0] != logs[1]
-    with open("runs/mxm-mil_nce-squares/config.json") as f:
-        assert json.load(f)["variant"] == "train_mxm:mil_nce"
+    plain, of_variant = Path("runs/mxm-squares"), Path("runs/mxm-mil_nce-squares")
+    assert log(plain)[0]["loss"] != log(of_variant)[0]["loss"]
+    assert json.loads((of_variant / "config.json").read_text())["variant"] == "train_mxm:mil_nce"
     variants.main(["train_mxm:mil_nce", *argv, "--resume"])
-    evaluated("runs/mxm-mil_nce-squares/best.pt")
+    evaluated(of_variant / "best.pt")
     assert train_mxm.hard_loss is not variants.mil_nce  # what was replaced is back
 
 
