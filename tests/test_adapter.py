@@ -402,8 +402,6 @@ def test_a_run_is_evaluated_by_its_similarity(words, frames, tau, films, tmp_pat
             in capsys.readouterr().err)
 
 
-# ---------------------------------------------------------------- the frozen CLIP
-
 def test_a_clip_that_lies_elsewhere(squares, tmp_path, capsys):
     main(arguments(squares, "--epochs", 1, "--out", tmp_path / "run"))
     checkpoint = clip.load_checkpoint(tmp_path / "run" / "best.pt")

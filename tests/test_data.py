@@ -634,7 +634,7 @@ def test_which_data_is_cropped_by_default(tmp_path):
         assert (args.crop or None) == crop
 
 
-# ---------------------------------------------------------------- published photo sets
+# ---------------------------------------------------------------- published photo sets, Text2Shape
 
 @pytest.mark.skipif(not os.path.isdir(f"{SHARED}/flickr8k"), reason="needs ../shared/data/flickr8k")
 def test_flickr8k():
@@ -662,8 +662,6 @@ def test_coco(tmp_path, capsys):
     assert "and 1 empty captions were left out" in capsys.readouterr().err
     refused("val2014/c.jpg: No such file; .*val2014 holds a.jpg", data.load, "coco", str(tmp_path), "val")
 
-
-# ---------------------------------------------------------------- Text2Shape
 
 def nrrd(voxels, encoding="gzip", newline="\n", sizes=None, extra=(), kind="uint8", axes=(1, 2, 0),
          signs=(1, 1, 1), directions=None):

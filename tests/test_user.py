@@ -37,10 +37,9 @@ def small(monkeypatch):
 def squares(tmp_path_factory):
     """Squares of which three in a row count as the same thing."""
     path = runs.make_squares(tmp_path_factory.mktemp("squares"))
-    rows = [json.loads(line) for line in open(path)]
+    rows = [json.loads(line) | {"group": f"g{i // 3}"} for i, line in enumerate(open(path))]
     with open(path, "w") as f:
-        for i, row in enumerate(rows):
-            f.write(json.dumps(row | {"group": f"g{i // 3}"}) + "\n")
+        f.writelines(json.dumps(row) + "\n" for row in rows)
     return path
 
 
@@ -192,7 +191,7 @@ def test_starting_weights():
             assert layer.bias is None or not layer.bias.any()
 
 
-# ---------------------------------------------------------------- momentum contrast
+# ---------------------------------------------------------------- momentum contrast, the loss, settings
 
 def unit(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
@@ -215,8 +214,6 @@ def test_a_queue_starts_with_random_unit_vectors_of_nothing():
     assert torch.allclose(both.norm(dim=1), torch.ones(14)) and len(both.unique(dim=0)) == 14
     assert queue.groups.tolist() == [-1] * 7
 
-
-# ---------------------------------------------------------------- the loss
 
 IMAGES, TEXTS, IMAGE_KEYS, TEXT_KEYS = (unit(5, 4, seed=seed) for seed in (1, 2, 3, 4))
 GROUP = torch.tensor([2, 3, 2, 7, 8])
@@ -284,8 +281,6 @@ def test_total_loss_is_its_sum(kind, mu):
     loss = total_loss(args, IMAGES, TEXTS, GROUP, (IMAGE_KEYS, TEXT_KEYS), queue)
     assert loss.item() == pytest.approx(batch + to_texts + to_images, rel=1e-5)
 
-
-# ---------------------------------------------------------------- settings
 
 @pytest.mark.parametrize("words, expected", [
     ("--data flickr30k", dict(epochs=20, batch_size=128, lr=5e-4, clip_lr=5e-5, dim=1024, queue=2048,
