@@ -1,5 +1,4 @@
-"""For all tests: the project's files are importable, and one thread is used, so that results have one set of
-bits."""
+"""For all tests: the project's files are importable, and one thread is used, so that bits are the same."""
 import os
 import sys
 

@@ -1,5 +1,4 @@
-"""What tests of whole runs share: small data sets and CLIPs, commands, comparisons bit for bit, and processes
-that are interrupted at bad moments."""
+"""What tests of whole runs share: small data, commands, comparisons bit for bit, interrupted processes."""
 import contextlib
 import importlib
 import io
@@ -37,8 +36,7 @@ SMALL = (replace(TINY[0], embed_dim=32, vision_width=32, vision_layers=1, vision
 
 @contextlib.contextmanager
 def kept_signals():
-    """main() notes Ctrl-C and SIGTERM instead of stopping; what it leaves behind in this process is
-    undone."""
+    """main() notes Ctrl-C and SIGTERM instead of stopping; what it leaves in this process is undone."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -47,8 +45,7 @@ def kept_signals():
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch):
-    """For every test of a module that imports this: main() may be called, and a remark is made once in a
-    test. Waiting for the disk is left out: no test cuts the power."""
+    """For every test of a module that imports this: main() may be called. No test cuts the power."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
     monkeypatch.setattr(data, "_noted", set())
     with kept_signals():
@@ -62,8 +59,7 @@ def squares(tmp_path_factory):
 
 def make_squares(folder):
     """24 / 8 / 8 two-coloured squares, two views and two or three captions each, with the tasks `inner` and
-    `outer`. Every class occurs three times in train, but every tenth row has no `outer`. Returns the path of
-    the .jsonl file."""
+    `outer`; every tenth row has no `outer`. Returns the path of the .jsonl file."""
     names = list(COLOURS)
     rows = []
     for i in range(40):
@@ -87,8 +83,7 @@ def make_squares(folder):
 
 
 def make_features(folder):
-    """train.npz and test.npz: 19 / 5 / 12 noisy features of four classes (5: a hash of their ids says
-    validation)."""
+    """train.npz and test.npz: 19 / 5 / 12 noisy features of four classes (5: the hash of their ids)."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(4, 22))
     for name, rows in (("train", 24), ("test", 12)):
@@ -136,9 +131,23 @@ def refused(capsys, argv, main):
     return lines[-1]
 
 
-def evaluated(checkpoint, *more):
-    """Run the evaluation command."""
-    eval.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--amp", "off", *map(str, more)])
+def spy(patch, owner, name, record=lambda result, *a, **k: a):
+    """A list that gets record(result, *arguments) of every call of a function from here on."""
+    plain = getattr(owner, name)
+    calls = []
+
+    def function(*a, **k):
+        result = plain(*a, **k)
+        calls.append(record(result, *a, **k))
+        return result
+    patch.setattr(owner, name, function)
+    return calls
+
+
+def evaluated(checkpoints, *more):
+    """Run the evaluation command on a checkpoint or on several."""
+    files = checkpoints if isinstance(checkpoints, list) else [checkpoints]
+    eval.main(["--checkpoint", *map(str, files), "--device", "cpu", "--amp", "off", *map(str, more)])
 
 
 def metrics(out):
@@ -167,8 +176,7 @@ def assert_same(a, b):
 
 
 def assert_same_run(a, b):
-    """Weights, optimizer, state and settings of last.pt and best.pt, the log and the metrics of two
-    folders."""
+    """Weights, optimizer, state and settings of both checkpoints, the log and the metrics."""
     for name in ("last.pt", "best.pt"):
         assert_same(clip.load_checkpoint(a / name), clip.load_checkpoint(b / name))
     assert timeless(log(a)) == timeless(log(b)), (timeless(log(a)), timeless(log(b)))
@@ -206,8 +214,7 @@ def log_full(a):
 
 
 def from_outside(number):
-    """A signal to this process and its workers, as of a scheduler or a terminal's Ctrl-C: another process
-    sends it."""
+    """A signal to this process and its workers, which another sends, as a scheduler or a terminal."""
     group, pid = os.getpid(), os.fork()
     if not pid:
         os.killpg(group, number)

@@ -1,9 +1,6 @@
 """Tests of train_clip4cmr.py: its model and its losses against plain versions, then whole runs on features
-from files and on those of a frozen CLIP.
-
-    python -m pytest tests/test_clip4cmr.py
+from files. Of those on a frozen CLIP are test_runs.py and test_eval_run.py.
 """
-import json
 import math
 import os
 
@@ -11,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import clip
 import data
 import eval
 import losses
 import train_clip4cmr
-from runs import in_process, kept_signals, log, make_features, make_squares, metrics, refused  # noqa: F401
+from runs import in_process, log, make_features, refused, spy  # noqa: F401
 from train_clip4cmr import (CLIP4CMR, CONSTANTS, FROZEN, LOSSES, PAIR_WISE, SHAPES, main, settings,
                             standardise, total_loss)
 
@@ -32,47 +28,11 @@ def on_features(folder, *more):
             *map(str, more)]
 
 
-def on_squares(squares, *more):
-    """Two epochs on the squares' 21 training rows of a known outer colour, with the CLIP beside them."""
-    beside = os.path.dirname(squares)
-    return ["--data", str(squares), "--task", "outer", "--epochs", "2", "--batch-size", "7", "--dim", "16",
-            "--lr", "1e-2", "--clip", os.path.join(beside, "clip.pt"),
-            "--cache", os.path.join(beside, "cache"), "--workers", "0", "--device", "cpu", "--amp", "off",
-            *map(str, more)]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("features")
     make_features(folder)
     return folder
-
-
-def save_clip(path, squares, seed=0):
-    """Write the weights of a very small CLIP, with a tokenizer of its own; returns the model."""
-    tokenizer = clip.Tokenizer.train([c for x in data.load(squares)[0] for c in x.captions], 600)
-    torch.manual_seed(seed)
-    model = clip.CLIP(clip.Config(16, 16, 1, 32, 8, 24, tokenizer.vocab_size, 32, 2, 1, 2))
-    model.tokenizer = tokenizer
-    clip.save_checkpoint(path, {"clip": clip.describe(model)})
-    return model
-
-
-@pytest.fixture(scope="module")
-def squares(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("squares")
-    squares = make_squares(folder)
-    save_clip(folder / "clip.pt", squares)
-    return squares
-
-
-@pytest.fixture(scope="module")
-def frozen(squares, tmp_path_factory):
-    """The folder of a run on the features of a frozen CLIP."""
-    out = tmp_path_factory.mktemp("runs") / "frozen"
-    with kept_signals():
-        main(on_squares(squares, "--out", out, "--epochs", 12))
-    return out
 
 
 def heads_of(path):
@@ -174,12 +134,7 @@ def test_a_loss_trains_only_what_it_has(loss, prototypes, moving, folder, tmp_pa
 
 
 def test_settings_reach_the_model_and_the_loss(folder, tmp_path, monkeypatch):
-    seen = []
-
-    def seen_loss(*a):
-        seen.append(a)
-        return total_loss(*a)
-    monkeypatch.setattr(train_clip4cmr, "total_loss", seen_loss)
+    seen = spy(monkeypatch, train_clip4cmr, "total_loss")
     main(on_features(folder, "--out", tmp_path, "--loss", "proxy-anchor+pcl+triplet:2",
                      "--margin", 0.5, "--temperature", 0.3, "--dim", 24, "--hidden", 10, "--dropout", 0.3,
                      "--epochs", 1, "--seed", 4, "--no-standardise"))
@@ -211,20 +166,14 @@ def test_defaults(argv, expected, start, folder):
 def test_imbalance_cuts_every_batch_of_one_modality(scarce, fraction, folder, tmp_path, monkeypatch):
     """round(fraction b) of a batch of b, one at least. They are others in every epoch, so that in the end all
     classes were among them. The other modality is untouched."""
-    rows = {"image": [], "text": []}
-    seen = set()
-
-    def seen_loss(model, weights, images, image_labels, texts, text_labels, *rest):
-        rows["image"].append(len(images))
-        rows["text"].append(len(texts))
-        seen.update((text_labels if scarce == "text" else image_labels)[:1].tolist())
-        return total_loss(model, weights, images, image_labels, texts, text_labels, *rest)
-    monkeypatch.setattr(train_clip4cmr, "total_loss", seen_loss)
+    seen = spy(monkeypatch, train_clip4cmr, "total_loss")
     main(on_features(folder, f"--{scarce}-fraction", fraction, "--out", tmp_path, "--epochs", 12))
-    for modality, found in rows.items():
+    for place, modality in ((2, "image"), (4, "text")):
         share = fraction if modality == scarce else 1
+        found = [len(given[place]) for given in seen]
         assert found == [max(1, round(share * size)) for size in [7, 7, 5] * 12]
-    assert seen == set(range(CLASSES))
+    labels = [given[3 if scarce == "image" else 5] for given in seen]
+    assert {of_batch[0].item() for of_batch in labels} == set(range(CLASSES))
 
 
 @pytest.mark.parametrize("more, evaluations", [((), 14), (("--eval-every", 5), 10), (("--patience", 2), 2)])
@@ -242,88 +191,19 @@ def test_patience_spans_enough_steps(more, evaluations, folder, tmp_path, monkey
     assert said.endswith(f"no better val mAP than 30.0 in {evaluations} evaluations; stopped")
 
 
-def test_metrics_are_those_of_its_embeddings(squares, frozen):
-    """By loops, from the pictures and captions themselves, so that labels, captions and directions cannot be
-    mixed up on the way."""
-    model, _ = eval.restore(frozen / "best.pt", "cpu")
-    transform = clip.transform(16)
-    images, texts = [], []
-    for row in map(json.loads, open(squares)):
-        if row["split"] == "test" and "outer" in row["labels"]:
-            files = [os.path.join(os.path.dirname(squares), file) for file in row["images"]]
-            with torch.no_grad():
-                pixels = torch.stack([transform(Image.open(file)) for file in files])
-                views = model.embed_image(model.clip.encode_image(pixels))
-                captions = model.embed_text(model.clip.encode_text(model.tokenizer(row["captions"], 24)))
-            images.append((views.sum(0), row["labels"]["outer"]))
-            texts += [(caption, row["labels"]["outer"]) for caption in captions]
-    for way, queries, gallery in (("image_to_text", images, texts), ("text_to_image", texts, images)):
-        precisions = []
-        for query, label in queries:
-            cosines = torch.stack([F.cosine_similarity(query, item, dim=0) for item, _ in gallery])
-            right = [gallery[i][1] == label for i in cosines.argsort(descending=True, stable=True)]
-            precisions.append(np.mean([sum(right[:p + 1]) / (p + 1) for p in range(len(right)) if right[p]]))
-        mean = metrics(frozen)["test"]["model"][way]["mAP"]
-        assert mean == pytest.approx(100 * np.mean(precisions), abs=1e-6)
-
-
-# ---------------------------------------------------------------- the frozen CLIP
-
-def test_a_frozen_clip_stays_out_of_the_checkpoint(squares, tmp_path, capsys):
-    weights = tmp_path / "clip.pt"
-    identity = clip.identity(save_clip(weights, squares))
-    main(on_squares(squares, "--out", tmp_path / "run", "--clip", weights, "--cache", tmp_path / "cache"))
-    checkpoint = clip.load_checkpoint(tmp_path / "run" / "last.pt")
-    assert checkpoint["frozen_clip"] == identity and "clip" not in checkpoint
-    assert not any(name.startswith("clip") for name in checkpoint["heads"])
-    other = clip.identity(save_clip(weights, squares, 1))
-    line = refused(capsys, ["--checkpoint", tmp_path / "run" / "best.pt"], eval.main)
-    assert identity[:12] in line and other[:12] in line and str(weights) in line
-
-
 def test_the_rate_is_constant_and_adam_the_authors(folder, tmp_path, monkeypatch):
-    seen = []
-
-    class Adam(torch.optim.Adam):
-        def step(self):
-            assert self.defaults["betas"] == (0.5, 0.999)
-            seen.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
-            super().step()
-    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    def settings_of(_, optimizer):
+        return [(group["lr"], group["weight_decay"], group["betas"]) for group in optimizer.param_groups]
+    seen = spy(monkeypatch, torch.optim.Adam, "step", settings_of)
     main(on_features(folder, "--out", tmp_path, "--weight-decay", 0.25))
-    assert seen == [[(1e-2, 0.25)]] * 6
+    assert seen == [[(1e-2, 0.25, (0.5, 0.999))]] * 6
 
-
-# ---------------------------------------------------------------- eval.py
 
 def test_what_features_cannot_do_is_said(folder, tmp_path, capsys):
     main(on_features(folder, "--out", tmp_path, "--epochs", 1))
-    for option, value, says in (("--query", "a red square", "no words"), ("--split", "unseen", "'unseen'"),
-                                ("--gallery", "a.png", "no pictures"), ("--attention", "a.png", "cmaclip")):
-        argv = ["--checkpoint", tmp_path / "best.pt", "--out", tmp_path / "new", option, value]
+    out = ["--out", tmp_path / "new"]
+    for words, says in ((["--query", "red"], "no words"), ([*out, "--split", "unseen"], "'unseen'"),
+                        ([*out, "--gallery", "a.png"], "no pictures"),
+                        ([*out, "--attention", "a.png"], "cmaclip")):
+        argv = ["--checkpoint", tmp_path / "best.pt", *words]
         assert says in refused(capsys, argv, eval.main) and not (tmp_path / "new").exists()
-
-
-# ---------------------------------------------------------------- bad input
-
-@pytest.mark.parametrize("option, value, says", [
-    ("--loss", "pcl+hinge:2", "unknown loss 'hinge'"), ("--loss", "pcl+", "unknown loss ''"),
-    ("--loss", "pcl:0", "not a positive number"), ("--loss", "pcl+triplet+pcl:0.5", "pcl is named twice"),
-    ("--text-fraction", 0, "up to 1"), ("--margin", 0.1, "pcl has none"),
-    ("--task", "colour", "has the tasks inner, outer"), ("--clip", "tiny", "random weights")])
-def test_bad_settings(option, value, says, squares, tmp_path, capsys):
-    line = refused(capsys, on_squares(squares, "--out", tmp_path / "run", option, value), main)
-    assert says in line and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("split, says", [
-    ("train", "no labels; this method learns from classes"), ("val", "split 'val' has a known outer"),
-    ("test", "split 'test' has a known outer")])
-def test_a_split_without_labels_is_refused_before_training(split, says, squares, tmp_path, capsys):
-    rows = [json.loads(line) for line in open(squares)]
-    for i, row in enumerate(rows):
-        row["labels"] = {} if split in ("train", row["split"]) else {"outer": "red" if i % 2 else "blue"}
-    own = tmp_path / "own.jsonl"
-    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    argv = [*on_squares(squares, "--out", tmp_path / "run", "--root", os.path.dirname(squares)), "--data", own]
-    assert says in refused(capsys, argv, main) and not (tmp_path / "run").exists()

@@ -1,7 +1,4 @@
-"""Tests of train_cmaclip.py: its model against a plain version without batches, its noise, its runs.
-
-    python -m pytest tests/test_cmaclip.py
-"""
+"""Tests of train_cmaclip.py: its model against a plain version without batches, its noise, its runs."""
 import json
 import math
 import os
@@ -17,8 +14,7 @@ import clip
 import data
 import eval
 import train_cmaclip
-from runs import (COLOURS, evaluated, in_process,  # noqa: F401
-                  kept_signals, metrics, refused)
+from runs import COLOURS, evaluated, in_process, kept_signals, metrics, spy  # noqa: F401
 from data import choose_tasks, pairs
 from train_cmaclip import CMACLIP, corrupt, main, multitask_loss, settings
 
@@ -43,10 +39,7 @@ def small_clip(captions, resnet=False):
 @pytest.fixture(scope="module")
 def things(tmp_path_factory):
     """The path of a .jsonl file of 48 / 16 / 32 things; clip.pt beside it is a small CLIP of random weights.
-
-    Task `seen` is the colour of the picture, of which no caption speaks; `told` is a word of the caption, of
-    which the picture shows nothing.
-    """
+    The task `seen` is the colour of the picture alone, `told` a word of the caption alone."""
     folder = tmp_path_factory.mktemp("things")
     rng = np.random.default_rng(0)
     rows = []
@@ -173,6 +166,8 @@ def test_how_a_model_starts():
     assert not torch.equal(a.text_position, c.text_position)
     _, weights = a.eval()(torch.randn(2, 3, 16, 16), clip_model.tokenizer(["wet", "red"], 16))
     assert weights.shape == (2, 3, 2) and (weights == 0.5).all()
+    with pytest.raises(data.DataError, match="--heads 3: does not divide the width 16"):
+        CMACLIP(clip_model, CLASSES, heads=3)
 
 
 def test_attention_is_the_last_layers():
@@ -232,19 +227,9 @@ def test_corrupt_replaces_a_share_by_other_rows_of_the_batch():
 def test_noise_settings_reach_training_and_testing(things, tmp_path, monkeypatch):
     """Training takes its own shares. --robustness goes through the shares of the images and of the texts, on
     the test split in another order: in its own, neighbours are often alike."""
-    calls = []
-    evaluated_on = []
-
-    def recording(images, tokens, noise):
-        calls.append(noise)
-        return corrupt(images, tokens, noise)
-
-    def recording_loader(model, instances, *a, **more):
-        evaluated_on.append([x.id for x in instances])
-        return evaluation_loader(model, instances, *a, **more)
-    evaluation_loader = eval.evaluation_loader
-    monkeypatch.setattr(train_cmaclip, "corrupt", recording)
-    monkeypatch.setattr(eval, "evaluation_loader", recording_loader)
+    calls = spy(monkeypatch, train_cmaclip, "corrupt", lambda _, images, tokens, noise: noise)
+    evaluated_on = spy(monkeypatch, eval, "evaluation_loader",
+                       lambda _, model, instances, *a, **k: [x.id for x in instances])
     main(arguments(things, "--out", tmp_path, "--train-noise-image", 0.1, "--train-noise-text", 0.2,
                    "--robustness", "--seed", 3))
     shares = (0.0, 0.25, 0.5, 1.0)
@@ -304,14 +289,10 @@ def test_thresholds_are_those_of_the_same_model_on_val(things, tmp_path):
 
 
 def test_clip_is_trained_at_a_rate_of_its_own_and_only_matrices_decay(things, tmp_path, monkeypatch):
-    steps = []
-
-    class AdamW(torch.optim.AdamW):
-        def step(self):
-            steps.append([(g["lr"], g["weight_decay"], g["params"]) for g in self.param_groups])
-            super().step()
-    models = built(monkeypatch)
-    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+    def settings_of(_, optimizer):
+        return [(g["lr"], g["weight_decay"], g["params"]) for g in optimizer.param_groups]
+    steps = spy(monkeypatch, torch.optim.AdamW, "step", settings_of)
+    models = spy(monkeypatch, train_cmaclip, "CMACLIP", lambda model, *a, **k: model)
     monkeypatch.setattr(train_cmaclip, "WARMUP", 0.5)
     main(arguments(things, "--out", tmp_path, "--epochs", 2, "--weight-decay", 0.3, "--lr", 1e-2,
                    "--clip-lr", 1e-4))
@@ -325,21 +306,10 @@ def test_clip_is_trained_at_a_rate_of_its_own_and_only_matrices_decay(things, tm
     assert np.allclose([step[0][0] for step in steps], [1e-2 * x for x in shape], rtol=1e-9)
 
 
-def built(monkeypatch):
-    """The models of the runs that follow."""
-    models = []
-
-    def build(*a):
-        models.append(CMACLIP(*a))
-        return models[-1]
-    monkeypatch.setattr(train_cmaclip, "CMACLIP", build)
-    return models
-
-
 @pytest.mark.parametrize("resnet", [False, True])
 def test_a_frozen_clip_stays_as_it_is(resnet, things, tmp_path, monkeypatch):
     """Bit for bit, a ResNet's running statistics too; no gradient is computed for it; all else is trained."""
-    models = built(monkeypatch)
+    models = spy(monkeypatch, train_cmaclip, "CMACLIP", lambda model, *a, **k: model)
     clip_model = small_clip([x.captions[0] for x in data.load(things)[0]], resnet=resnet)
     clip.save_checkpoint(tmp_path / "clip.pt", {"clip": clip.describe(clip_model)})
     main(arguments(things, "--out", tmp_path / "run", "--clip", tmp_path / "clip.pt", "--freeze"))
@@ -463,26 +433,3 @@ def test_tasks_are_chosen(capsys):
             choose_tasks(classes, asked, "mine", instances)
     with pytest.raises(data.DataError, match="none of the tasks b, d"):
         choose_tasks({task: classes[task] for task in "bd"}, None, "mine", instances)
-
-
-# ---------------------------------------------------------------- bad input
-
-@pytest.mark.parametrize("words, says", [
-    ("--tasks seen,feel", "feel: "), ("--heads 3", "--heads 3: does not divide the width 16"),
-    ("--clip-lr 0", "positive"), ("--precision 0", "up to 1"), ("--train-noise-image nan", "from 0 to 1"),
-    ("--clip tiny --freeze", "--freeze: tiny starts from random weights")])
-def test_bad_settings(words, says, things, tmp_path, capsys):
-    assert says in refused(capsys, arguments(things, "--out", tmp_path / "new", *words.split()), main)
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("split, says", [
-    ("train", "no labels; this method learns from classes"),
-    ("val", "no instance of split 'val' has a label of seen, told"), ("test", "split 'test' has a label")])
-def test_a_split_without_labels_is_refused_before_training(split, says, things, tmp_path, capsys):
-    def label(i, row):
-        return {} if split in ("train", row["split"]) else row["labels"]
-    relabelled(things, tmp_path / "mine.jsonl", label)
-    argv = arguments(things, "--out", tmp_path / "run")
-    assert says in refused(capsys, ["--data", tmp_path / "mine.jsonl", *argv[2:]], main)
-    assert not (tmp_path / "run").exists()

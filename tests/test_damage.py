@@ -1,7 +1,5 @@
 """Damaged files of every kind that is read: empty, truncated, a byte flipped, another file's content. Each
 gives a result or one line and nothing else; a pickle that would run code is refused by name.
-
-    python -m pytest tests/test_damage.py
 """
 import gzip
 import json
@@ -20,6 +18,7 @@ import clip
 import data
 from runs import SMALL
 from test_clip import jit_archive
+from test_data import Call
 
 READERS = {  # file: the function that reads it, and its arguments where that is not the file alone
     "zip.pt": (clip.load,), "pickle.pt": (clip.load,), "script.pt": (clip.load,),
@@ -121,16 +120,6 @@ def test_damaged_files_load_or_are_refused_in_one_line(damaged):
     assert refusals >= 4
 
 
-class Evil:
-    """A pickle that calls a function when it is loaded."""
-
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call
-
-
 CALLS = {"mkdir": (os.mkdir, ("ran",)), "eval": (eval, ("__import__('os').mkdir('ran')",)),
          "load_state_dict_from_url": (torch.hub.load_state_dict_from_url, ("file://ran",))}  # torch's own
 
@@ -141,7 +130,7 @@ CALLS = {"mkdir": (os.mkdir, ("ran",)), "eval": (eval, ("__import__('os').mkdir(
 def test_a_pickle_that_would_run_code_is_refused_by_name(name, damaged):
     content, read = damaged
     file = Path("evil")
-    evil = {"a": Evil(*CALLS[name])}
+    evil = {"a": Call(*CALLS[name])}
     if content[:2] != b"PK":
         file.write_bytes(pickle.dumps(evil, 2))
     elif b"/constants.pkl" in content:  # an archive of TorchScript

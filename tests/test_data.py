@@ -1,7 +1,5 @@
 """Tests of data.py: what it reads, what it refuses and how it says so, the loader, the renderer.
 
-    python -m pytest tests/test_data.py
-
 Real photos lie in ../shared/data; tests that need them skip where it is absent.
 """
 import argparse
@@ -37,6 +35,7 @@ import data
 import train_mxm
 from data import DataError, Instance
 from eval import evaluation_loader, load_splits, training_loader  # the name eval would hide Python's own
+from runs import spy
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(ROOT, "..", "shared", "data")
@@ -637,7 +636,7 @@ def test_which_data_is_cropped_by_default(tmp_path):
         assert (args.crop or None) == crop
 
 
-# ---------------------------------------------------------------- published photo sets
+# ---------------------------------------------------------------- published photo sets, Text2Shape
 
 @pytest.mark.skipif(not os.path.isdir(f"{SHARED}/flickr8k"), reason="needs ../shared/data/flickr8k")
 def test_flickr8k():
@@ -665,8 +664,6 @@ def test_coco(tmp_path, capsys):
     assert "and 1 empty captions were left out" in capsys.readouterr().err
     refused("val2014/c.jpg: No such file; .*val2014 holds a.jpg", data.load, "coco", str(tmp_path), "val")
 
-
-# ---------------------------------------------------------------- Text2Shape
 
 def nrrd(voxels, encoding="gzip", newline="\n", sizes=None, extra=(), kind="uint8", axes=(1, 2, 0),
          signs=(1, 1, 1), directions=None):
@@ -972,15 +969,9 @@ def test_scripts_fetch_unless_told_not_to(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rank, order", [(0, ["fetch", "meet"]), (1, ["meet", "fetch"])])
 def test_the_first_process_fetches_while_the_others_wait(rank, order, server, tmp_path, monkeypatch):
-    done = []
-    fetch = data.fetch_missing
-
-    def fetch_missing(*arguments):
-        done.append("fetch")
-        fetch(*arguments)
+    done = spy(monkeypatch, data, "fetch_missing", lambda *_: "fetch")
     monkeypatch.setattr("eval.processes", lambda: (rank, 2))
     monkeypatch.setattr("eval.barrier", lambda: done.append("meet"))
-    monkeypatch.setattr(data, "fetch_missing", fetch_missing)
     parts = load_splits(settings(tmp_path))
     assert done == order and [len(instances) for instances, _ in parts] == [5, 1, 1]
 
@@ -1018,8 +1009,7 @@ def lines(*rows):
 
 
 def test_jsonl(mine, tmp_path, capsys):
-    """Numbers are names, and 3.0 is 3; NaN, None, null and nothing are missing: an id too, which is then that
-    of no other line."""
+    """Numbers are names, 3.0 is 3; NaN, None, null and nothing are missing: an id is then no other line's."""
     nan = float("nan")
     missing = {"size": nan, "x": "", "y": "None", "z": float("inf"), "w": None}
     captions = ["line \u2028 separator", nan, "b", None]

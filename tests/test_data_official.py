@@ -1,8 +1,6 @@
 """Tests of data.py on published sets: against real official annotation files, cut down, in
 ../shared/data/annotations, with pictures and frames of the names that the files give; else against a small
 copy of the official layout.
-
-    python -m pytest tests/test_data_official.py
 """
 import csv
 import json
@@ -71,8 +69,7 @@ def test_didemo(ending, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "v_"])
 def test_activitynet(prefix, tmp_path, capsys):
-    """Val hangs on the official id, not on the name of the folder or in the list; two ids of each file have
-    no captions."""
+    """Val hangs on the official id, not on the folder's name; two ids of each file have no captions."""
     copy("activitynet", tmp_path)
     ids = {part: read_json(f"{REAL}/activitynet/{part}_ids.json") for part in ("train", "val")}
     for part, names in ids.items():
@@ -311,5 +308,3 @@ def test_fashiongen(tmp_path, monkeypatch):
 def test_an_empty_folder_says_what_is_missing(tmp_path):
     for name in ("products", "wikipedia", "pascal-sentence", "nus-wide", "xmedianet", "food101"):
         refused(str(tmp_path), data.load, name, str(tmp_path), "train")
-
-

@@ -1,7 +1,4 @@
-"""Tests of eval.py: metrics against brute force, exact and bounded search, bounds, tables and galleries.
-
-    python -m pytest tests/test_eval.py
-"""
+"""Tests of eval.py: metrics against brute force, exact and bounded search, tables and galleries."""
 import argparse
 import itertools
 import json
@@ -184,7 +181,7 @@ def test_folds_are_the_mean_over_consecutive_parts():
         assert list(eval.retrieval_rows(name, split, fold)) == ["model", "chance"]
 
 
-# ---------------------------------------------------------------- several models
+# ---------------------------------------------------------------- several models, search
 
 def embedded(seed, width, classes=None):
     """eval.Embedded of 7 instances, two of which are one group, with 1 to 3 captions."""
@@ -228,8 +225,6 @@ def test_models_of_other_things_are_not_averaged():
             eval.averaged([part, part, other])
     eval.averaged([part, embedded(2, 5, ["g0", "g1"])])
 
-
-# ---------------------------------------------------------------- search, memory
 
 @pytest.mark.parametrize("high", [1000, 3])  # few ties, many
 def test_search_equals_a_full_sort(high, monkeypatch):

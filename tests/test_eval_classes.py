@@ -1,7 +1,5 @@
 """Tests of eval.py for methods that learn from classes: metrics against loops over their definitions,
 attention pictures, and the features of a frozen CLIP that are computed once.
-
-    python -m pytest tests/test_eval_classes.py
 """
 import math
 import os
@@ -11,11 +9,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import clip
 import data
 import eval
+import test_eval
+from test_data import picture
 from test_eval import integers, mean, random
 
 
@@ -64,25 +63,18 @@ def assert_equal(found, expected):
             assert found[key] == pytest.approx(value, abs=1e-9), key
 
 
-CLASSES = [f"class {c}" for c in range(6)]  # 4 has no query, 5 neither query nor item
+CLASSES = [f"class {c}" for c in range(6)]  # of "uneven", 4 has no query, 5 neither query nor item
 
 
 def cases():
-    for seed in range(3):
-        gallery = torch.cat([torch.arange(5), integers(5, 35, seed=seed)])
-        labels = integers(4, 9, seed=seed + 10)
-        yield "few relevant", (random(9, 40, seed=seed) * 1000).round() / 1000, labels, gallery
-        yield "tied", integers(4, 9, 40, seed=seed).float(), labels, gallery
+    yield from test_eval.cases()
     # both ways of finding positions, and unlike counts in a block
     uneven = torch.tensor([0] * 60 + [1] * 25 + [2] * 3 + [3] + [4] * 11)
     rare = torch.tensor([2, 3, 3, 2, 2, 3, 2])
     yield "uneven", integers(12, 12, 100, seed=3).float(), torch.arange(12) % 4, uneven
     yield "only rare queries", integers(12, 7, 100, seed=4).float(), rare, uneven
-    yield "constant", torch.full((9, 40), -0.25), integers(4, 9), gallery
     many = integers(5, 1003, seed=6)
     yield "longer than every scope", integers(50, 4, 1003, seed=5).float(), torch.arange(4), many
-    yield "one item", torch.tensor([[0.3], [-2.0]]), torch.tensor([3, 3]), torch.tensor([3])
-    yield "all relevant", random(2, 7).round(), torch.tensor([1, 1]), torch.ones(7, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("name, scores, queries, gallery", cases())
@@ -247,19 +239,12 @@ def test_a_picture_is_red_where_a_word_looks():
 
 # ---------------------------------------------------------------- features of a frozen CLIP
 
-def paint(path, seed):
-    noise = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
-
-
 @pytest.fixture
 def frozen(tmp_path):
     """(model, instances with 1 to 3 views and captions, cache folder, call of eval.frozen_features)."""
     instances = []
     for i in range(5):
-        files = [str(tmp_path / f"{i}-{k}.png") for k in range(1 + i % 3)]
-        for k, file in enumerate(files):
-            paint(file, 10 * i + k)
+        files = [picture(tmp_path / f"{i}-{k}.png", 10 * i + k, (32, 32)) for k in range(1 + i % 3)]
         captions = [f"thing {i} said {k} times" for k in range(1 + (i + 1) % 3)]
         instances.append(data.Instance(f"id{i}", files, captions, {}, "ab"[i % 2], query=i != 3))
     tokenizer = clip.Tokenizer.train([c for x in instances for c in x.captions], 530)
@@ -298,7 +283,7 @@ def change_weights(model, instances):
     change_weights,
     lambda model, instances: instances[2].captions.__setitem__(0, "thing 2 said 9 times"),
     lambda model, instances: instances[0].captions.append("one more"),
-    lambda model, instances: paint(instances[4].images[1], 99),  # a file of another size
+    lambda model, instances: picture(instances[4].images[1], 99),  # a file of another size
     lambda model, instances: os.utime(instances[4].images[1], (1, 1)),  # of the same size, at another time
     lambda model, instances: instances[0].images.append(instances[4].images[1]),
     lambda model, instances: instances.reverse()],

@@ -1,8 +1,6 @@
 """Tests of what eval.py keeps around a training loop: the progress line, errors, the folder of a run, and
 eval.Run; and of the command on several checkpoints. What a killed, stopped or resumed run of a script ends
 with is tested in test_runs.py.
-
-    python -m pytest tests/test_eval_run.py
 """
 import argparse
 import contextlib
@@ -281,8 +279,8 @@ RUNS = {"mxm": ["train_mxm"], "clip": ["train_mxm", "--loss", "clip", "--seed", 
         "user": ["train_user", "--queue", "0", "--dim", "16"],
         "adapter": ["train_adapter", "--clip", "{folder}/mxm/best.pt", "--frames", "2", "--lr", "0.01"],
         "class": ["train_clip4cmr", *FROZEN, "--dim", "32"],
-        "class-1": ["train_clip4cmr", *FROZEN, "--dim", "32", "--seed", "1"],
         "class-outer": ["train_clip4cmr", *FROZEN, "--dim", "32", "--task", "outer"],
+        "class-outer-1": ["train_clip4cmr", *FROZEN, "--dim", "32", "--task", "outer", "--seed", "1"],
         "cmaclip": ["train_cmaclip", "--layers", "1"]}
 
 
@@ -314,33 +312,36 @@ def score_matrix(path, instances):
     return texts @ images.t()
 
 
-@pytest.mark.parametrize("names", [("mxm", "user", "clip"), ("adapter", "user"), ("class", "class-1")])
+@pytest.mark.parametrize("names", [("mxm", "user", "clip"), ("adapter", "user"),
+                                   ("class-outer", "class-outer-1")])
 def test_the_mean_of_several_models(names, run, squares, tmp_path, capsys):
+    """And of the first alone: of CLIP4CMR's, by the labels of the instances that have one."""
     files = [run(name) / "best.pt" for name in names]
     instances, tasks = data.load(squares, split="test")
-    scores = sum(score_matrix(file, instances) for file in files) / len(files)
+    if names[0] == "class-outer":
+        instances = [x for x in instances if "outer" in x.labels]
     capsys.readouterr()
     evaluated(files[0], "--out", tmp_path)  # the single model's numbers stay
-    eval.main(["--checkpoint", *map(str, files), "--device", "cpu", "--amp", "off", "--out", str(tmp_path),
-               "--gallery", str(tmp_path / "gallery.png")])
+    evaluated(files, "--out", tmp_path, "--gallery", tmp_path / "gallery.png")
     rows = metrics(tmp_path)["test"]
     title = "mean of " + " + ".join(names)
     assert rows.keys() == {"model", title, "chance"}
     assert rows["model"] == metrics(files[0].parent)["test"]["model"]
     assert f"test {title} " in capsys.readouterr().out
-    if names[0] == "class":
-        classes = tasks["inner"]
-        labels = np.array([x.labels["inner"] for x in instances])  # all of them have one
-        text_labels = labels[eval.caption_owner(instances)]
-        expected = {"text_to_image": eval.class_metrics(scores, text_labels, labels, classes),
-                    "image_to_text": eval.class_metrics(scores.t(), labels, text_labels, classes)}
-    else:
-        functions = (lambda rows: scores[rows]), (lambda rows: scores.t()[rows])
-        expected = eval.score_metrics(functions, **eval.layout(instances))
-    for way in eval.WAYS:
-        found = {name: value for name, value in rows[title][way].items() if isinstance(value, float)}
-        assert found == pytest.approx({name: expected[way][name] for name in found})
-        assert rows[title][way] != rows["model"][way]
+    for row, averaged in (("model", files[:1]), (title, files)):
+        scores = sum(score_matrix(file, instances) for file in averaged) / len(averaged)
+        if names[0] == "class-outer":
+            labels = np.array([x.labels["outer"] for x in instances])
+            text_labels = labels[eval.caption_owner(instances)]
+            expected = {"text_to_image": eval.class_metrics(scores, text_labels, labels, tasks["outer"]),
+                        "image_to_text": eval.class_metrics(scores.t(), labels, text_labels, tasks["outer"])}
+        else:
+            functions = (lambda rows: scores[rows]), (lambda rows: scores.t()[rows])
+            expected = eval.score_metrics(functions, **eval.layout(instances))
+        for way in eval.WAYS:
+            found = {name: value for name, value in rows[row][way].items() if isinstance(value, float)}
+            assert found and found == pytest.approx({name: expected[way][name] for name in found})
+    assert all(rows[title][way] != rows["model"][way] for way in eval.WAYS)
     assert Image.open(tmp_path / "gallery.png").format == "PNG"
 
 
@@ -351,7 +352,7 @@ def test_search_by_several_models(run, squares, capsys):
     row = eval.caption_owner(instances).tolist().index(3)
     scores = sum(score_matrix(file, instances)[row] for file in files) / 2
     capsys.readouterr()
-    eval.main(["--checkpoint", *map(str, files), "--device", "cpu", "--amp", "off", "--query", words])
+    evaluated(files, "--query", words)
     lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
     best, order = scores.sort(descending=True)
     assert [id for _, id in lines] == [instances[i].id for i in order[:5].tolist()]
@@ -360,10 +361,9 @@ def test_search_by_several_models(run, squares, capsys):
 
 @pytest.mark.parametrize("names", [("mxm",), ("mxm", "user"), ("adapter",), ("class-outer",)])
 def test_embeddings(names, run, squares, tmp_path):
-    files = [str(run(name) / "best.pt") for name in names]
+    files = [run(name) / "best.pt" for name in names]
     path = tmp_path / "new" / "out.npz"
-    eval.main(["--checkpoint", *files, "--device", "cpu", "--amp", "off", "--embeddings", str(path),
-               "--out", str(tmp_path)])
+    evaluated(files, "--embeddings", path, "--out", tmp_path)
     assert os.listdir(path.parent) == ["out.npz"] and "test" in metrics(tmp_path)
     instances, tasks = data.load(squares, split="test")
     if names[0] == "class-outer":  # instances with this label, whose groups are its classes
@@ -396,9 +396,9 @@ def test_models_of_other_data_need_to_be_told_on_which(run, squares, tmp_path, c
     other = clip.load_checkpoint(run("clip") / "best.pt")
     other["settings"]["data"] = "other.jsonl"
     clip.save_checkpoint(tmp_path / "other.pt", other)
-    argv = ["--checkpoint", run("mxm") / "best.pt", tmp_path / "other.pt"]
-    assert "say with --data" in refused(capsys, argv, eval.main)
-    eval.main([*map(str, argv), "--data", str(squares), "--device", "cpu", "--out", str(tmp_path)])
+    files = [run("mxm") / "best.pt", tmp_path / "other.pt"]
+    assert "say with --data" in refused(capsys, ["--checkpoint", *files], eval.main)
+    evaluated(files, "--data", squares, "--out", tmp_path)
     assert [title.split()[:2] for title in metrics(tmp_path)["test"]] == [["mean", "of"], ["chance"]]
 
 
@@ -471,13 +471,10 @@ def test_a_folder_of_pictures_is_searched(run, squares, tmp_path, monkeypatch, c
     folder.mkdir(parents=True)
     for i in range(5):
         os.link(os.path.join(os.path.dirname(squares), f"{i}-0.png"), folder / f"{i}.png")
-    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
-    (tmp_path / "pictures" / "._1.png").write_text("hidden")
     monkeypatch.chdir(tmp_path)
-    argv = ["--checkpoint", str(run("mxm")), "--data", "pictures", "--device", "cpu", "--amp", "off"]
+    asked = [run("mxm"), "--data", "pictures", "--query", "a red square", "blue", "--top", 3]
     capsys.readouterr()
-    eval.main([*argv, "--query", "a red square", "blue", "--gallery", "q.png", "--top", "3",
-               "--embeddings", "e.npz"])
+    evaluated(*asked, "--gallery", "q.png", "--embeddings", "e.npz")
     said = capsys.readouterr().out
     assert said.startswith("a red square:") and "\nblue:" in said and said.count("pictures/more/") == 6
     with np.load("e.npz") as found:
@@ -486,7 +483,7 @@ def test_a_folder_of_pictures_is_searched(run, squares, tmp_path, monkeypatch, c
     kept = np.load(os.path.join("runs", "features", os.listdir("runs/features")[0]))
     assert np.allclose(kept, images) and sorted(os.listdir()) == ["e.npz", "pictures", "q.png", "runs"]
     monkeypatch.setattr(eval, "embed_images", None)
-    eval.main([*argv, "--query", "a red square", "blue", "--top", "3"])
+    evaluated(*asked)
     assert capsys.readouterr().out == said.partition("written")[0]
 
 

@@ -1,7 +1,4 @@
-"""Tests of features in place of pictures and of choosing a task (data.py), of telling models apart (clip.py).
-
-    python -m pytest tests/test_features.py
-"""
+"""Tests of features in place of pictures and of choosing a task (data.py), what tells models apart."""
 import os
 import pickle
 import re

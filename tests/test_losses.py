@@ -3,8 +3,6 @@ half precision. A function with the name of a loss is that loss by its definitio
 
 Each script's own loss is tested with it, CLIP's and means of instances in test_mxm.py, gathering and batch
 norm over two processes by the whole runs in test_runs.py.
-
-    python -m pytest tests/test_losses.py
 """
 import functools
 
@@ -45,11 +43,8 @@ def assert_finite(values):
 # ---------------------------------------------------------------- supervised retrieval losses
 
 def both_directions(terms_of, images, texts, scale, image_owner, text_owner):
-    """The mean of the images' terms and that of the texts', averaged.
-
-    terms_of gives the terms of one observation from e^logit of its pairs: those within its instance, all
-    others.
-    """
+    """The mean of the images' terms and that of the texts', averaged. terms_of: those of one observation,
+    from e^logit of its pairs within its instance and of all others."""
     total = 0
     image_to_text = (images, image_owner, texts, text_owner)
     text_to_image = (texts, text_owner, images, image_owner)

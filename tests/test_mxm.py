@@ -1,9 +1,8 @@
 """Tests of train_mxm.py: its losses and relations by loops over observations; whole runs, and eval.py on one.
 
-    python -m pytest tests/test_mxm.py
-
 What every script promises of a run is tested in test_runs.py.
 """
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ import clip
 import data
 import eval
 import train_mxm
-from runs import arguments, kept_signals, refused
-from runs import in_process, squares  # noqa: F401 (fixtures, of which the first acts by being here)
+from runs import arguments, in_process, kept_signals, spy, squares  # noqa: F401
+from test_losses import (assert_close, assert_finite, both_directions, features, mean, pair_terms,
+                         value_and_gradients)
 
 
 @pytest.fixture(scope="module")
@@ -38,29 +38,8 @@ SCALE = torch.tensor(7.0, dtype=torch.float64)
 TEMPERATURE = 0.3
 
 
-def features(rows, seed):
-    x = torch.randn(rows, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return F.normalize(x, dim=1)
-
-
 IMAGES, TEXTS = features(10, 0), features(9, 1)
-
-
-def mean(values):
-    return sum(values) / len(values)
-
-
-def plain_hard(images, texts, scale, image_owner, text_owner):
-    directions = []
-    for x, owner, y, other in ((images, image_owner, texts, text_owner),
-                               (texts, text_owner, images, image_owner)):
-        terms = []
-        for i in range(len(x)):
-            e = [(scale * x[i] @ row).exp() for row in y]
-            negatives = sum(e[j] for j in range(len(y)) if other[j] != owner[i])
-            terms += [-torch.log(e[j] / (e[j] + negatives)) for j in range(len(y)) if other[j] == owner[i]]
-        directions.append(mean(terms))
-    return mean(directions)
+plain_hard = partial(both_directions, pair_terms)
 
 
 def instance_mean(x, owner, number):
@@ -96,16 +75,10 @@ def plain_soft(images, texts, scale, P):
     return (mean(to_image) + mean(to_text)) / 2
 
 
-def value_and_gradients(loss, *leaves):
-    leaves = [x.clone().requires_grad_() for x in leaves]
-    value = loss(*leaves)
-    return [value.detach(), *torch.autograd.grad(value, leaves)]
-
-
 def assert_equal_in_gradient(loss, definition, *leaves):
-    expected = value_and_gradients(definition, *leaves)
+    expected = value_and_gradients(definition, leaves)
     assert min(x.abs().max() for x in expected) > 1e-3
-    torch.testing.assert_close(value_and_gradients(loss, *leaves), expected)
+    assert_close(value_and_gradients(loss, leaves), expected, 1e-6)
 
 
 def of_script(loss, soft_weight=0.3, known=None, owners=OWNERS):
@@ -138,8 +111,8 @@ def test_losses_are_loops(loss, soft_weight, share, given):
 
 def test_of_one_image_and_one_caption_the_hard_loss_is_clips():
     owner = torch.tensor(INSTANCES)
-    leaves = (IMAGES[:5].float(), TEXTS[:5].float(), SCALE.float())
-    assert_equal_in_gradient(of_script("clip"), lambda *x: plain_hard(*x, owner, owner), *leaves)
+    definition = partial(plain_hard, image_owner=owner, text_owner=owner)
+    assert_equal_in_gradient(of_script("clip"), definition, IMAGES[:5], TEXTS[:5], SCALE)
 
 
 @pytest.mark.parametrize("loss", ["hard", "soft", "hybrid"])
@@ -149,11 +122,12 @@ def test_losses_stay_finite(loss):
     images[0] = texts[1]
     texts[0] = -images[2]
     texts[5] = -images[0]
-    worst = value_and_gradients(of_script(loss), images, texts, torch.tensor(100.0))
-    assert all(x.isfinite().all() for x in worst) and worst[0] > 10
+    leaves = (images, texts, torch.tensor(100.0))
+    worst = value_and_gradients(of_script(loss), leaves)
+    assert_finite(worst)
+    assert worst[0] > 10
     one = (torch.zeros(10, dtype=torch.int64), torch.zeros(9, dtype=torch.int64))
-    alone = value_and_gradients(of_script(loss, owners=one), images, texts, torch.tensor(100.0))
-    assert all(x.isfinite().all() for x in alone)
+    assert_finite(value_and_gradients(of_script(loss, owners=one), leaves))
 
 
 # ---------------------------------------------------------------- relations that are known before training
@@ -203,39 +177,18 @@ def test_relation_of_a_teacher(squares, whole, tmp_path):
 
 # ---------------------------------------------------------------- a run
 
-@pytest.fixture
-def seen(monkeypatch):
-    """The arguments of every call of total_loss from here on."""
-    calls = []
-
-    def watched(*given):
-        calls.append(given)
-        return total_loss(*given)
-    total_loss = train_mxm.total_loss
-    monkeypatch.setattr(train_mxm, "total_loss", watched)
-    return calls
-
-
-def test_clip_loss_takes_as_many_captions_as_views(squares, tmp_path, seen):
+def test_clip_loss_takes_as_many_captions_as_views(squares, tmp_path, monkeypatch):
     """Other losses take four captions, or all where there are fewer."""
+    seen = spy(monkeypatch, train_mxm, "total_loss")
     train_mxm.main(arguments(squares, "--out", tmp_path, "--epochs", 1, "--loss", "clip", "--views", 2))
     assert [(len(images), len(texts)) for _, images, texts, *_ in seen] == [(16, 16)] * 3
     assert train_mxm.captions_per_step(train_mxm.settings([]), data.load(squares)[0]) == 3
 
 
-def test_soft_weight_ramps_up(squares, tmp_path, seen):
+def test_soft_weight_ramps_up(squares, tmp_path, monkeypatch):
+    seen = spy(monkeypatch, train_mxm, "total_loss")
     train_mxm.main(arguments(squares, "--out", tmp_path, "--soft-weight", 0.8, "--soft-warmup", 0.5))
     assert [given[-1] for given in seen] == pytest.approx([0.8 * min(1, step / 4.5) for step in range(9)])
-
-
-def test_starts_from_a_checkpoint_with_its_tokenizer(squares, whole, tmp_path):
-    train_mxm.main(arguments(squares, "--out", tmp_path, "--clip", whole / "best.pt", "--epochs", 1))
-    before = clip.load_checkpoint(whole / "best.pt")["clip"]
-    after = clip.load_checkpoint(tmp_path / "last.pt")
-    assert after["settings"]["lr"] == train_mxm.PRETRAINED["lr"]
-    for key, value in before["state_dict"].items():  # three small steps later it is still near
-        assert (after["clip"]["state_dict"][key] - value).abs().max() < 1e-4
-    assert after["clip"]["merges"] == before["merges"]
 
 
 def test_eval_embeds_views_as_their_renormalised_mean(squares, whole):
@@ -252,30 +205,3 @@ def test_eval_embeds_views_as_their_renormalised_mean(squares, whole):
         captions = model.tokenizer([c for x in instances for c in x.captions], 32)
         captions = F.normalize(model.encode_text(captions))
     assert torch.allclose(captions, texts, atol=1e-5)
-
-
-# ---------------------------------------------------------------- bad input
-
-@pytest.mark.parametrize("option, value, says", [
-    ("--views", 0, "positive"), ("--soft-weight", 1.5, "share from 0 to 1"), ("--loss", "hrad", "hybrid"),
-    ("--soft-relation", "teacher", "--teacher belong together"),
-    ("--teacher", "best.pt", "--teacher belong together")])
-def test_bad_settings(option, value, says, squares, tmp_path, capsys):
-    line = refused(capsys, arguments(squares, "--out", tmp_path / "run", option, value), train_mxm.main)
-    assert says in line and not (tmp_path / "run").exists()
-
-
-def test_pairs_need_as_many_views_as_captions(squares, tmp_path, capsys):
-    argv = arguments(squares, "--out", tmp_path / "run", "--loss", "clip")
-    assert "the same number" in refused(capsys, [*argv, "--captions", 2], train_mxm.main)
-    line = refused(capsys, [*argv, "--views", 3, "--captions", 3], train_mxm.main)
-    assert "an instance has 2 views or captions" in line and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("option, value, says", [
-    ("--checkpoint", "{tmp}/file", "file: "), ("--checkpoint", "{tmp}/none.pt", "no such file"),
-    ("--checkpoint", "{run}/metrics.json", "metrics.json: "), ("--split", "tset", "tset")])
-def test_bad_arguments_of_the_evaluation(option, value, says, whole, tmp_path, capsys):
-    (tmp_path / "file").write_text("no folder, no weights")
-    argv = ["--checkpoint", whole / "best.pt", option, value.format(tmp=tmp_path, run=whole)]
-    assert says in refused(capsys, argv, eval.main)

@@ -1,8 +1,7 @@
 """Tests of whole runs of every script on a small data set: the same bits again, killed and resumed, on two
-processes, with bad input.
+processes, with bad input (those of one script: -k cmaclip).
 
-    python -m pytest tests/test_runs.py -k cmaclip
- What is particular to a method is tested in the file of its name. A fork joins with one row in RUNS, as
+What is particular to a method is tested in the file of its name. A fork joins with one row in RUNS, as
 README.md shows; eval.Run is tested in all its cases with train_mxm.py, since every script goes through it.
 """
 import ast
@@ -54,7 +53,7 @@ RUNS = {
 PICTURES = ["mxm", "clip4cmr", "cmaclip", "user", "adapter"]  # these read pictures
 AT_EVERY_STEP = [name for name in PICTURES if name != "clip4cmr"]  # CLIP4CMR's CLIP sees each picture once
 # the keys of the metric on val that best.pt is chosen by; elsewhere rSum
-CHOSEN = {"train_clip4cmr": ["mAP"], "train_cmaclip": ["mean_of_tasks", "accuracy"]}
+CHOSEN = {"clip4cmr": ["mAP"], "clip4cmr-features": ["mAP"], "cmaclip": ["mean_of_tasks", "accuracy"]}
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +64,15 @@ def folder(tmp_path_factory):
 
 
 def make_data(folder):
-    """Pictures, features, and a CLIP with its tokenizer."""
+    """Pictures, features, and CLIPs with their tokenizer."""
     make_squares(folder)
     make_features(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(clip.MODELS, "tiny", SMALL)
         texts = [f"the frame is {colour} and the middle a {colour} square on around" for colour in COLOURS]
-        model = clip.build("tiny", clip.Tokenizer.train(texts, 600))
-    clip.save_checkpoint(folder / "frozen.pt", {"clip": clip.describe(model)})
+        for file, name in (("frozen.pt", "tiny"), ("resnet.pt", "tiny-rn")):
+            model = clip.build(name, clip.Tokenizer.train(texts, 600))
+            clip.save_checkpoint(folder / file, {"clip": clip.describe(model)})
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -98,7 +98,7 @@ def script(name):
 
 def chosen(name, val):
     """The metric, of an evaluation on val, that best.pt is chosen by."""
-    for key in CHOSEN.get(RUNS[name][0], ["rSum"]):
+    for key in CHOSEN.get(name, ["rSum"]):
         val = val[key]
     return val
 
@@ -142,8 +142,8 @@ def whole(name, folder, tmp_path_factory):
 # ---------------------------------------------------------------- a run
 
 def test_the_command_trains_reports_and_is_deterministic(name, folder, tmp_path, monkeypatch, capsys):
-    """In a process of its own, with a worker process: the same bits as the run in this process, and a table.
-    With MXM-CLR that is the command as a user types it, which takes seconds to start; others are forked."""
+    """In a process of its own, with a worker: the same bits as in this one, and a table. MXM-CLR's is the
+    command as a user types it, which takes seconds to start; others are forked."""
     out = tmp_path / "run"
     argv = words(name, folder, "--out", out, "--workers", 1)
     if name == "mxm":
@@ -220,7 +220,7 @@ RATES = {"mxm": 1e-5, "user": 5e-4, "clip4cmr": 1e-4, "cmaclip": 1e-4, "adapter"
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_your_own_data_start_from_a_published_clip(name, folder, published, tmp_path, capsys):
-    """A .csv with --clip left out: the published CLIP, which the first line names, at the rate for pretrained
+    """A .csv without --clip: the published CLIP, which the first line names, at the rate for pretrained
     weights; where it cannot be had, one line says where to put it, and how to start from scratch."""
     rows = [json.loads(line) for line in open(folder / "squares.jsonl")]
     lines = [f"{folder}/{image},{caption},{row['id']},{row['split']},{row['labels']['inner']}\n"
@@ -291,17 +291,21 @@ def test_resume_refuses_what_is_no_continuation(name, folder, whole, tmp_path, c
 
 
 @pytest.mark.parametrize("name", ["clip4cmr", "adapter"], indirect=True)
-def test_resume_refuses_another_frozen_clip(name, folder, tmp_path, capsys):
+def test_another_frozen_clip_is_refused(name, folder, tmp_path, capsys):
     """Its weights are not in the checkpoint, and a file of the same name may have been trained anew."""
     argv = words(name, folder, "--epochs", 1, "--out", tmp_path / "run", "--clip", tmp_path / "clip.pt")
     shutil.copy(folder / "frozen.pt", tmp_path / "clip.pt")
     script(name).main(argv)
     before = (tmp_path / "run" / "last.pt").read_bytes()
+    saved = clip.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert "clip" not in saved and not any(key.startswith("clip.") for key in saved["heads"])
     checkpoint = clip.load_checkpoint(tmp_path / "clip.pt")
     checkpoint["clip"]["state_dict"]["visual.proj"] *= 1.5
     clip.save_checkpoint(tmp_path / "clip.pt", checkpoint)
     line = refused(capsys, [*argv, "--resume"], script(name).main)
     assert "last.pt: was made with another frozen clip" in line
+    line = refused(capsys, ["--checkpoint", tmp_path / "run" / "best.pt"], eval.main)
+    assert f"{tmp_path}/clip.pt: is the CLIP " in line
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
@@ -344,8 +348,7 @@ STOPS_EARLY = pytest.mark.parametrize("name", ["clip4cmr", "clip4cmr-features"],
 
 @STOPS_EARLY
 def test_patience_stops_early(name, folder, tmp_path, monkeypatch, capsys):
-    """After as many evaluations without a better one; an equal one is none. A resumed run goes on
-    counting."""
+    """After as many evaluations without a better one; an equal one is none. A resumed run counts on."""
     argv = words(name, folder, "--epochs", 20, "--patience", 3)
     a, b = tmp_path / "a", tmp_path / "b"
     monkeypatch.setattr(eval, "report", lambda *a, **k: None)
@@ -397,38 +400,27 @@ def assert_equal_runs(a, b, steps=2):
         assert difference.max() <= 2e-5 * max(1, x.abs().max()), key
 
 
-def assert_reported_by_one_process(name, argv, out):
-    """What one process finds with the checkpoint of several is, to the bit, what they have found together."""
-    together = (out / "metrics.json").read_text()
-    os.unlink(out / "metrics.json")
-    script(name).main([*argv, "--out", str(out), "--resume"])
-    assert (out / "metrics.json").read_text() == together
-
-
-def test_torchrun_equals_one_process(folder, tmp_path, monkeypatch):
-    """The command as a user types it: one set of files, one table."""
-    monkeypatch.setitem(clip.MODELS, "tiny", TINY)
-    argv = words("cmaclip", folder, "--epochs", 1, still=True)
-    script("cmaclip").main([*argv, "--out", str(tmp_path / "1")])
-    done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_cmaclip.py",
-                   *argv, "--out", tmp_path / "2")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("macro F1") == 1 and done.stderr.count("M trained parameters") == 1
-    assert_equal_runs(tmp_path / "1", tmp_path / "2")
-    assert_reported_by_one_process("cmaclip", argv, tmp_path / "2")
-
-
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "cmaclip"], indirect=True)
 def test_two_processes_equal_one(name, folder, tmp_path, monkeypatch):
-    """With half the batch each. MXM-CLR's instances have two and three captions, some of CLIP4CMR's no
-    text."""
+    """With half the batch each; CMA-CLIP's by the command as a user types it. MXM-CLR's instances have two
+    and three captions, some of CLIP4CMR's no text. One finds with the checkpoint of two what they found."""
     argv = words(name, folder, "--epochs", 1, still=True)
     out = [*argv, "--out", str(tmp_path / "2")]
-    ended = forked(RUNS[name][0], out, processes=2, still=True)  # first: they make the frozen features
-    assert [code for code, _, _ in ended] == [0, 0], ended
-    assert ended[1][1:] == ("", "")  # the second says nothing
-    assert ended[0][1].count("written to") == 1
-    assert_reported_by_one_process(name, argv, tmp_path / "2")
+    if name == "cmaclip":
+        monkeypatch.setitem(clip.MODELS, "tiny", TINY)
+        done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                       "train_cmaclip.py", *out)
+        assert done.returncode == 0 and done.stderr.count("M trained parameters") == 1, done.stderr
+        table = done.stdout
+    else:
+        ended = forked(RUNS[name][0], out, processes=2, still=True)  # first: they make the frozen features
+        assert [code for code, _, _ in ended] == [0, 0], ended
+        assert ended[1][1:] == ("", "")  # the second says nothing
+        table = ended[0][1]
+    assert table.count("written to") == 1
+    together = (tmp_path / "2" / "metrics.json").read_text()
+    os.unlink(tmp_path / "2" / "metrics.json")
+    script(name).main([*out, "--resume"])
+    assert (tmp_path / "2" / "metrics.json").read_text() == together
     with monkeypatch.context() as patch:
         patch.setattr(data, "CHANGED", 0.0)
         patch.setattr(script(name), "DROPOUT", 0.0, raising=False)
@@ -465,18 +457,53 @@ def test_two_processes_stopped_then_resumed_equal_two_never_stopped(name, folder
 
 # ---------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("option, value, says", [
-    ("--epochs", 0, "not a positive whole number"), ("--lr", 0, "not a positive number"),
-    ("--lr", "nan", "not a positive number"), ("--lr", "fast", "--lr"), ("--weight-decay", -0.1, "0 or more"),
-    ("--seed", -1, "0 or more"), ("--vocab-size", 100, "514 or more"), ("--device", "gpu", "no device"),
-    ("--batch-size", 61, "larger than the data set"),
-    ("--image-size", 33, "multiple of 8"), ("--clip", "ViT-B-32", "did you mean 'ViT-B/32'"),
-    ("--data", "flikr8k", "unknown data set 'flikr8k': known are"), ("--data", "no.jsonl", "no.jsonl"),
-    ("--bacth", 3, "--bacth")])
-def test_bad_settings(option, value, says, folder, tmp_path, capsys):
-    """Those that every script has; its own are tested in the file of its name."""
-    argv = words("mxm", folder, "--out", tmp_path / "run", option, value)
-    assert says in refused(capsys, argv, script("mxm").main) and not (tmp_path / "run").exists()
+BAD = {  # name -> words, what is said of them; of mxm also those that every script has
+    "mxm": [("--epochs 0", "not a positive whole number"), ("--lr 0", "not a positive number"),
+            ("--lr nan", "not a positive number"), ("--lr fast", "--lr"), ("--seed -1", "0 or more"),
+            ("--weight-decay -0.1", "0 or more"), ("--vocab-size 100", "514 or more"),
+            ("--device gpu", "no device"), ("--batch-size 61", "larger than the data set"),
+            ("--image-size 33", "multiple of 8"), ("--clip ViT-B-32", "did you mean 'ViT-B/32'"),
+            ("--bacth 3", "--bacth"),
+            ("--data flikr8k", "unknown data set 'flikr8k': known are"), ("--data no.jsonl", "no.jsonl"),
+            ("--views 0", "positive"), ("--soft-weight 1.5", "share from 0 to 1"), ("--loss hrad", "hybrid"),
+            ("--soft-relation teacher", "--teacher belong together"),
+            ("--teacher best.pt", "--teacher belong together"),
+            ("--loss clip --captions 2", "the same number"),
+            ("--loss clip --views 3 --captions 3", "an instance has 2 views or captions")],
+    "clip4cmr": [("--loss pcl+hinge:2", "unknown loss 'hinge'"), ("--loss pcl+", "unknown loss ''"),
+                 ("--loss pcl:0", "not a positive number"), ("--text-fraction 0", "up to 1"),
+                 ("--loss pcl+triplet+pcl:0.5", "pcl is named twice"), ("--margin 0.1", "pcl has none"),
+                 ("--task colour", "has the tasks inner, outer"), ("--clip tiny", "random weights")],
+    "cmaclip": [("--tasks inner,feel", "feel: "), ("--heads 3", "--heads 3: does not divide the width 32"),
+                ("--clip-lr 0", "positive"), ("--precision 0", "up to 1"),
+                ("--train-noise-image nan", "from 0 to 1"),
+                ("--clip tiny --freeze", "--freeze: tiny starts from random weights")],
+    "user": [("--queue 7", "--queue 7 cannot hold a batch of keys; give 20 or more"),
+             ("--dim 1", "2 or more"), ("--mu 20 --loss infonce", "only uto"), ("--momentum 1.5", "a share"),
+             ("--data primitives --regions", "train_ims.npy: No such file")],
+    "adapter": [("--share 33", "--share 33: more than the narrower encoder's width; choose 32 or less"),
+                ("--rank 0", "not a positive whole number"), ("--dropout 1.5", "not a share from 0 to 1"),
+                ("--clip tiny", "--clip tiny has random weights, nothing to adapt: give a pretrained CLIP"),
+                ("--context 33", "--context 33: this CLIP has 32 positions for the tokens of a text; choose"),
+                ("--clip {folder}/resnet.pt --image-size 32", "--tune: adapters and lora go into")]}
+
+
+@pytest.mark.parametrize("name, more, says", [(name, *case) for name in BAD for case in BAD[name]])
+def test_bad_settings(name, more, says, folder, tmp_path, capsys):
+    argv = words(name, folder, "--out", tmp_path / "run", *more.format(folder=folder).split())
+    assert says in refused(capsys, argv, script(name).main) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+@pytest.mark.parametrize("name", ["clip4cmr", "cmaclip"])
+def test_a_split_without_labels_is_refused_before_training(name, split, folder, tmp_path, capsys):
+    rows = [json.loads(line) for line in open(folder / "squares.jsonl")]
+    for row in rows:
+        row["labels"] = {} if split in ("train", row["split"]) else row["labels"]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = words(name, folder, "--out", tmp_path / "run", "--data", tmp_path / "own.jsonl")
+    says = "no labels; this method learns from" if split == "train" else f"split '{split}' has a "
+    assert says in refused(capsys, argv, script(name).main) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", PICTURES, indirect=True)
@@ -489,10 +516,7 @@ def test_bad_input_of_other_kinds(name, folder, tmp_path, capsys):
     said = line("--out", tmp_path / "file" / "run")
     assert "file/run" in said and "cannot be written" in said
     assert "file: " in line("--clip", tmp_path / "file")
-    rows = [json.loads(row) for row in open(folder / "squares.jsonl")]
-    for row in rows:
-        row["images"] = [str(folder / image) for image in row["images"]]
-    untested = [json.dumps(row) + "\n" for row in rows if row["split"] != "test"]
+    untested = [row for row in open(folder / "squares.jsonl") if '"test"' not in row]
     (tmp_path / "untested.jsonl").write_text("".join(untested))
     assert "no rows in split 'test'" in line("--data", tmp_path / "untested.jsonl")  # said before training
     assert not (tmp_path / "run").exists()
@@ -500,7 +524,7 @@ def test_bad_input_of_other_kinds(name, folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("file", [*(RUNS[name][0] for name in PICTURES), "eval"])
 def test_the_commands_say_it_in_one_line(file, tmp_path):
-    """As a user sees it: one line, nothing else, exit code 2 (other tests call main in this process)."""
+    """One line, nothing else, exit code 2; other tests call main in this process."""
     option = "--checkpoint" if file == "eval" else "--data"
     [(ended, out, said)] = forked(file, [option, str(tmp_path / "none.jsonl")])
     assert ended == 2 and out == "" and said.startswith("error: ") and said.count("\n") == 1, said
@@ -583,8 +607,7 @@ def test_a_damaged_picture_in_the_middle_of_training(name, workers, folder, tmp_
 # ---------------------------------------------------------------- the project as a whole
 
 def test_files_import_nothing_but_what_the_design_says():
-    """losses and clip know nothing of the project, data knows clip, eval knows both, no method knows
-    another."""
+    """losses and clip know none, data knows clip, eval knows both, no method knows another."""
     known = {"clip": set(), "losses": set(), "data": {"clip"}, "eval": {"clip", "data"}}
     scripts = [file[:-3] for file in os.listdir(ROOT) if file.startswith("train_") and file.endswith(".py")]
     assert len(scripts) >= 5
@@ -598,8 +621,7 @@ def test_files_import_nothing_but_what_the_design_says():
 
 
 def test_a_fork_joins_with_one_row(tmp_path):
-    """What README.md says of a fork: a copy of a script, and one row in RUNS. This one has another loss, and
-    passes the tests of whole runs."""
+    """As README.md says: a copy of a script, here with another loss, and a row in RUNS pass these tests."""
     fork = tmp_path / "fork"
     ignored = shutil.ignore_patterns(".git", "runs", "data", "__pycache__", "*venv", ".pytest_cache")
     shutil.copytree(ROOT, fork, ignore=ignored)

@@ -44,11 +44,8 @@ def results(tmp_path, monkeypatch):
 
 @pytest.fixture
 def made(tmp_path):
-    """made(study) -> arguments for main, with two finished runs of each row of the study.
-
-    Of a row's choices the second is best on validation. The numbers of its runs are 10 in the first row, 1
-    more in each further row, and 2 more with the second seed.
-    """
+    """made(study) -> arguments for main, with two finished runs of each row of the study. Of a row's choices
+    the second is best on val. Its numbers: 10, 1 more a row, 2 more with the second seed."""
     def make(name):
         arguments = [name, "--seeds", "2", "--out", str(tmp_path / "runs")]
         args = study.settings(arguments)

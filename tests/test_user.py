@@ -1,7 +1,5 @@
 """Tests of train_user.py: its model against a plain version that takes each sample alone, without padding;
 its loss, momentum and queues against brute force; then whole runs.
-
-    python -m pytest tests/test_user.py
 """
 import copy
 import json
@@ -18,9 +16,8 @@ import data
 import eval
 import runs
 import train_user
-from runs import SMALL, arguments, metrics, refused
-from runs import in_process  # noqa: F401 (a fixture that acts by being here)
-from test_mxm import value_and_gradients
+from runs import SMALL, arguments, in_process, metrics, refused, spy  # noqa: F401
+from test_losses import value_and_gradients
 from train_user import LOSSES, SGE, USER, Queue, main, settings, total_loss
 
 CAPTIONS = ["a red square on blue", "wet", "a blue thing that is soft to touch", "red"]
@@ -40,10 +37,9 @@ def small(monkeypatch):
 def squares(tmp_path_factory):
     """Squares of which three in a row count as the same thing."""
     path = runs.make_squares(tmp_path_factory.mktemp("squares"))
-    rows = [json.loads(line) for line in open(path)]
+    rows = [json.loads(line) | {"group": f"g{i // 3}"} for i, line in enumerate(open(path))]
     with open(path, "w") as f:
-        for i, row in enumerate(rows):
-            f.write(json.dumps(row | {"group": f"g{i // 3}"}) + "\n")
+        f.writelines(json.dumps(row) + "\n" for row in rows)
     return path
 
 
@@ -195,7 +191,7 @@ def test_starting_weights():
             assert layer.bias is None or not layer.bias.any()
 
 
-# ---------------------------------------------------------------- momentum contrast
+# ---------------------------------------------------------------- momentum contrast, the loss, settings
 
 def unit(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
@@ -218,8 +214,6 @@ def test_a_queue_starts_with_random_unit_vectors_of_nothing():
     assert torch.allclose(both.norm(dim=1), torch.ones(14)) and len(both.unique(dim=0)) == 14
     assert queue.groups.tolist() == [-1] * 7
 
-
-# ---------------------------------------------------------------- the loss
 
 IMAGES, TEXTS, IMAGE_KEYS, TEXT_KEYS = (unit(5, 4, seed=seed) for seed in (1, 2, 3, 4))
 GROUP = torch.tensor([2, 3, 2, 7, 8])
@@ -261,9 +255,9 @@ def test_uto_is_a_loop(mu):
     queued[4] = True  # no negatives at all
 
     def check(found, expected, *leaves):
-        expected = value_and_gradients(expected, *(x.double() for x in leaves))
-        for x, y in zip(value_and_gradients(found, *leaves), expected, strict=True):
-            assert torch.allclose(x.double(), y, rtol=1e-4, atol=1e-5)
+        expected = value_and_gradients(expected, [x.double() for x in leaves])
+        for x, y in zip(value_and_gradients(found, leaves), expected, strict=True):
+            assert torch.allclose(x, y, rtol=1e-4, atol=1e-5)
     check(lambda x, y: train_user.uto_loss(x, y, SAME, **more),
           lambda x, y: plain_uto(x, y, SAME, mu), IMAGES, TEXTS)
     check(lambda x: train_user.uto_queue_loss(x, TEXT_KEYS, queue, queued, **more),
@@ -288,8 +282,6 @@ def test_total_loss_is_its_sum(kind, mu):
     assert loss.item() == pytest.approx(batch + to_texts + to_images, rel=1e-5)
 
 
-# ---------------------------------------------------------------- settings
-
 @pytest.mark.parametrize("words, expected", [
     ("--data flickr30k", dict(epochs=20, batch_size=128, lr=5e-4, clip_lr=5e-5, dim=1024, queue=2048,
                               batch_weight=20.0, lr_drop=0.5, momentum=0.999, weight_decay=1e-4, eval_every=1,
@@ -302,29 +294,7 @@ def test_settings_are_the_papers(words, expected):
     assert vars(settings(words.split())).items() >= expected.items()
 
 
-@pytest.mark.parametrize("words, says", [
-    ("--queue 7", "--queue 7 cannot hold a batch of keys; give 8 or more"),
-    ("--dim 1", "2 or more"), ("--mu 20 --loss infonce", "only uto"), ("--momentum 1.5", "a share"),
-    ("--data primitives --regions", "train_ims.npy: cannot be read")])
-def test_bad_settings(words, says, squares, tmp_path, capsys):
-    argv = arguments(squares, "--out", tmp_path / "run", *words.split())
-    assert says in refused(capsys, argv, main) and not (tmp_path / "run").exists()
-
-
 # ---------------------------------------------------------------- a run, looked at from inside
-
-def spy(patch, owner, name, record):
-    """A list that gets record(result, *arguments) of every call of a function from here on."""
-    plain = getattr(owner, name)
-    calls = []
-
-    def function(*a):
-        result = plain(*a)
-        calls.append(record(result, *a))
-        return result
-    patch.setattr(owner, name, function)
-    return calls
-
 
 def seen_by_loss(result, args, images, texts, group, keys, queue):
     return SimpleNamespace(embeddings=(images.detach(), texts.detach()), group=group, keys=keys,
@@ -433,6 +403,7 @@ def test_a_frozen_clip_keeps_its_weights(squares, tmp_path):
     clip_file = str(tmp_path / "before" / "best.pt")
     main([*argv, "--clip", clip_file, "--out", str(tmp_path / "run"), "--clip-lr", "0"])
     last = clip.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert last["clip"]["merges"] == clip.load_checkpoint(clip_file)["clip"]["merges"]
     for name, value in clip.load(clip_file, "cpu")[0].state_dict().items():
         assert torch.equal(last["clip"]["state_dict"][name], value), name
         assert torch.equal(last["momentum"][f"clip.{name}"], value), name
@@ -446,8 +417,7 @@ ROWS = {"train": 16, "dev": 8, "test": 8}
 
 @pytest.fixture
 def precomp(tmp_path):
-    """Pictures as four regions of six numbers, five captions each, and CLIP's embeddings; the arguments of a
-    run."""
+    """The arguments of a run on pictures as four regions of six numbers, with CLIP's embeddings."""
     (tmp_path / "precomp").mkdir()
     for file, rows in ROWS.items():
         features = np.random.default_rng(rows + len(file)).random((rows, 4, 6), np.float32)
@@ -462,8 +432,7 @@ def precomp(tmp_path):
 
 @pytest.mark.parametrize("enhance", ["both", "sge"])
 def test_regions(enhance, precomp, tmp_path, capsys):
-    """Trained and evaluated without a picture, and without CLIP's embeddings where CGE does not ask for
-    them."""
+    """Trained and evaluated without a picture, and without CLIP's embeddings where there is no CGE."""
     if enhance == "sge":
         for file in ROWS:
             (tmp_path / "precomp" / f"{file}_clip.npy").unlink()

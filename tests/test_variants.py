@@ -1,5 +1,6 @@
 """tests/variants.py: what each variant computes, and that running one changes the script's function."""
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import data
 import eval
 import train_mxm
 import variants
-from runs import arguments, evaluated, in_process, refused, squares  # noqa: F401
+from runs import arguments, evaluated, in_process, log, refused, squares  # noqa: F401
+from test_losses import both_directions, mean_terms
 
 
 def test_the_true_relation_of_shapes():
@@ -34,16 +36,12 @@ def test_losses_of_several_positives():
     texts = F.normalize(torch.randn(7, 8), dim=1)
     image_owner = torch.tensor([4, 9, 9, 2, 4])
     text_owner = torch.tensor([2, 4, 4, 9, 2, 4, 9])
-    expected = {"hard_uniform": 0.0, "mil_nce": 0.0}
-    for a, b, a_owner, b_owner in ((images, texts, image_owner, text_owner),
-                                   (texts, images, text_owner, image_owner)):
-        for x, owner in zip(a, a_owner):
-            probabilities = (6.0 * b @ x).softmax(0)[b_owner == owner]
-            expected["hard_uniform"] -= probabilities.log().mean().item() / len(a) / 2
-            expected["mil_nce"] -= probabilities.sum().log().item() / len(a) / 2
-    for name, value in expected.items():
-        loss = getattr(variants, name)(images, texts, 6.0, image_owner, text_owner)
-        assert loss.item() == pytest.approx(value, abs=1e-5)
+    batch = (images, texts, 6.0, image_owner, text_owner)
+
+    def of_any(positives, negatives):
+        return [-torch.log(sum(positives) / sum(positives + negatives))]
+    for loss, terms in ((variants.hard_uniform, mean_terms), (variants.mil_nce, of_any)):
+        assert loss(*batch).item() == pytest.approx(both_directions(terms, *batch).item(), abs=1e-5)
 
 
 def test_foreign_noise():
@@ -66,15 +64,11 @@ def test_a_run_of_a_variant(squares, tmp_path, monkeypatch):  # noqa: F811
     argv = arguments(squares, "--clip", "tiny", "--loss", "hard", "--epochs", 1)
     train_mxm.main(argv)
     variants.main(["train_mxm:mil_nce", *argv])
-    logs = []
-    for name in ("mxm-squares", "mxm-mil_nce-squares"):
-        with open(f"runs/{name}/log.jsonl") as f:
-            logs.append(json.loads(f.readline())["loss"])
-    assert logs[0] != logs[1]
-    with open("runs/mxm-mil_nce-squares/config.json") as f:
-        assert json.load(f)["variant"] == "train_mxm:mil_nce"
+    plain, of_variant = Path("runs/mxm-squares"), Path("runs/mxm-mil_nce-squares")
+    assert log(plain)[0]["loss"] != log(of_variant)[0]["loss"]
+    assert json.loads((of_variant / "config.json").read_text())["variant"] == "train_mxm:mil_nce"
     variants.main(["train_mxm:mil_nce", *argv, "--resume"])
-    evaluated("runs/mxm-mil_nce-squares/best.pt")
+    evaluated(of_variant / "best.pt")
     assert train_mxm.hard_loss is not variants.mil_nce  # what was replaced is back
 
 
