@@ -6,7 +6,7 @@ with five captions has one image; a shape has twelve views and five captions; a 
 is read with
 
     instances, classes = data.load("primitives", split="train")  # or text2shape, mine.jsonl, mine.csv, ...
-    loader = data.Loader(instances, model.tokenizer, model.config, batch_size=64, train=True)
+    loader = data.Loader(instances, tokenizer, model.config, batch_size=64, train=True)
     for batch in loader.batches(0, 100): ...
 
 Each data set has a reader that yields `Row`s as its files state them; `finish` makes the instances of all.
