@@ -331,13 +331,12 @@ def total_loss(args, images, texts, group, keys, queue):
 def check_regions(model, *splits):
     """Raise DataError, before training, where the region files of a split are not what the model takes."""
     width = model.image_fc.in_features
-    embed_dim = model.config.embed_dim
     for view in (instances[0].images[0] for instances in splits):
         data.expect(view.features().shape[1] == width, view.path,
                     f"features of another width than the training split's, which is {width}")
-        data.expect(not model.cge or view.embedding and len(view.clip_input()) == embed_dim,
-                    view.path.replace("_ims.npy", "_clip.npy"),
-                    f"CGE needs CLIP's embeddings there, float32 (images, {embed_dim}); or use --enhance sge")
+        data.expect(not model.cge or view.embedding and len(view.clip_input()) == model.config.embed_dim,
+                    view.path.replace("_ims.npy", "_clip.npy"), "CGE needs CLIP's embeddings there, float32 "
+                    f"(images, {model.config.embed_dim}); or use --enhance sge")
 
 
 def main(argv=None):
