@@ -168,8 +168,7 @@ class Packed(NamedTuple):
 def _hooked(module):
     """Whether something looks at what goes through a module, or does its work."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds) or "forward" in module.__dict__ \
-        or nn.modules.module._has_any_global_hook()
+    return any(getattr(module, kind) for kind in kinds) or "forward" in module.__dict__
 
 
 def _untouched(layer):
