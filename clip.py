@@ -457,7 +457,8 @@ class CLIP(nn.Module):
 
     @property
     def dtype(self):
-        return next(self.visual.conv1.parameters(), self.positional_embedding).dtype  # a replica has none
+        parameters = [*self.visual.conv1.parameters(), self.positional_embedding]  # a replica has the last
+        return parameters[0].dtype
 
     def tokenize(self, texts, context_length=None, truncate=False):
         """`tokenize` with this model's own tokenizer (OpenAI's where it has none) and context length."""
