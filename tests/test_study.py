@@ -112,6 +112,9 @@ def test_differences_have_an_interval_and_a_verdict():
     assert cells == [["+2.0 (-0.5 to +4.5)", "3 of 3", "not resolved"],
                      ["+2.1 (+1.9 to +2.3)", "3 of 3", "ahead"],
                      ["-2.1 (-2.3 to -1.9)", "0 of 3", "behind"]]
+    scipy_stats = pytest.importorskip("scipy.stats")
+    for degrees, quantile in enumerate(study.STUDENT_T, 1):
+        assert abs(quantile - scipy_stats.t.ppf(0.975, degrees)) < 0.0055
 
 
 def test_write_replaces_what_stands_between_the_markers_and_nothing_else(results, made):
