@@ -482,7 +482,8 @@ def read_gallery(folder, split):
         for name in list_folder(place, PICTURES):
             path = os.path.join(place, name)
             name = os.path.relpath(path, folder)
-            if os.path.isfile(path) and not f"{os.sep}{name}".count(f"{os.sep}."):  # nor in a hidden folder
+            hidden = any(part.startswith(".") for part in name.split(os.sep))
+            if os.path.isfile(path) and not hidden:
                 instances.append(Instance(name, [path], []))
     expect(instances, folder, f"no pictures in it ({', '.join(PICTURES)})")
     return instances
@@ -686,12 +687,12 @@ def pascal_sentence(root):
     folder = os.path.join(root, "dataset")
     names = [name for name in list_folder(folder) if os.path.isdir(os.path.join(folder, name))]
     for name in names or ["<class>"]:
-        files = list_folder(os.path.join(root, "dataset", name), PICTURES) or ["<id>.jpg"]
+        files = list_folder(os.path.join(folder, name), PICTURES) or ["<id>.jpg"]
         for i, file in enumerate(files):
             part = TENTHS[10 * i // len(files)]
             stem = os.path.join(root, "sentence", name, os.path.splitext(file)[0])
             text = stem + "txt" if os.path.isfile(stem + "txt") else stem + ".txt"
-            picture = os.path.join(root, "dataset", name, file)
+            picture = os.path.join(folder, name, file)
             captions = (text, lambda file: list(read_lines(file)))
             yield Row(f"{name}/{file}", part, [picture], captions, {"class": name}, group=name)
 

@@ -1460,7 +1460,7 @@ class Progress:
 
 # settings that may differ when a run goes on
 FREE = ("resume", "out", "workers", "device", "download", "root", "epochs", "trained_on")
-FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "metrics.json", "costs.json")  # that a run writes
+RESULTS = ("log.jsonl", "last.pt", "best.pt", "metrics.json", "costs.json")  # of a run, beside config.json
 
 
 def resumed(args, more_epochs=True):
@@ -1494,11 +1494,11 @@ def open_folder(args, step):
     config = out / "config.json"
     log = out / "log.jsonl"
     lock(config)
-    if not args.resume and any(os.path.exists(out / name) for name in FILES[1:]):
+    if not args.resume and any(os.path.exists(out / name) for name in RESULTS):
         aside = next(f"{out}.{n}" for n in itertools.count(1) if not os.path.lexists(f"{out}.{n}"))
         try:
             os.mkdir(aside)
-            for name in set(FILES) & set(os.listdir(out)):
+            for name in {"config.json", *RESULTS} & set(os.listdir(out)):
                 os.rename(out / name, os.path.join(aside, name))
         except OSError as e:
             raise clip.CheckpointError(f"{out}: holds an earlier run that cannot be moved aside "
@@ -1687,10 +1687,9 @@ def retrieval_evaluation(embedded, args, title="model"):
                 "this model was trained on features from files; there are no pictures to show")
     if embedded.classes:
         layout_of_classes = data.class_layout(instances, embedded.classes)
-        rows = {}
-        for row, metrics in (("model", partial(class_metrics, classes=embedded.classes)),
-                             ("chance", class_chance)):
-            rows[row] = class_retrieval(metrics, embedded.scores, *layout_of_classes)
+        by_model = partial(class_metrics, classes=embedded.classes)
+        rows = {"model": class_retrieval(by_model, embedded.scores, *layout_of_classes),
+                "chance": class_retrieval(class_chance, embedded.scores, *layout_of_classes)}
     else:
         rows = retrieval_rows(args.data, embedded)
     rows = {row.replace("model", title): metrics for row, metrics in rows.items()}
