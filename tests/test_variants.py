@@ -6,31 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
-import eval
 import train_mxm
 import variants
 from runs import arguments, evaluated, in_process, log, refused, squares  # noqa: F401
-from test_losses import both_directions, mean_terms
+from test_losses import both_directions
 
 
-def test_the_true_relation_of_shapes():
-    shapes = data.load("primitives-target")[0][::9]
-    owner = eval.caption_owner(shapes)
-    captions = torch.tensor([3, 80, 4, 11])
-    some = torch.cat([owner[captions], torch.tensor([30, 7, 8])])
-    args = train_mxm.settings(["--data", "primitives-target"])
-    P = variants.oracle(args, shapes, torch.device("cpu"))(some, captions).exp()
-    expected = data.primitives_oracle(shapes)[captions][:, some].t()
-    assert torch.allclose(P, expected, atol=1e-5)
-    assert len(set(P[P > 0.001].tolist())) > 1  # vague and precise captions
-    args.data = "mine.jsonl"
-    with pytest.raises(data.DataError, match="built-in shapes"):
-        variants.oracle(args, shapes, torch.device("cpu"))
-
-
-def test_losses_of_several_positives():
-    """Beside loops over observations and their positives."""
+def test_mil_nce():
+    """Beside a loop over observations and their positives."""
     torch.manual_seed(0)
     images = F.normalize(torch.randn(5, 8), dim=1)
     texts = F.normalize(torch.randn(7, 8), dim=1)
@@ -40,8 +23,7 @@ def test_losses_of_several_positives():
 
     def of_any(positives, negatives):
         return [-torch.log(sum(positives) / sum(positives + negatives))]
-    for loss, terms in ((variants.hard_uniform, mean_terms), (variants.mil_nce, of_any)):
-        assert loss(*batch).item() == pytest.approx(both_directions(terms, *batch).item(), abs=1e-5)
+    assert variants.mil_nce(*batch).item() == pytest.approx(both_directions(of_any, *batch).item(), abs=1e-5)
 
 
 def test_foreign_noise():
@@ -73,8 +55,8 @@ def test_a_run_of_a_variant(squares, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_an_unknown_variant_is_refused(capsys):
-    line = refused(capsys, ["train_mxm:orakel"], variants.main)
-    assert line.startswith("error: train_mxm:orakel: no variant") and "train_mxm:mil_nce" in line
+    line = refused(capsys, ["train_mxm:mil-nce"], variants.main)
+    assert line.startswith("error: train_mxm:mil-nce: no variant") and "train_mxm:mil_nce" in line
 
 
 def test_every_variant_replaces_a_function_of_its_script():

@@ -1,7 +1,7 @@
 """Variants of the scripts: each is one short function that replaces one function of a script.
 
-    python tests/variants.py train_mxm:oracle --epochs 3            # then come the script's own arguments
-    python tests/variants.py train_mxm:mil_nce --loss hard --resume
+    python tests/variants.py train_mxm:mil_nce --loss hard           # then come the script's own arguments
+    python tests/variants.py train_cmaclip:foreign --robustness
 
 To try an idea of your own, copy here the function of a script that it is about, change it, and say above it
 what it replaces. A run goes to runs/<method>-<variant>-<data>, beside those of the script itself, and eval.py
@@ -17,7 +17,6 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data  # noqa: E402
 import eval  # noqa: E402
-import train_mxm  # noqa: E402
 
 VARIANTS = {}  # "script:variant" -> (the name of the function that is replaced, the function in its place)
 
@@ -31,46 +30,6 @@ def replaces(script, name):
 
 
 # ---------------------------------------------------------------- the variants
-
-@replaces("train_mxm", "known_relation")
-def oracle(args, train, device):
-    """The true soft relation of the built-in shapes: a caption fits the shapes that have all it states.
-
-    Of `data.SharedTerms`, with attributes as terms: one that is missing leaves a shape a probability of 0.
-    """
-    if args.loss not in ("hybrid", "soft"):
-        return None
-    data.expect(args.data.startswith("primitives"), f"--data {args.data}",
-                "what fits is known for the built-in shapes alone; choose one of them")
-    of_captions, of_shapes = attribute_terms(train)
-    scores = data.SharedTerms(of_captions, of_shapes, device)
-    return train_mxm.KnownRelation(scores, sharpness=200.0, captions=len(of_captions), instances=len(train),
-                                   device=device)
-
-
-def attribute_terms(shapes):
-    """-> (the attributes that each caption states, the attributes of each shape): lists of lists of terms
-    (task, class)."""
-    of_captions = []
-    of_shapes = []
-    for x in shapes:
-        terms = list(x.labels.items())
-        of_captions += [sorted(terms[i] for i in stated) for stated in data.primitives_stated(x)]
-        of_shapes.append(sorted(terms))
-    return of_captions, of_shapes
-
-
-@replaces("train_mxm", "hard_loss")
-def hard_uniform(images, texts, scale, image_owner, text_owner):
-    """Cross-entropy against an even share of all positives: L_out of Khosla et al. 2020 (arXiv 2004.11362),
-    across modalities. The positives of an observation compete, so that all are held at the same score."""
-    logits = scale * images @ texts.t()
-    positive = image_owner[:, None] == text_owner[None, :]
-
-    def one_direction(logits, positive):
-        return -((logits.log_softmax(1) * positive).sum(1) / positive.sum(1)).mean()
-    return one_direction(logits, positive) / 2 + one_direction(logits.t(), positive.t()) / 2
-
 
 @replaces("train_mxm", "hard_loss")
 def mil_nce(images, texts, scale, image_owner, text_owner):
