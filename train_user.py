@@ -46,7 +46,7 @@ import losses
 PRETRAINED = dict(epochs=20, batch_size=128, lr=5e-4, dim=1024, queue=2048, batch_weight=20.0, lr_drop=0.5,
                   weight_decay=1e-4, eval_every=1)  # the paper's for Flickr30K
 COCO = PRETRAINED | dict(epochs=25, queue=4096, batch_weight=1.0, lr_drop=0.6)  # the paper's for COCO
-# a small CLIP with random weights; of 1e-4, 3e-4 and 1e-3 the best for UTO and for InfoNCE (tests/results.md)
+# a small CLIP with random weights; of 1e-4, 3e-4 and 1e-3 the best for UTO and for InfoNCE
 SCRATCH = dict(epochs=3, batch_size=128, lr=3e-4, dim=256, queue=2048, batch_weight=1.0, lr_drop=0.85,
                weight_decay=1e-4)
 MU = 90.0  # UTO: how steeply the push on a negative rises with its cosine
