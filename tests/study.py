@@ -104,7 +104,7 @@ study("mxm-shapes", "train_mxm", {
 PARTS = {
     "hard": f"--loss hard {ONE_BY_FOUR}",
     "soft, words": f"--loss soft {ONE_BY_FOUR}",
-    "hybrid, words": f"{ONE_BY_FOUR}",
+    "hybrid, words": ONE_BY_FOUR,
     "hybrid, features": f"--soft-relation features {ONE_BY_FOUR}",
 }
 study("mxm-loss", "train_mxm --lr 1e-3", PARTS,
