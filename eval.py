@@ -939,10 +939,11 @@ def arguments(description, file, kinds, data="primitives"):
                 "image-caption pairs, as the papers count")
     common("--batch-size", type=positive_int, help="instances (or pairs) per step, over all processes")
     common("--lr", type=positive, help="peak learning rate")
-    common("--weight-decay", type=non_negative, help="of AdamW")
+    common("--weight-decay", type=non_negative, help="weight decay of AdamW")
     common("--eval-every", type=positive_int,
            help="epochs between evaluations on val (default: so many that a run has five at most)")
-    common("--seed", type=seed, default=0, help="of all that is drawn: a whole number of any size")
+    common("--seed", type=seed, default=0,
+           help="seed of everything that is drawn at random: a whole number of any size")
     common("--device", type=usable_device, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     common("--workers", type=non_negative_int,
            help="processes that prepare batches (default: 1; 0 where a CPU computes on all of its cores)")
@@ -958,7 +959,7 @@ def show_defaults(parser):
     for action in parser._actions:
         of_kinds = {k: values[action.dest] for k, values in parser.kinds.items() if action.dest in values}
         if len(set(of_kinds.values())) > 1:
-            default = ", ".join(f"{value} {kind}" for kind, value in of_kinds.items())
+            default = ", ".join(f"{kind} {value}" for kind, value in of_kinds.items())
         else:
             default = next(iter(of_kinds.values()), action.default)
         if not (default is None or default is False or default == argparse.SUPPRESS):
@@ -1768,9 +1769,9 @@ def settings(argv=None):
     add("--query", nargs="+", metavar="TEXT",
         help="search the split's images with your own words (videos: the mean of their frames)")
     add("--top", type=positive_int, help="results of --query (default: 5)")
-    add("--device", type=usable_device)
-    add("--workers", type=non_negative_int, default=0)
-    add("--amp", choices=("auto", "bf16", "off"), default="auto")
+    add("--device", type=usable_device, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add("--workers", type=non_negative_int, default=0, help="processes that prepare batches (default: 0)")
+    add("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16 autocast in the encoders")
     add("--out", help="folder of metrics.json (default: the checkpoint's, or runs/clip-<data>)")
     args = p.parse_args(argv)
     alone = args.clip and not args.checkpoint  # a CLIP as it is

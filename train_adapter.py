@@ -72,16 +72,19 @@ LORA_ALPHA = 16.0  # LoRA's update is scaled by LORA_ALPHA / r
 def settings(argv=None):
     p = eval.arguments(__doc__, __file__, KINDS, data="primitives-target")
     p.add_argument("--tune", default="adapter", choices=tuple(RATES),
-                   help="what is trained: adapters, also without sharing; low-rank updates of queries and "
-                        "values; all of CLIP. The default of --lr is 1e-3, of full 1e-5; for the built-in "
-                        "shapes 1e-2, of full 3e-4")
-    p.add_argument("--rank", type=eval.positive_int, help="r, width of the bottleneck; of lora the rank")
+                   help="what is trained: adapters, with or without shared weights; lora: low-rank updates "
+                        "of queries and values; full: all of CLIP. --lr is 1e-3 by default (full: 1e-5), "
+                        "for the built-in shapes 1e-2 (full: 3e-4)")
+    p.add_argument("--rank", type=eval.positive_int, help="r: width of the bottleneck, or rank of lora")
     p.add_argument("--share", type=eval.non_negative_int,
-                   help="d_s, output channels of the matrix that both encoders share")
-    p.add_argument("--dropout", type=eval.fraction, default=0.0, help="after the adapters' non-linearity")
-    p.add_argument("--frames", type=eval.positive_int, help="images of an instance at most, evenly taken")
+                   help="d_s: output channels of the matrix that both encoders share")
+    p.add_argument("--dropout", type=eval.fraction, default=0.0,
+                   help="dropout after the adapters' non-linearity")
+    p.add_argument("--frames", type=eval.positive_int,
+                   help="frames of a video, or images of a thing, at most; evenly taken")
     p.add_argument("--pool", choices=("query", "mean"), default="query",
-                   help="compare a text with its own mean of a video's frames, or with their plain mean")
+                   help="compare a text with the mean of a video's frames: query, weighted by how well each "
+                        "fits the text; mean, the plain one")
     p.add_argument("--tau", type=eval.positive, default=TAU,
                    help="temperature of --pool query: the higher, the more evenly frames count")
     args = eval.parse(p, argv)

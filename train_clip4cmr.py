@@ -108,13 +108,15 @@ def settings(argv=None):
                         "take features as they are")
     p.add_argument("--hidden", type=eval.positive_int, default=256, help="width of the MLPs' hidden layer")
     p.add_argument("--dim", type=eval.positive_int, default=1024, help="D, dimension of the common space")
-    p.add_argument("--dropout", type=eval.fraction, default=0.1, help="share of an embedding's entries")
+    p.add_argument("--dropout", type=eval.fraction, default=0.1,
+                   help="share of an embedding's entries that training sets to 0")
     p.add_argument("--prototypes", choices=("fixed", "learned"), default="fixed",
                    help="fixed: random directions, as in the authors' code; learned: as in PAN")
     p.add_argument("--margin", type=eval.non_negative,
-                   help="of the losses that have one (default: of each loss its own, chosen on validation)")
+                   help="margin of the losses that have one (default: each its own, chosen on validation)")
     p.add_argument("--temperature", type=eval.positive,
-                   help="divides the cosines in the losses that have one (default: likewise)")
+                   help="divides the cosines in the losses that have a temperature (default: each its own, "
+                        "chosen on validation)")
     p.add_argument("--image-fraction", type=eval.positive_fraction, default=1.0,
                    help="share of each batch's images that is used (modality imbalance)")
     p.add_argument("--text-fraction", type=eval.positive_fraction, default=1.0,

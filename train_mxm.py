@@ -62,7 +62,7 @@ def settings(argv=None):
                    help="what judges which captions fit which instances: words, those that captions share; "
                         "features, the model's own similarities within the modalities; teacher, another CLIP")
     p.add_argument("--soft-temperature", type=eval.positive, default=0.1,
-                   help="of the similarities in --soft-relation features")
+                   help="divides the similarities of --soft-relation features: the lower, the sharper")
     p.add_argument("--teacher", metavar="CLIP",
                    help="of --soft-relation teacher: best.pt of a run on the same data, or a CLIP as of "
                         "--clip; it is frozen, and reads the training data once")
