@@ -1,9 +1,9 @@
 """The studies behind tests/results.md: runs of the scripts, and tables of what came out over seeds.
 
     python tests/study.py --list                                 # the commands of all studies
-    python tests/study.py mxm-relation                           # run what is missing, then print the tables
-    python tests/study.py mxm-relation --write                   # put the tables into tests/results.md
-    python tests/study.py user-norm --root products=FOLDER       # where a data set lies, as often as needed
+    python tests/study.py mxm-shapes                             # run what is missing, then print the tables
+    python tests/study.py mxm-shapes --write                     # put the tables into tests/results.md
+    python tests/study.py user-queue --root products=FOLDER      # where a data set lies, as often as needed
 
 Rates are tuned for each row. Where an option of a row has several values (`--lr 1e-3|3e-3`), each is run with
 seed 0, the one with the best score on validation is chosen, and only that is run with the other seeds.
@@ -32,16 +32,10 @@ import clip  # noqa: E402
 import data  # noqa: E402
 import eval  # noqa: E402
 
-# Files that studies read in place of a data set: {name: (data sets, whether words that name a product's
-# classes are taken out of its captions)}. `{name}` in the arguments is such a file.
-FILES = {
-    "everything": (("flickr8k", "products", "hm"), False),
-    "descriptions": (("products",), True),
-}
 # CLIPs that studies start from. `{clip:name}` in the arguments is the best.pt of one.
 CLIPS = {
-    "everything": "train_mxm --data {everything} --clip tiny --loss hard --captions 2 --batch-size 128 "
-                  "--vocab-size 4096 --epochs 40 --eval-every 8",
+    "products": "train_mxm --data products --clip tiny --loss hard --batch-size 128 --vocab-size 4096 "
+                "--epochs 20 --eval-every 10",
     "primitives": "train_mxm",
     # as `eval.small_clip`, which two runs at a time would both train
     "source": "train_mxm --data primitives-source --loss clip --batch-size 128 --epochs 12 --eval-every 12",
@@ -53,17 +47,17 @@ GROUPS = {}  # name -> rows whose mean is compared, where a claim is about sever
 
 
 def study(name, base, rows, claims=()):
-    """A study in which every row adds something to the same script and arguments.
-
-    A row that begins with a word such as `:foreign` is of this variant of the script (tests/variants.py).
-    """
+    """A study in which every row adds something to the same script (or variant of tests/variants.py) and
+    arguments."""
     script, _, common = base.partition(" ")
-    STUDIES[name] = {}
-    for row, changed in rows.items():
-        variant, _, changed = changed.partition(" ") if changed.startswith(":") else ("", "", changed)
-        STUDIES[name][row] = " ".join(f"{script}{variant} {common} {changed}".split())
-    BASES[name] = f"{script}.py {common}".strip()
+    STUDIES[name] = {row: f"{base} {added}".strip() for row, added in rows.items()}
+    BASES[name] = f"{started(script)} {common}".strip()
     CLAIMS[name] = list(claims)
+
+
+def started(script):
+    """What follows `python` to start a script, or a variant of one such as train_cmaclip:foreign."""
+    return f"tests/variants.py {script}" if ":" in script else f"{script}.py"
 
 
 # ---- the default commands
@@ -109,23 +103,12 @@ PARTS = {
 }
 study("mxm-loss", "train_mxm --lr 1e-3", PARTS,
       [("hybrid, words", "soft, words"), ("hybrid, features", "hard")])
-# a smaller difference, which needs more seeds
-study("mxm-hybrid", "train_mxm --lr 1e-3", {row: PARTS[row] for row in ("hard", "hybrid, words")},
-      [("hybrid, words", "hard")])
-
-# 128 photos with all five captions in each of 460 steps; the teacher learned from them, among others
-study("mxm-photos-teacher", "train_mxm --data flickr8k --clip tiny --batch-size 128 --captions 5 "
-                            "--lr 1e-4|3e-4|1e-3 --epochs 10 --eval-every 5", {
-    "hard": "--loss hard",
-    "hybrid, words": "--soft-relation words",
-    "hybrid, teacher": "--soft-relation teacher --teacher {clip:everything}",
+# smaller differences, which need more seeds; the teacher is a CLIP that learned from these shapes for longer
+study("mxm-hybrid", "train_mxm --lr 1e-3", {
+    "hard": PARTS["hard"],
+    "hybrid, words": PARTS["hybrid, words"],
+    "hybrid, teacher": f"--soft-relation teacher --teacher {{clip:primitives}} {ONE_BY_FOUR}",
 }, [("hybrid, words", "hard"), ("hybrid, teacher", "hard")])
-
-# one pair in as much time as several captions: in more epochs
-study("mxm-time", "train_mxm --data flickr8k --clip tiny --lr 1e-4|3e-4|1e-3", {
-    "clip, 1 x 1, 20 epochs": f"--loss clip {sampled(128, 1, 1, 20)}",
-    "hard, 1 x 5, 10 epochs": f"--loss hard {sampled(128, 1, 5, 10)}",
-}, [("hard, 1 x 5, 10 epochs", "clip, 1 x 1, 20 epochs")])
 
 
 # ---- CLIP4CMR: losses, imbalance, dimension
@@ -146,11 +129,11 @@ SMALL = "--hidden 1024 --dim 256 --patience 100"  # a common size, and no early 
 WIKIPEDIA = ("train_clip4cmr --data wikipedia --features features_train.npz features_test.npz "
              f"{SMALL} --epochs 60 --eval-every 3 --lr 3e-5|1e-4|3e-4|1e-3")
 study("cmr-wikipedia", WIKIPEDIA, CMR, CMR_CLAIMS)
+REAL_CLIP_RATES = ("1e-3", "3e-3", "3e-3", "3e-3", "1e-2", "3e-3",  # of CMR's losses, in their order
+                   "1e-3", "1e-4", "1e-3", "3e-3", "1e-4", "3e-3", "1e-2")
 study("cmr-real-articleType", "train_clip4cmr --data clip-features --features "
-      f"products_articleType_train.npz products_articleType_test.npz {SMALL} --epochs 160 --eval-every 8 "
-      "--lr 1e-4|3e-4|1e-3|3e-3|1e-2", CMR, CMR_CLAIMS)
-study("cmr-products-articleType", "train_clip4cmr --data products --task articleType "
-      f"--clip {{clip:everything}} {SMALL} --epochs 15 --lr 3e-4|1e-3|3e-3|1e-2|3e-2", CMR, CMR_CLAIMS)
+      f"products_articleType_train.npz products_articleType_test.npz {SMALL} --epochs 160 --eval-every 8",
+      {loss: f"--lr {rate} {CMR[loss]}" for loss, rate in zip(CMR, REAL_CLIP_RATES)}, CMR_CLAIMS)
 study("cmr-imbalance-batch", WIKIPEDIA, {
     "pcl, balanced": "--loss pcl",
     "pcl, 0.1 of the images": "--loss pcl --image-fraction 0.1",
@@ -165,35 +148,19 @@ study("cmr-dimension", f"{WIKIPEDIA.replace('--dim 256 ', '')} --loss pcl",
       [(f"D {dim}", "D 256") for dim in (16, 64, 1024)])
 
 
-# ---- USER: from a CLIP trained on the same products, among others
+# ---- USER: from a CLIP trained on the same products
 
-USER = ("train_user --data products --clip {clip:everything} --dim 256 --epochs 5 --eval-every 5 "
-        "--batch-weight 1 --momentum 0.99 --lr-drop 0.8 --clip-lr 3e-4")
-# with mu = 20 UTO weighs negatives as InfoNCE does at its temperature of 0.05
-study("user-loss", USER, {
-    "UTO": "--lr 3e-4|1e-3|3e-3|1e-2",
-    "UTO, mu 20": "--lr 1e-3|3e-3|1e-2 --mu 20",
-    "InfoNCE": "--lr 3e-4|1e-3|3e-3|1e-2 --loss infonce",
-    "triplet": "--lr 3e-4|1e-3|3e-3|1e-2|3e-2 --loss triplet",
-}, [("UTO", "InfoNCE"), ("UTO", "triplet"), ("UTO, mu 20", "UTO"), ("UTO, mu 20", "InfoNCE")])
-# patches as they are have a norm of about 12, what is added to them one of 1
-study("user-norm", f"{USER} --lr 1e-3|3e-3|1e-2", {
-    "none, as they are": "--enhance none",
-    "none": "--enhance none --unit-norm",
-    "sge": "--enhance sge --unit-norm",
-    "cge": "--enhance cge --unit-norm",
-    "both": "--unit-norm",
-}, [("none", "none, as they are"), ("sge", "none"), ("cge", "none"), ("both", "none"),
-    ("both", "none, as they are")])
+USER = "train_user --data products --clip {clip:products} --dim 256 --batch-weight 1 --lr-drop 0.8"
+# patches as they are have a norm of about 12, what is added to them one of 1: hence --unit-norm
+study("user-enhancement", f"{USER} --epochs 5 --eval-every 5 --momentum 0.99 --clip-lr 3e-4 --unit-norm", {
+    "none": "--lr 3e-3 --enhance none",
+    "both": "--lr 3e-3",
+}, [("both", "none")])
 # batches so small that they hold few negatives of their own
-study("user-queue", "train_user --data products --clip {clip:everything} --dim 256 --epochs 2 --eval-every 2 "
-      "--batch-size 16 --batch-weight 1 --lr-drop 0.8 --clip-lr 1e-4 --lr 3e-4|1e-3|3e-3", {
-          "no queue": "--queue 0",
-          "queues of 512": "--queue 512",
-          "queues of 2,048": "--queue 2048",
-          "queues of 8,192": "--queue 8192",
-      }, [("queues of 512", "no queue"), ("queues of 2,048", "no queue"), ("queues of 8,192", "no queue"),
-          ("queues of 8,192", "queues of 512")])
+study("user-queue", f"{USER} --epochs 2 --eval-every 2 --batch-size 16 --clip-lr 1e-4", {
+    "no queue": "--lr 1e-3 --queue 0",
+    "queues of 2,048": "--lr 3e-3 --queue 2048",
+}, [("queues of 2,048", "no queue")])
 
 
 # ---- Cross-Modal Adapter: what is tuned, and sharing
@@ -213,24 +180,14 @@ study("adapter-share", f"{TO_SHAPES} --clip {{clip:source}} --tune adapter --lr 
       {"d_s 0": "--share 0", "d_s 16": ""}, [("d_s 16", "d_s 0")])
 
 
-# ---- CMA-CLIP: fusions, texts that do not name the class, wrong inputs
+# ---- CMA-CLIP: texts that do not name the class, wrong inputs
 
-FUSIONS = {name: f"--fusion {name}" for name in ("cma", "modality", "concat", "image", "text", "sequence")}
-PASSES = ("--clip {clip:everything} --epochs 4 --eval-every 4 --batch-size 128 --clip-lr 1e-4 "
-          "--lr 1e-3|3e-3|1e-2")
-study("cma-longer", f"train_cmaclip --data products {PASSES}",
-      {name: FUSIONS[name] for name in ("cma", "concat")}, [("cma", "concat")])
-study("cma-descriptions-longer", f"train_cmaclip --data {{descriptions}} {PASSES}", FUSIONS,
-      [("cma", other) for other in FUSIONS if other != "cma"])
+PRODUCTS = "--clip {clip:products} --batch-size 128 --clip-lr 1e-4"
 NOISY = "--train-noise-image 0.3 --train-noise-text 0.3"
-study("cma-foreign", "train_cmaclip --data products --clip {clip:everything} --epochs 1 --batch-size 128 "
-      "--lr 1e-3|3e-3|1e-2 --clip-lr 1e-4 --robustness", {
-          "modality": ":foreign --fusion modality",
-          "cma, noise in training": f":foreign --fusion cma {NOISY}",
-          "modality, noise in training": f":foreign --fusion modality {NOISY}",
-          "concat, noise in training": f":foreign --fusion concat {NOISY}",
-      }, [("modality, noise in training", "concat, noise in training"),
-          ("cma, noise in training", "concat, noise in training")])
+study("cma-foreign", f"train_cmaclip:foreign --data products {PRODUCTS} --epochs 1 --robustness", {
+    "modality": f"--lr 1e-2 --fusion modality {NOISY}",
+    "concat": f"--lr 1e-2 --fusion concat {NOISY}",
+}, [("modality", "concat")])
 
 
 # ---- the numbers of one run
@@ -369,7 +326,7 @@ def write_results(sections):
         f.write(text)
 
 
-# ---- files that are made of data sets
+# ---- descriptions of products without the names of their classes
 
 def located(source, roots):
     """(name or path, root) of a data set, as data.load takes them: of --root, or else beneath data/."""
@@ -378,22 +335,18 @@ def located(source, roots):
     return (own, None) if os.path.exists(own) else (source, root)
 
 
-def write_file(name, path, roots):
-    """Write one of FILES: the parts of the data sets stay what they are."""
-    names, without_classes = FILES[name]
+def write_descriptions(path, roots):
+    """Write the file that `{descriptions}` names: the products, each with what its shop says of it alone,
+    without the words that name its classes. Splits stay what they are."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(f"{path}.part", "w") as f:
-        for source in names:
-            for split in ("train", "val", "test"):
-                instances, classes = data.load(*located(source, roots), split)
-                for x in instances:
-                    labels = {task: classes[task][n] for task, n in x.labels.items() if n >= 0}
-                    row = {"id": f"{source}-{x.id}", "images": list(map(os.path.abspath, x.images)),
-                           "captions": [description(x, labels)] if without_classes else x.captions,
-                           "split": split, "group": x.group}
-                    if len(names) == 1:  # data sets have no tasks in common
-                        row["labels"] = labels
-                    f.write(json.dumps(row) + "\n")
+        for split in ("train", "val", "test"):
+            instances, classes = data.load(*located("products", roots), split)
+            for x in instances:
+                labels = {task: classes[task][n] for task, n in x.labels.items() if n >= 0}
+                row = {"id": x.id, "images": list(map(os.path.abspath, x.images)), "labels": labels,
+                       "captions": [description(x, labels)], "split": split, "group": x.group}
+                f.write(json.dumps(row) + "\n")
     os.replace(f"{path}.part", path)
 
 
@@ -433,17 +386,19 @@ def alternatives(arguments):
     return [" ".join(words) for words in itertools.product(*(word.split("|") for word in arguments.split()))]
 
 
+def descriptions_path(args):
+    return os.path.abspath(os.path.join(args.out, "descriptions.jsonl"))
+
+
 def command_of(arguments, args):
-    """What follows `python`, without --out, with the files, the CLIPs and the data sets' folders put in."""
-    made = {name: os.path.abspath(os.path.join(args.out, f"{name}.jsonl")) for name in FILES}
-    made |= {f"clip:{name}": os.path.join(run_folder(CLIPS[name], 0, args), "best.pt") for name in CLIPS}
-    script, *words = shlex.split(arguments)
-    words = [made.get(word[1:-1], word) if word[0] == "{" else word for word in words]
+    """What follows `python`, without --out, with the file, the CLIPs and the data sets' folders put in."""
+    made = {f"{{clip:{name}}}": os.path.join(run_folder(CLIPS[name], 0, args), "best.pt") for name in CLIPS}
+    made["{descriptions}"] = descriptions_path(args)
+    script, *words = [made.get(word, word) for word in shlex.split(arguments)]
     name = words[words.index("--data") + 1] if "--data" in words else None
     if name in args.roots and "--root" not in words:
         words += ["--root", args.roots[name]]
-    start = ["tests/variants.py", script] if ":" in script else [f"{script}.py"]
-    return shlex.join(start + words)
+    return f"{started(script)} {shlex.join(words)}".strip()
 
 
 def seeded(arguments, seed, args):
@@ -457,19 +412,11 @@ def rows_of(args):
     return [row for name in args.study for row in STUDIES[name].values()]
 
 
-def needed(args):
-    """-> (the CLIPs that the studies start from, the files that they and the CLIPs read), by name."""
-    commands = " ".join(rows_of(args))
-    clips = [name for name in CLIPS if f"{{clip:{name}}}" in commands]
-    commands += " ".join(CLIPS[name] for name in clips)
-    return clips, [name for name in FILES if f"{{{name}}}" in commands]
-
-
 def first_runs(args):
     """The runs that make the CLIPs, then those that choose the values of options: each choice with seed 0."""
-    clips, _ = needed(args)
+    clips = [CLIPS[name] for name in CLIPS if f"{{clip:{name}}}" in " ".join(rows_of(args))]
     choices = [choice for row in rows_of(args) if "|" in row for choice in alternatives(row)]
-    return [seeded(arguments, 0, args) for arguments in [*(CLIPS[name] for name in clips), *choices]]
+    return [seeded(arguments, 0, args) for arguments in [*clips, *choices]]
 
 
 def chosen(arguments, args):
@@ -484,15 +431,14 @@ def chosen(arguments, args):
 
 
 def planned(name, args):
-    """A study's runs over all seeds: [(command, folder)], {row: [folder]} and {row: chosen options}."""
+    """A study's runs over all seeds: [(command, folder)], {row: [folder]} and {row: its learning rate}."""
     runs = []
     folders = {}
     options = {}
     for row, arguments in STUDIES[name].items():
         choice = chosen(arguments, args)
-        words = list(zip(arguments.split(), choice.split()))
-        options[row] = " ".join(f"{option} {value}" for (option, _), (several, value) in zip(words, words[1:])
-                                if several != value)
+        words = choice.split()
+        options[row] = f"--lr {words[words.index('--lr') + 1]}" if "--lr" in words else ""
         of_row = [seeded(choice, seed, args) for seed in range(args.seeds)]
         folders[row] = [out for _, out in of_row]
         runs += of_row
@@ -526,12 +472,9 @@ def execute(runs):
 
 
 def run_all(args):
-    """Everything that the studies need and that is missing: files, CLIPs, choices of options, runs."""
-    _, files = needed(args)
-    for name in files:
-        path = os.path.join(args.out, f"{name}.jsonl")
-        if not os.path.exists(path):
-            write_file(name, path, args.roots)
+    """Everything that the studies need and that is missing: a file, CLIPs, choices of options, runs."""
+    if "{descriptions}" in " ".join(rows_of(args)) and not os.path.exists(descriptions_path(args)):
+        write_descriptions(descriptions_path(args), args.roots)
     execute(first_runs(args))
     for name in args.study:
         execute(planned(name, args)[0])

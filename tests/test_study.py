@@ -15,7 +15,7 @@ import variants
 from runs import make_squares, refused
 
 BEFORE = "# Results\n\nwords before\n\n"
-AFTER = "\n- a finding\n\n<!-- study: cma-longer -->\nanother one\n<!-- end -->\n"
+AFTER = "\n- a finding\n\n<!-- study: cma-foreign -->\nanother one\n<!-- end -->\n"
 
 
 def finish(out, value):
@@ -60,18 +60,17 @@ def made(tmp_path):
 
 
 def test_the_commands(capsys):
-    """Of the files, CLIPs, roots and variants; two runs never share a folder; scripts take the arguments."""
-    arguments = ["--list", "--root", "flickr8k=my photos", "--root", "products=goods", "--out", "runs"]
+    """Of the file, CLIPs, roots and variants; two runs never share a folder; scripts take the arguments."""
+    arguments = ["--list", "--root", "wikipedia=my lists", "--root", "products=goods", "--out", "runs"]
     study.main(arguments)
     lines = capsys.readouterr().out.splitlines()
     assert len({line.split(" --out ")[1] for line in lines}) == len(lines)
     assert not any("|" in line or "{" in line for line in lines)
-    everything = study.run_folder(study.CLIPS["everything"], 0, study.settings(arguments))
-    assert (f"python train_mxm.py --data {os.path.abspath('runs/everything.jsonl')} --clip tiny --loss hard "
-            "--captions 2 --batch-size 128 --vocab-size 4096 --epochs 40 --eval-every 8 --seed 0 --out "
-            f"{everything}") in lines
-    assert any(f"--clip {everything}/best.pt" in line and "--root goods" in line for line in lines)
-    assert any("--data flickr8k" in line and "--root 'my photos'" in line for line in lines)
+    start = study.run_folder(study.CLIPS["products"], 0, study.settings(arguments))
+    assert ("python train_mxm.py --data products --clip tiny --loss hard --batch-size 128 "
+            f"--vocab-size 4096 --epochs 20 --eval-every 10 --root goods --seed 0 --out {start}") in lines
+    assert any(f"--clip {start}/best.pt" in line and "--root goods" in line for line in lines)
+    assert any("--data wikipedia" in line and "--root 'my lists'" in line for line in lines)
     assert any(line.startswith("python tests/variants.py train_cmaclip:foreign --data") for line in lines)
     for row in study.rows_of(study.settings([])):
         for choice in study.alternatives(row):
@@ -137,31 +136,27 @@ def test_what_cannot_be_written_is_refused_and_nothing_changes(results, made, ca
     assert results.read_text() == old.replace("old\n<!-- end -->", "old")
 
 
-def test_files_of_data_sets(tmp_path, monkeypatch):
-    """A file of a data set has its instances; captions may lose the words of their classes."""
+def test_descriptions_without_the_names_of_classes(tmp_path):
+    """Every product stays in its split with its labels; its last caption loses the words of its classes."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     rows = [{"id": str(i), "images": ["a.jpg"], "captions": ["Shirt", f"Blue shirts for me, number {i}"],
              "labels": {"kind": "Shirts", "colour": "blue"}} for i in range(60)]
-    for name in ("hm", "products"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "products.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = str(tmp_path / "made" / "some.jsonl")
-    monkeypatch.setitem(study.FILES, "garments", (("hm",), False))
-    study.write_file("garments", path, {"hm": str(tmp_path)})
-    whole = data.load_splits(str(tmp_path / "hm.jsonl"))
+    study.write_descriptions(path, {"products": str(tmp_path)})
+    whole = data.load_splits(str(tmp_path / "products.jsonl"))
     for (some, classes), (part, part_classes) in zip(whole, data.load_splits(path)):
-        assert [x.id for x in part] == [f"hm-{x.id}" for x in some] and part_classes == classes
-        assert part[0].captions == some[0].captions and part[0].labels == some[0].labels
-    study.write_file("descriptions", path, {"products": str(tmp_path)})
-    part, _ = data.load(path, None, "test")
-    assert re.fullmatch(r"for me, number \d+", part[0].captions[0]) and len(part[0].captions) == 1
+        assert [x.id for x in part] == [x.id for x in some] and part_classes == classes
+        assert part[0].labels == some[0].labels and part[0].group == some[0].group
+        assert part[0].captions == [f"for me, number {some[0].id}"]
 
 
 def test_a_study_runs_its_scripts(tmp_path, monkeypatch, capsys):
     """Each rate is run with seed 0, the best one with every seed, and what is there is not run again."""
     squares = make_squares(tmp_path)
     monkeypatch.setattr(study, "STUDIES", {})
-    base = f"train_mxm --data {squares} --clip tiny --batch-size 8 --image-size 16 --epochs 1"
-    study.study("small", base, {"mil-nce": ":mil_nce --loss hard --lr 1e-3|1e-1"})
+    base = f"train_mxm:mil_nce --data {squares} --clip tiny --batch-size 8 --image-size 16 --epochs 1"
+    study.study("small", base, {"mil-nce": "--loss hard --lr 1e-3|1e-1"})
     command = ["small", "--seeds", "2", "--out", str(tmp_path / "runs")]
     study.main(command)
     printed = capsys.readouterr()
