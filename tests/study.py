@@ -183,6 +183,11 @@ study("adapter-share", f"{TO_SHAPES} --clip {{clip:source}} --tune adapter --lr 
 # ---- CMA-CLIP: texts that do not name the class, wrong inputs
 
 PRODUCTS = "--clip {clip:products} --batch-size 128 --clip-lr 1e-4"
+study("cma-descriptions", f"train_cmaclip --data {{descriptions}} {PRODUCTS} --epochs 4 --eval-every 4", {
+    "cma": "--lr 3e-3 --fusion cma",
+    "concat": "--lr 3e-3 --fusion concat",
+    "image": "--lr 1e-2 --fusion image",
+}, [("cma", "image"), ("cma", "concat")])
 NOISY = "--train-noise-image 0.3 --train-noise-text 0.3"
 study("cma-foreign", f"train_cmaclip:foreign --data products {PRODUCTS} --epochs 1 --robustness", {
     "modality": f"--lr 1e-2 --fusion modality {NOISY}",

@@ -70,6 +70,8 @@ def test_the_commands(capsys):
     assert ("python train_mxm.py --data products --clip tiny --loss hard --batch-size 128 "
             f"--vocab-size 4096 --epochs 20 --eval-every 10 --root goods --seed 0 --out {start}") in lines
     assert any(f"--clip {start}/best.pt" in line and "--root goods" in line for line in lines)
+    descriptions = os.path.abspath("runs/descriptions.jsonl")
+    assert any(f"--data {descriptions} --clip {start}/best.pt" in line for line in lines)
     assert any("--data wikipedia" in line and "--root 'my lists'" in line for line in lines)
     assert any(line.startswith("python tests/variants.py train_cmaclip:foreign --data") for line in lines)
     for row in study.rows_of(study.settings([])):
