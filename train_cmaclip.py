@@ -62,11 +62,9 @@ def settings(argv=None):
                         "image, text: one modality")
     p.add_argument("--freeze", action="store_true", help="leave CLIP's weights as they are")
     p.add_argument("--clip-lr", type=eval.positive, help="peak learning rate of CLIP's own weights")
-    p.add_argument("--width", type=eval.positive_int,
-                   help="width of the joint sequence (default: CLIP's own)")
-    p.add_argument("--layers", type=eval.positive_int, default=2,
-                   help="layers of the sequence-wise attention")
-    p.add_argument("--heads", type=eval.positive_int, default=4, help="heads of the sequence-wise attention")
+    p.add_argument("--width", type=eval.positive_int, help="width of the joint sequence (default: CLIP's)")
+    p.add_argument("--layers", type=eval.positive_int, default=2, help="layers of sequence-wise attention")
+    p.add_argument("--heads", type=eval.positive_int, default=4, help="heads of sequence-wise attention")
     p.add_argument("--dropout", type=eval.fraction, default=0.1,
                    help="dropout in that attention and in the classifiers")
     for kind in ("image", "text"):

@@ -59,21 +59,17 @@ def settings(argv=None):
     p = eval.arguments(__doc__, __file__, {"from scratch": SCRATCH, "pretrained": PRETRAINED, "coco": COCO})
     p.add_argument("--enhance", choices=("none", "sge", "cge", "both"), default="both",
                    help="what enhances the local features of images")
-    p.add_argument("--unit-norm", action="store_true",
-                   help="scale the local features of images to unit norm before g is added to them")
+    p.add_argument("--unit-norm", action="store_true", help="scale images' local features to unit norm first")
     p.add_argument("--loss", choices=("uto", "infonce", "triplet"), default="uto",
                    help="the loss of the batch and of the queues; infonce and triplet are baselines")
-    p.add_argument("--mu", type=eval.positive,
-                   help="mu of UTO: the larger, the more the hardest negatives count (default: 90)")
+    p.add_argument("--mu", type=eval.positive, help="of UTO: weight of the hardest negatives (default: 90)")
     p.add_argument("--queue", type=eval.non_negative_int, help="embeddings in each queue; 0: no queues")
     p.add_argument("--momentum", type=eval.fraction, default=0.999, help="m of the momentum encoders")
     p.add_argument("--batch-weight", type=eval.non_negative, help="lambda_b: weight of the batch's loss")
     p.add_argument("--dim", type=eval.positive_int, help="dimensions of the common space")
     p.add_argument("--clip-lr", type=eval.non_negative,
-                   help="peak learning rate of CLIP's own weights; 0: they are frozen (default: --lr, or a "
-                        "tenth of it where CLIP is pretrained)")
-    p.add_argument("--lr-drop", type=eval.fraction,
-                   help="share of the steps after which all learning rates fall to a tenth")
+                   help="peak rate of CLIP's own weights; 0: frozen (default: --lr; pretrained --lr / 10)")
+    p.add_argument("--lr-drop", type=eval.fraction, help="share of steps after which rates fall to a tenth")
     p.add_argument("--regions", action="store_true",
                    help="read region features from <root>/precomp in place of pictures; CGE takes CLIP's "
                         "embeddings of the pictures from precomp/{train,dev,test}_clip.npy (images, D)")
