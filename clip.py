@@ -666,7 +666,7 @@ def autocast(amp, model):
 
     amp: "bf16", "off", or "auto": bfloat16 where it pays, on a GPU that has it and on a CPU with AMX or
     AVX512-BF16 for models of width 256 or more. A training step of `small` then takes half the time; one of
-    `tiny` would take four fifths, and stays in float32 to learn the same on every CPU (see tests/bench.py).
+    `tiny` would take four fifths, and stays in float32 to learn the same on every CPU (see tests/results.md).
     Raises ValueError for anything else.
     """
     if amp not in ("auto", "bf16", "off"):

@@ -468,6 +468,7 @@ def main():
     for module in ("torch", "open_clip", "transformers"):
         with contextlib.suppress(ImportError):
             print(f"; {module} {__import__(module).__version__}", end="")
+    print()
     begin = time.time()
     for name in args.only:
         TABLES[name](args)

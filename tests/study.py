@@ -157,10 +157,14 @@ study("cmr-dimension", f"{WIKIPEDIA.replace('--dim 256 ', '')} --loss pcl",
 
 USER = "train_user --data products --clip {clip:products} --dim 256 --batch-weight 1 --lr-drop 0.8"
 # patches as they are have a norm of 13, what is added to them one of 0.25: hence --unit-norm
-study("user-enhancement", f"{USER} --epochs 5 --eval-every 5 --momentum 0.99 --clip-lr 3e-4 --unit-norm", {
-    "none": "--lr 3e-3 --enhance none",
-    "both": "--lr 3e-3",
-}, [("both", "none")])
+FIVE_PASSES = f"{USER} --epochs 5 --eval-every 5 --momentum 0.99 --clip-lr 3e-4 --unit-norm"
+UTO = "--lr 1e-3|3e-3|1e-2"
+study("user-enhancement", FIVE_PASSES, {"none": f"{UTO} --enhance none", "both": UTO}, [("both", "none")])
+study("user-loss", FIVE_PASSES, {
+    "uto": UTO,
+    "infonce": "--lr 3e-4|1e-3|3e-3|1e-2 --loss infonce",
+    "triplet": "--lr 1e-3|3e-3|1e-2|3e-2 --loss triplet",
+}, [("uto", "triplet"), ("uto", "infonce")])
 # batches so small that they hold few negatives of their own
 study("user-queue", f"{USER} --epochs 2 --eval-every 2 --batch-size 16 --clip-lr 1e-4", {
     "no queue": "--lr 1e-3 --queue 0",
@@ -179,8 +183,9 @@ study("adapter-shapes", f"{TO_SHAPES} --clip {{clip:source}}", {
 # a CLIP that knows nearly everything: single views of two thirds of these shapes
 study("adapter-known", f"{TO_SHAPES} --clip {{clip:primitives}}", {
     "adapter": "--tune adapter --lr 3e-4|1e-3|3e-3|1e-2",
+    "lora": "--tune lora --lr 3e-4|1e-3|3e-3|1e-2",
     "full": "--tune full --lr 1e-5|3e-5|1e-4",
-}, [("adapter", "full")])
+}, [("adapter", "lora"), ("adapter", "full")])
 study("adapter-share", f"{TO_SHAPES} --clip {{clip:source}} --tune adapter --lr 1e-2|3e-2",
       {"d_s 0": "--share 0", "d_s 16": ""}, [("d_s 16", "d_s 0")])
 
