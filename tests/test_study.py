@@ -85,8 +85,8 @@ def test_the_choice_is_the_best_on_validation_and_has_all_seeds(made):
     args = study.settings(made("adapter-known"))
     runs, folders, options = study.planned("adapter-known", args)
     assert list(options.values()) == ["--lr 1e-3", "--lr 1e-3", "--lr 3e-5"] and len(runs) == 3 * 2
-    for n, (command, out) in enumerate(runs):
-        assert ["--lr 1e-3 ", "--lr 1e-3 ", "--lr 3e-5 "][n // 2] in command and os.path.exists(out)
+    for (command, out), rate in zip(runs, ["1e-3"] * 4 + ["3e-5"] * 2):
+        assert f"--lr {rate} " in command and os.path.exists(out)
     assert len(study.first_runs(args)) == 1 + 4 + 4 + 3  # a CLIP, and the rates of the three rows
 
 
