@@ -944,15 +944,16 @@ def arguments(description, file, kinds, data="primitives"):
            help="epochs between evaluations on val (default: so many that a run has five at most)")
     common("--seed", type=seed, default=0,
            help="seed of everything that is drawn at random: a whole number of any size")
-    machine_arguments(common, None, "1; 0 where a CPU computes on all of its cores")
+    machine_arguments(common)
     common("--compile", action="store_true", help="torch.compile the encoders' blocks")
     common("--resume", action="store_true", help="go on from <out>/last.pt, with the settings that it has")
     common("--out", help="folder of the run (default: runs/<method>-<data>)")
     return p
 
 
-def machine_arguments(add, workers, shown):
-    """Where and how a model runs; workers: how many by default, shown: the same in words."""
+def machine_arguments(add, workers=None):
+    """Where and how a model runs. workers: how many by default; None: as the device needs."""
+    shown = "1; 0 where a CPU computes on all of its cores" if workers is None else workers
     add("--device", type=usable_device, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--workers", type=non_negative_int, default=workers,
         help=f"processes that prepare batches (default: {shown})")
@@ -1774,7 +1775,7 @@ def settings(argv=None):
     add("--query", nargs="+", metavar="TEXT",
         help="search the split's images with your own words (videos: the mean of their frames)")
     add("--top", type=positive_int, help="results of --query (default: 5)")
-    machine_arguments(add, 0, "0")
+    machine_arguments(add, workers=0)
     add("--out", help="folder of metrics.json (default: the checkpoint's, or runs/clip-<data>)")
     args = p.parse_args(argv)
     alone = args.clip and not args.checkpoint  # a CLIP as it is

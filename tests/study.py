@@ -396,6 +396,11 @@ def alternatives(arguments):
     return [" ".join(words) for words in itertools.product(*(word.split("|") for word in arguments.split()))]
 
 
+def value_of(option, words):
+    """What follows an option among a command's words; None where it is not there."""
+    return words[words.index(option) + 1] if option in words else None
+
+
 def descriptions_path(args):
     return os.path.abspath(os.path.join(args.out, "descriptions.jsonl"))
 
@@ -405,7 +410,7 @@ def command_of(arguments, args):
     made = {f"{{clip:{name}}}": os.path.join(run_folder(CLIPS[name], 0, args), "best.pt") for name in CLIPS}
     made["{descriptions}"] = descriptions_path(args)
     script, *words = [made.get(word, word) for word in shlex.split(arguments)]
-    name = words[words.index("--data") + 1] if "--data" in words else None
+    name = value_of("--data", words)
     if name in args.roots and "--root" not in words:
         words += ["--root", args.roots[name]]
     return f"{started(script)} {shlex.join(words)}".strip()
@@ -422,9 +427,14 @@ def rows_of(args):
     return [row for name in args.study for row in STUDIES[name].values()]
 
 
+def needed(name, args):
+    """Whether a study that was asked for has `{name}` in its arguments."""
+    return any(f"{{{name}}}" in row for row in rows_of(args))
+
+
 def first_runs(args):
     """The runs that make the CLIPs, then those that choose the values of options: each choice with seed 0."""
-    clips = [CLIPS[name] for name in CLIPS if f"{{clip:{name}}}" in " ".join(rows_of(args))]
+    clips = [CLIPS[name] for name in CLIPS if needed(f"clip:{name}", args)]
     choices = [choice for row in rows_of(args) if "|" in row for choice in alternatives(row)]
     return [seeded(arguments, 0, args) for arguments in [*clips, *choices]]
 
@@ -447,8 +457,8 @@ def planned(name, args):
     options = {}
     for row, arguments in STUDIES[name].items():
         choice = chosen(arguments, args)
-        words = choice.split()
-        options[row] = f"--lr {words[words.index('--lr') + 1]}" if "--lr" in words else ""
+        rate = value_of("--lr", choice.split())
+        options[row] = f"--lr {rate}" if rate else ""
         of_row = [seeded(choice, seed, args) for seed in range(args.seeds)]
         folders[row] = [out for _, out in of_row]
         runs += of_row
@@ -483,7 +493,7 @@ def execute(runs):
 
 def run_all(args):
     """Everything that the studies need and that is missing: a file, CLIPs, choices of options, runs."""
-    if "{descriptions}" in " ".join(rows_of(args)) and not os.path.exists(descriptions_path(args)):
+    if needed("descriptions", args) and not os.path.exists(descriptions_path(args)):
         write_descriptions(descriptions_path(args), args.roots)
     execute(first_runs(args))
     for name in args.study:
